@@ -1,0 +1,3 @@
+from advdmd.cli import main
+
+main()

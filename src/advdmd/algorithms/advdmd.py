@@ -1,0 +1,192 @@
+"""AdvDMD: DMD2 whose online discriminator is the reward of a policy gradient (arXiv 2604.28126)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from advdmd import flow, losses
+from advdmd.algorithms.base import Cast
+from advdmd.algorithms.objectives import match_teacher, pay_end, pay_hops, prefer_paid_hops, tell_apart, track_student
+from advdmd.kernels import cps
+from advdmd.rng import Rng
+from advdmd.rollout import Path, rollout
+from advdmd.types import Batch, Log
+
+RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means the path is not the policy's own
+
+
+class Turn(NamedTuple):
+    """What an iteration does besides letting fake score and critic catch up."""
+
+    policy: bool
+    match: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvDMD:
+    """Hyperparameters of AdvDMD; docs/papers.md gives the source of each default.
+
+    Schedule: for `warmup` iterations distribution matching alone; then policy turns every 8th, at the end of `ramp` every
+    2nd iteration; from then on one every iteration and distribution matching every `match_every`-th.
+    """
+
+    steps: int = 4  # K, hops of the student
+    shift: float = 3.0
+    eta: float = 1.0  # noise share of a hop; 1 runs in stock schedulers
+    group: int = 8  # G, samples per prompt; a group never straddles ranks
+    critic_steps: int = 5  # minibatches in which fake score and critic catch up
+    micro: int = 64  # samples per forward-backward
+    warmup: int = 60
+    ramp: int = 60
+    match_every: int = 2
+    credit: Literal["step", "final", "both"] = "both"
+    final_levels: tuple[float, ...] = (0.02, 0.1, 0.3)
+    mismatch: float = 0.0  # weight of real images under wrong captions as further fakes
+    gated: bool = True
+    clip: float = 1e-5  # at 65,536 latent dimensions; scaled by sqrt(65536 / D)
+    u_range: tuple[float, float] = (0.02, 0.98)
+    auc_memory: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"AdvDMD(steps={self.steps}): a student takes at least one step")
+        cps(self.eta)
+        if self.eta == 0 and self.steps > 1:
+            raise ValueError("AdvDMD(eta=0): without noise a hop is no action to prefer; use 0 < eta <= 1")
+        if self.group < 2:
+            raise ValueError(f"AdvDMD(group={self.group}): an advantage compares at least two samples of a prompt")
+        for name in ("critic_steps", "micro", "match_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
+        if self.warmup < 0 or self.ramp < 0:
+            raise ValueError(f"AdvDMD(warmup={self.warmup}, ramp={self.ramp}): counts of iterations cannot be negative")
+        if not self.final_levels or not all(0 < u < 1 for u in self.final_levels):
+            raise ValueError(f"AdvDMD(final_levels={self.final_levels}): noise levels inside (0, 1), at least one")
+        low, high = self.u_range
+        if not 0 < low < high < 1:
+            raise ValueError(f"AdvDMD(u_range={self.u_range}): needs 0 < low < high < 1")
+
+    def turn(self, step: int) -> Turn:
+        """The schedule of step 0, 1, ...: a function of the step alone, so that all ranks agree."""
+        since = step - self.warmup
+        if since < 0 or self.steps == 1:
+            return Turn(policy=False, match=True)
+        if since < self.ramp:
+            every = round(8 * (2 / 8) ** (since / self.ramp))
+            return Turn(policy=since % every == 0, match=True)
+        return Turn(policy=True, match=since % self.match_every == 0)
+
+    def forwards(self, turn: Turn, depth: float, backward: float = 2.0) -> dict[str, float]:
+        """Forwards per sample of one iteration by part, in units of one forward without gradient.
+
+        depth: share of the network that the critic runs; backward: 2 for full fine-tuning, about 1 with adapters.
+        """
+        grad = 1 + backward
+        return {
+            "rollout": self.steps,
+            "fake": grad,
+            "critic": (2 + bool(self.mismatch)) * depth,
+            "reward": turn.policy * (self.steps - 1 + len(self.final_levels)) * depth,
+            "policy": turn.policy * (self.steps - 1) * grad,
+            "match": turn.match * (grad + 2 + 1),
+        }
+
+    def iteration(self, cast: Cast, batch: Batch, step: int, rng: Rng) -> Log:
+        cond, real, turn = batch.cond, batch.real, self.turn(step)
+        N, K, shape = len(real), self.steps, real.shape[1:]
+        if N % self.group:
+            raise ValueError(f"AdvDMD(group={self.group}): {N} samples per rank are not a multiple of it")
+        parts = torch.arange(N).split(self.micro)
+        kernel = cps(self.eta)
+
+        # Roll the student out once, without gradient. Everything below reuses this path.
+        noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
+        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), kernel)
+
+        # The fake score and the critic catch up with where the student now is.
+        log = self.catch_up(cast, path, batch, rng)
+
+        # Policy turn. First, while the path is still on-policy: every ratio starts at one.
+        if turn.policy:
+            gain, paid = self.advantages(cast, path, cond, rng)
+            replay: list[Tensor] = []
+
+            def prefer(i: Tensor) -> Tensor:
+                loss, off = prefer_paid_hops(cast, path[i], cond[i], gain[:, i], kernel, self.clip_range(shape))
+                replay.append(off)
+                return loss
+
+            log |= cast.student.descend((prefer(i) for i in parts), turn="policy") | paid
+            log["policy/ratio_off"] = torch.stack(replay).max().item()
+            if log["policy/ratio_off"] > RATIO_TOLERANCE:
+                raise FloatingPointError(f"policy: |ratio - 1| = {log['policy/ratio_off']:.2g} on replay, expected 0")
+
+        # Distribution-matching turn. Gradient flows through one hop of the same path.
+        if turn.match:
+            x, t = path.at(rng.index("match.k", 0, K))
+            u, e = rng.uniform("match.u", *self.u_range), rng.normal("match.e", shape)
+            log |= cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i]) for i in parts), turn="match")
+        return log
+
+    def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
+        """Fake score and critic, `critic_steps` minibatches, one descent each; updates the running AUC per level."""
+        (N, *shape), K = batch.real.shape, path.hops
+        x0, u, e = path.x[-1], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
+        x, t, k = self.critic_states(path, rng, shape)
+        noise, order = rng.normal("critic.real", shape), rng.permutation("critic.order")
+        wrong = torch.arange(N).roll(self.group)  # the same real image under the next prompt of the batch
+        real_logits, fake_logits = torch.empty(N), torch.empty(N)
+
+        def learn(i: Tensor) -> Tensor:
+            cond = batch.cond[i]
+            real, fake = tell_apart(cast, batch.real[i], x[i], cond, t[i], noise[i])
+            real_logits[i], fake_logits[i] = real.detach().float(), fake.detach().float()
+            loss = track_student(cast, x0[i], cond, u[i], e[i]) + losses.critic(real, fake)
+            if self.mismatch:
+                shown = flow.interpolate(batch.real[i], noise[i], t[i])
+                loss = loss + self.mismatch * losses.mismatch(real, cast.critic(shown, t[i], batch.cond[wrong[i]]))
+            return loss
+
+        log: Log = {}
+        for minibatch in order.chunk(self.critic_steps):
+            log = cast.fake.descend(learn(i) for i in minibatch.split(self.micro))
+        for level in range(1, K + 1):
+            at = k == level
+            now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]
+            cast.auc[level - 1] = self.auc_memory * cast.auc[level - 1] + (1 - self.auc_memory) * now
+            log[f"critic/auc_{level}"] = cast.auc[level - 1].item()
+        log["critic/gap"] = (real_logits.mean() - fake_logits.mean()).item()
+        return log
+
+    def critic_states(self, path: Path, rng: Rng, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the critic is shown: each sample at one level k of its path; the final image re-noised to a small u."""
+        k = rng.index("critic.k", 1, path.hops + 1)
+        x, t = path.at(k)
+        end = k == path.hops
+        t = torch.where(end, rng.uniform("critic.u", 0.02, 0.3), t)
+        seen = flow.interpolate(path.x[-1], rng.normal("critic.fake", shape), t)
+        return torch.where(flow.bcast(end, x), seen, x), t, k
+
+    def advantages(self, cast: Cast, path: Path, cond, rng: Rng) -> tuple[Tensor, Log]:
+        """[K - 1, N] what each hop is worth, believed as far as the critic's AUC at its level allows."""
+        K, shape = path.hops, path.x.shape[2:]
+        leader = torch.arange(len(cond)) // self.group * self.group
+        e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
+        end, hops = pay_end(cast, path.x[-1], cond, self.final_levels, e), pay_hops(cast, path, cond)
+        gate = losses.gate(cast.auc) if self.gated else torch.ones(K)
+        by_step = losses.advantage(hops, self.group) * gate[:-1, None]
+        by_end = losses.advantage(end[None], self.group) * gate[-1]
+        gain = {"step": by_step, "final": by_end.expand_as(by_step), "both": 0.5 * (by_step + by_end)}[self.credit]
+        spread = lambda r: r.unflatten(-1, (-1, self.group)).std(-1).mean().item()  # noqa: E731
+        paid: Log = {"reward/end": end.mean().item(), "reward/end_spread": spread(end)}
+        for i, r in enumerate(hops):
+            paid |= {f"reward/{i + 1}": r.mean().item(), f"reward/{i + 1}_spread": spread(r)}
+        paid["policy/zero_share"] = (gain.abs() < 1e-3).float().mean().item()
+        return gain, paid
+
+    def clip_range(self, shape: torch.Size) -> float:
+        """The ratio's clip range for latents of this shape."""
+        return self.clip * math.sqrt(65536 / math.prod(shape))

@@ -1,0 +1,40 @@
+"""What an algorithm is given, and what it must offer."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from advdmd.rng import Rng
+from advdmd.rollout import Velocity
+from advdmd.types import Batch, Log
+
+
+class Player(Protocol):
+    """A network with a part in the game: call it for a velocity, or hand it losses to descend."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+    def descend(self, losses: Iterable[Tensor], turn: str = "main") -> Log: ...
+
+
+class Judge(Protocol):
+    """The critic: a logit; `follow` also gives its gradient in x and none in any parameter."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+    def follow(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+
+
+class Cast(NamedTuple):
+    """The players of distillation. The critic's heads learn with the fake score, in one descent."""
+
+    teacher: Velocity
+    student: Player
+    fake: Player
+    critic: Judge
+    auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
+
+
+class Algorithm(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters."""
+
+    def iteration(self, cast: Any, batch: Batch, step: int, rng: Rng) -> Log: ...

@@ -1,0 +1,62 @@
+"""Losses with their networks plugged in. Every random number arrives as an argument; one number per sample leaves."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advdmd import flow, losses
+from advdmd.algorithms.base import Cast
+from advdmd.kernels import Kernel
+from advdmd.rollout import Path, hop
+
+
+def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor) -> Tensor:
+    """Flow matching on the student's own samples keeps the fake score honest (DMD2, 2405.14867, Sec. 4.2)."""
+    return losses.velocity(cast.fake(flow.interpolate(x0, e, u), u, cond), x0, e)
+
+
+def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """The critic's logits on real images and on the student's states x, both at noise level t."""
+    both = type(cond).cat([cond, cond])
+    logits = cast.critic(torch.cat([flow.interpolate(real, e, t), x]), torch.cat([t, t]), both)
+    return logits.chunk(2)  # type: ignore[return-value]
+
+
+def match_teacher(cast: Cast, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, gan: float = 0.0) -> Tensor:
+    """Distribution matching for the x0 the student sees from x (DMD2, Eq. 2), plus gan x realism of it (Eq. 4)."""
+    x0 = flow.clean(x, cast.student(x, t, cond), t)
+    x_u = flow.interpolate(x0, e, u)
+    with torch.no_grad():
+        x0_teacher = flow.clean(x_u, cast.teacher(x_u, u, cond), u)
+        x0_fake = flow.clean(x_u, cast.fake(x_u, u, cond), u)
+    loss = losses.dmd(x0, x0_teacher, x0_fake)
+    return loss + gan * losses.realism(cast.critic.follow(x_u, u, cond)) if gan else loss
+
+
+@torch.no_grad()
+def pay_hops(cast: Cast, path: Path, cond: Any) -> Tensor:
+    """[K - 1, N]: a hop earns the critic's logit at the state it reached."""
+    n = len(cond)
+    pay = [cast.critic(path.x[k], path.t[k].expand(n), cond) for k in range(1, path.hops)]
+    return torch.stack(pay) if pay else path.close
+
+
+@torch.no_grad()
+def pay_end(cast: Cast, x0: Tensor, cond: Any, levels: tuple[float, ...], e: Tensor) -> Tensor:
+    """[N]: the final image earns the critic's mean logit over a few low noise levels."""
+    times = [torch.full((len(x0),), u) for u in levels]
+    return torch.stack([cast.critic(flow.interpolate(x0, e, u), u, cond) for u in times]).mean(0)
+
+
+def prefer_paid_hops(cast: Cast, path: Path, cond: Any, gain: Tensor, kernel: Kernel, clip: float) -> tuple[Tensor, Tensor]:
+    """Clipped policy gradient over the stochastic hops of a path (Flow-GRPO, 2505.05470, Eq. 5).
+
+    gain [K - 1, N] -> loss [N], averaged over hops, and the largest |ratio - 1| seen.
+    """
+    total, off = torch.zeros(len(cond)), torch.zeros(())
+    for k, close_old in enumerate(path.close):
+        close = hop(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel).closeness(path.x[k + 1])
+        total = total + losses.policy(close, close_old, gain[k], clip)
+        off = torch.maximum(off, ((close - close_old).detach().exp() - 1).abs().max())
+    return total / max(1, len(path.close)), off

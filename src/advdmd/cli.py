@@ -1,0 +1,176 @@
+"""The command line. Mistakes of the user end with one line on stderr and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Turn a text-to-image flow model into a 4- or 2-step student (AdvDMD, DMD2).",
+)
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Lose the run that the folder holds.")]
+Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as algorithm.steps=2 or match.lr=3e-5.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale of a teacher.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+
+
+def _how(model: str, steps: int | None, guidance: float | None) -> Any:
+    """The model's own sampling with what the user changed."""
+    from dataclasses import replace
+
+    from advdmd.models import load
+    from advdmd.models.sampler import Sampling
+
+    note = load.read_note(load.folder_of(model)).get("sampling", {"steps": 40, "guidance": 4.0})
+    changes = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
+    return replace(Sampling(**note), **changes)
+
+
+@app.command()
+def show(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; none lists them.")] = None,
+    changes: Changes = None,
+) -> None:
+    """Print a resolved recipe and what one of its iterations costs."""
+    from advdmd import recipe as recipes
+    from advdmd.algorithms.advdmd import AdvDMD
+
+    if recipe is None:
+        print("\n".join(recipes.known()))
+        return
+    name, r = recipes.resolve(recipe, changes or [])
+    print(recipes.dump(name, r))
+    depth = max(r.critic.blocks)
+    if isinstance(r.algorithm, AdvDMD):
+        turns = [r.algorithm.turn(i) for i in range(r.iterations)]
+        mean = sum(sum(r.algorithm.forwards(t, depth).values()) for t in turns) / len(turns)
+        parts = r.algorithm.forwards(type(turns[0])(True, True), depth)
+    else:
+        parts = r.algorithm.forwards(depth)
+        mean = sum(parts.values())
+    print(
+        "forwards per sample, a full iteration: "
+        + ", ".join(f"{k} {v:g}" for k, v in parts.items())
+        + f" = {sum(parts.values()):g}"
+    )
+    print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
+
+
+@app.command()
+def pretrain(
+    stage: Annotated[str, typer.Argument(help="autoencoder, mini-sd3 or mini-sd35")],
+    out: Out,
+    vae: Annotated[Path | None, typer.Option(help="Folder of a trained autoencoder (for the teachers).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
+    threads: Threads = 1,
+) -> None:
+    """Train a stage of the miniature's teachers from scratch; rerun to resume."""
+    from advdmd.train.pretraining import pretrain as go
+
+    go(stage, out, vae, steps, threads)
+
+
+@app.command()
+def train(recipe: str, changes: Changes = None, out: Out = Path("runs/train"), overwrite: Overwrite = False) -> None:
+    """Distil a teacher by a recipe; rerun the same command to resume."""
+    from advdmd import recipe as recipes
+    from advdmd.run import train as go
+
+    name, r = recipes.resolve(recipe, changes or [])
+    print(f"student: {go(name, r, out, overwrite)}")
+
+
+@app.command()
+def sample(
+    model: str,
+    prompts: list[str],
+    out: Out = Path("samples"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: int = 0,
+    threads: Threads = 2,
+) -> None:
+    """Draw prompts with a teacher or a student."""
+    import torch
+
+    from advdmd.run import paint
+
+    torch.set_num_threads(threads)
+    for path in paint(model, prompts, out, _how(model, steps, guidance), seed):
+        print(path)
+
+
+@app.command("eval")
+def evaluate(
+    model: str,
+    suite: Annotated[str, typer.Argument(help="mini-geneval or mini-dpg")] = "mini-geneval",
+    out: Out = Path("eval"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: int = 0,
+    split: Annotated[str, typer.Option(help="test, train or pairs (held-out shape x colour pairs).")] = "test",
+    world: Annotated[str, typer.Option(help="half or full")] = "half",
+    images: Annotated[int, typer.Option(help="Images per task.")] = 96,
+    against: Annotated[Path | None, typer.Option(help="Folder of another result: prints the paired difference.")] = None,
+    threads: Threads = 2,
+) -> None:
+    """Generate a suite's images, score them from disk, print the table."""
+    import torch
+
+    from advdmd.evaluation import report
+    from advdmd.evaluation.shapes import Shapes
+    from advdmd.run import evaluate as go
+
+    torch.set_num_threads(threads)
+    bench = Shapes(suite, images_per_task=images, prompts_per_task=min(48, images), split=split, world=world)
+    if against is not None:
+        report.read_rows(against)
+    summary = go(model, bench, out, _how(model, steps, guidance), seed)
+    print(report.markdown({Path(model).name: summary}))
+    if against is not None:
+        d = report.paired(report.read_rows(out), report.read_rows(against))
+        print(f"paired difference to {against}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
+
+
+@app.command()
+def export(run: Path, out: Out, overwrite: Overwrite = False) -> None:
+    """Write the student of a training run as a stock diffusers folder."""
+    from advdmd.run import export_run
+
+    print(export_run(run, out, overwrite))
+
+
+@app.command()
+def mini(
+    changes: Changes = None,
+    out: Out = Path("runs/mini"),
+    overwrite: Overwrite = False,
+    images: Annotated[int, typer.Option(help="Images per task.")] = 96,
+) -> None:
+    """The main job: distil the shipped teacher to 4 steps and score it beside its teacher."""
+    from advdmd.run import mini as go
+
+    result = go(out, changes or [], overwrite, images)
+    print("\n" + result["table"])
+    print(f"comparison: {out / 'comparison.png'}\nstudent:    {result['student']}")
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the last checkpoint is kept, the same command goes on from it", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,75 @@
+"""A pool of captioned scenes to train on, the same for the same seed, and how a step's batch is dealt from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advdmd.rng import generator
+from advdmd.world import caption
+from advdmd.world.render import render, to_uint8
+from advdmd.world.scene import FULL, TASKS, Scene, Spec, World, draw, random_spec, stable_hash
+
+DENSE = "dense"
+HELD_OUT = 5  # one prompt in five of these tasks is kept for evaluation
+HELD_OUT_TASKS = ("position", "color_attr", DENSE)
+
+
+def words(task: str, spec: Spec) -> str:
+    """The caption of a spec in its task's style."""
+    return caption.dense(spec) if task == DENSE else caption.short(spec)
+
+
+def held_out(task: str, prompt: str) -> bool:
+    """Whether a prompt is for evaluation only. The other four tasks have too few prompts to keep any back."""
+    return task in HELD_OUT_TASKS and stable_hash(prompt) % HELD_OUT == 0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """n prompts, and R images of each: pixels [n, R, 32, 32, 3] uint8."""
+
+    prompts: tuple[str, ...]
+    images: np.ndarray
+
+    def pixels(self, i: Tensor, r: Tensor | int = 0) -> Tensor:
+        """[N, 3, 32, 32] in [-1, 1]: image r of prompt i."""
+        return torch.from_numpy(self.images[i.numpy(), np.asarray(r)]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _scenes(task: str, rng: np.random.Generator, world: World, reals: int) -> tuple[str, list[Scene]]:
+    while True:  # a prompt that is held out, or too crowded to place quickly, is passed over
+        spec = random_spec(task, rng, world)
+        prompt = words(task, spec)
+        if world.holds_out(spec) or held_out(task, prompt):
+            continue
+        try:
+            return prompt, [draw(spec, rng, world, attempts=2) for _ in range(reals)]
+        except ValueError:
+            continue
+
+
+def make_pool(n: int, seed: int, world: World = FULL, say: Callable[[int], object] | None = None, reals: int = 1) -> Pool:
+    """n training prompts, half from GenEval's six tasks in equal shares, half dense, with `reals` images of each."""
+    if n < 1 or reals < 1:
+        raise ValueError(f"a pool of {n} prompts with {reals} images each: both must be at least 1")
+    prompts, scenes = [], []
+    for i in range(n):
+        task = TASKS[i // 2 % len(TASKS)] if i % 2 else DENSE
+        prompt, drawn = _scenes(task, np.random.default_rng([seed, i]), world, reals)
+        prompts.append(prompt)
+        scenes += drawn
+        if say:
+            say(i + 1)
+    images = np.concatenate([to_uint8(render(scenes[i : i + 1024])) for i in range(0, len(scenes), 1024)])
+    return Pool(tuple(prompts), images.reshape(n, reals, *images.shape[1:]))
+
+
+def deal(n_pool: int, n: int, seed: int, step: int) -> tuple[Tensor, list[int]]:
+    """Which n pool entries step takes (without repeats within an epoch), and the samples' ids. Pure in its arguments."""
+    ids = range(step * n, step * n + n)
+    epochs = {i // n_pool for i in ids}
+    orders = {k: torch.randperm(n_pool, generator=generator(seed, "epoch", k)) for k in epochs}
+    return torch.stack([orders[i // n_pool][i % n_pool] for i in ids]), list(ids)

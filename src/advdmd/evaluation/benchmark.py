@@ -1,0 +1,37 @@
+"""What a benchmark offers: items to draw, and verdicts on what was drawn. Generating and scoring meet only on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a suite: its task, what a scorer needs to know, and how many images of it are drawn."""
+
+    id: str
+    prompt: str
+    task: str
+    meta: dict[str, Any]
+    n_images: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The score of one image in [0, 1], by the suite's own rule (`loose`) and by the strict one; why it failed."""
+
+    loose: float
+    strict: float
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(Protocol):
+    """A suite: a new one is one file with these."""
+
+    name: str
+
+    def items(self) -> Sequence[Item]: ...
+    def judge(self, items: Sequence[Item], images: np.ndarray) -> list[Verdict]: ...

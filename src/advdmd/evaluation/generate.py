@@ -1,0 +1,54 @@
+"""Prompts x seeds to PNG files and a manifest; what is already drawn is not drawn again."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from advdmd.evaluation.benchmark import Benchmark, Item
+from advdmd.train.checkpoint import write_atomically, write_text
+
+Painter = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys) -> [N, H, W, 3] uint8
+
+
+def image_path(folder: Path, item: Item, k: int) -> Path:
+    return folder / "images" / item.id / f"{k}.png"
+
+
+def jobs(benchmark: Benchmark) -> list[tuple[Item, int]]:
+    """Every (item, image index) of a suite, in order."""
+    return [(item, k) for item in benchmark.items() for k in range(item.n_images)]
+
+
+def generate(benchmark: Benchmark, paint: Painter, folder: Path, seed: int, about: dict, batch: int = 512) -> None:
+    """Draw what is missing of a suite into `folder`; an image's noise is keyed by suite, item, index and seed.
+
+    Raises ValueError if the folder holds images of another model, sampling, suite or seed.
+    """
+    manifest = folder / "manifest.json"
+    record = {"suite": benchmark.name, "seed": seed, **about}
+    if manifest.exists() and (found := json.loads(manifest.read_text())) != record:
+        changed = sorted(k for k in {*found, *record} if found.get(k) != record.get(k))
+        raise ValueError(f"{folder} holds images of another run ({', '.join(changed)} differ): choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(manifest, json.dumps(record, indent=1))
+    missing = [(item, k) for item, k in jobs(benchmark) if not image_path(folder, item, k).exists()]
+    for i in range(0, len(missing), batch):
+        part = missing[i : i + batch]
+        images = paint([item.prompt for item, _ in part], [(benchmark.name, item.id, k, seed) for item, k in part])
+        for (item, k), image in zip(part, images, strict=True):
+            path = image_path(folder, item, k)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda p, image=image: Image.fromarray(image).save(p, format="PNG"))
+
+
+def read_images(benchmark: Benchmark, folder: Path) -> np.ndarray:
+    """All images of a suite [N, H, W, 3]; raises ValueError if any is missing: a partial run has no score."""
+    wanted = jobs(benchmark)
+    missing = [str(image_path(folder, item, k)) for item, k in wanted if not image_path(folder, item, k).exists()]
+    if missing:
+        done = len(wanted) - len(missing)
+        raise ValueError(f"{folder}: only {done}/{len(wanted)} images are there (first missing: {missing[0]}); run it again")
+    return np.stack([np.asarray(Image.open(image_path(folder, item, k)).convert("RGB")) for item, k in wanted])

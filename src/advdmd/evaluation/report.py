@@ -1,0 +1,94 @@
+"""Verdicts to tables: means per task, prompt-clustered bootstrap intervals, paired differences."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advdmd.evaluation.benchmark import Benchmark, Verdict
+from advdmd.evaluation.generate import jobs
+from advdmd.train.checkpoint import write_text
+
+RESAMPLES = 2000
+Rows = list[dict[str, Any]]  # one per image: item, k, task, loose, strict, reason, ...
+
+
+def rows(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> Rows:
+    pairs = zip(jobs(benchmark), verdicts, strict=True)
+    return [{"item": i.id, "k": k, "task": i.task, "prompt": i.prompt, **asdict(v)} for (i, k), v in pairs]
+
+
+def _by_prompt(table: Rows, key: str) -> dict[str, list[np.ndarray]]:
+    """Task -> scores of each prompt's images."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for r in table:
+        out.setdefault(r["task"], {}).setdefault(r["item"], []).append(r[key])
+    return {t: [np.array(v) for v in prompts.values()] for t, prompts in out.items()}
+
+
+def _resampled(prompts: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """[RESAMPLES] means over images when prompts are drawn with replacement."""
+    total, count = np.array([p.sum() for p in prompts]), np.array([len(p) for p in prompts])
+    i = rng.integers(len(prompts), size=(RESAMPLES, len(prompts)))
+    return total[i].sum(1) / count[i].sum(1)
+
+
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled means."""
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def summarise(table: Rows, key: str) -> dict[str, Any]:
+    """Mean and interval of each task, and of `overall`: the unweighted mean of the tasks, as in GenEval."""
+    rng, tasks = np.random.default_rng(0), _by_prompt(table, key)
+    means = {t: float(np.concatenate(p).mean()) for t, p in tasks.items()}
+    draws = {t: _resampled(p, rng) for t, p in tasks.items()}
+    out = {t: {"mean": means[t], "interval": interval(draws[t])} for t in tasks}
+    overall = np.stack(list(draws.values())).mean(0)
+    return {"overall": {"mean": float(np.mean(list(means.values()))), "interval": interval(overall)}, **out}
+
+
+def paired(a: Rows, b: Rows, key: str = "strict") -> dict[str, Any]:
+    """Overall difference a - b with its interval, images paired by prompt and index.
+
+    Raises ValueError if the two were not scored on the same images' keys.
+    """
+    names = lambda t: [(r["item"], r["k"]) for r in t]  # noqa: E731
+    if names(a) != names(b):
+        raise ValueError("these two results are of different suites or sizes: a paired difference needs the same images")
+    return summarise([x | {key: x[key] - y[key]} for x, y in zip(a, b, strict=True)], key)["overall"]
+
+
+def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
+    """verdicts.jsonl, table.json and table.md beside the images."""
+    write_text(folder / "verdicts.jsonl", "".join(json.dumps(r) + "\n" for r in table))
+    write_text(folder / "table.json", json.dumps(summary, indent=1))
+    write_text(folder / "table.md", markdown({folder.name: summary}))
+
+
+def read_rows(folder: Path) -> Rows:
+    path = folder / "verdicts.jsonl"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no verdicts.jsonl: score it first with advdmd eval")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _cell(x: dict[str, Any]) -> str:
+    return f"{x['mean']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}]"
+
+
+def markdown(summaries: dict[str, dict[str, Any]]) -> str:
+    """One column per model: strict by task, then the loose rule, diversity and what it cost."""
+    names, first = list(summaries), next(iter(summaries.values()))
+    lines = ["| strict | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for task in first["strict"]:
+        label = f"**{task}**" if task == "overall" else task
+        lines.append(f"| {label} | " + " | ".join(_cell(summaries[n]["strict"][task]) for n in names) + " |")
+    lines.append("| loose, overall | " + " | ".join(_cell(summaries[n]["loose"]["overall"]) for n in names) + " |")
+    share = lambda s: f"{s['diversity']['mean']:.2f}" if s.get("diversity") else "-"  # noqa: E731
+    lines.append("| diversity against the renderer | " + " | ".join(share(summaries[n]) for n in names) + " |")
+    lines.append("| evaluations per image | " + " | ".join(str(summaries[n].get("nfe", "-")) for n in names) + " |")
+    return "\n".join(lines) + "\n"

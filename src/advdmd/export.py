@@ -1,0 +1,82 @@
+"""A student as other people load it: a stock diffusers folder, its scheduler, a model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from advdmd import flow
+from advdmd.models.load import NOTE, read_note
+from advdmd.models.sampler import Sampling
+
+
+def sigmas(how: Sampling) -> list[float]:
+    """What a stock SD3 pipeline must be told: its scheduler applies the shift itself, so the grid before shifting."""
+    return [round(float(t), 6) for t in flow.grid(how.steps, 1.0)[:-1]]
+
+
+def snippet(folder: str, how: Sampling, t5_length: int, size: int) -> str:
+    return f"""import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}", text_encoder_3=None, tokenizer_3=None)
+torch.manual_seed(0)  # the noise of the hops is drawn from the global generator
+image = pipe(
+    "a picture of a red circle",
+    sigmas={sigmas(how)},
+    guidance_scale=1.0,
+    height={size},
+    width={size},
+    max_sequence_length={t5_length},
+).images[0]
+"""
+
+
+def export_student(backbone: Any, net: nn.Module, how: Sampling, teacher: Path, folder: Path, note: dict[str, Any]) -> Path:
+    """Write the teacher's pipeline with the student as its transformer and a stochastic scheduler; atomic as a whole.
+
+    Raises ValueError for eta < 1: stock schedulers re-noise fully, so only eta = 1 is the same sampler there.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    if how.eta != 1:
+        raise ValueError(f"eta={how.eta}: stock schedulers only know eta=1; train with algorithm.eta=1 to export")
+    parts = dict(backbone.pipe.components)
+    parts["transformer"] = net
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=True)
+    pipe = StableDiffusion3Pipeline(**parts)
+    making = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    pipe.save_pretrained(making)
+    sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta}
+    old = read_note(teacher)
+    record = {"sampling": sampling, "t5_length": backbone.t5_length, "base_model": old.get("name", teacher.name), **note}
+    (making / NOTE).write_text(json.dumps(record, indent=1))
+    (making / "README.md").write_text(_card(folder.name, how, backbone, record))
+    shutil.rmtree(folder, ignore_errors=True)
+    making.rename(folder)
+    return folder
+
+
+def _card(name: str, how: Sampling, backbone: Any, record: dict[str, Any]) -> str:
+    size = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {record["base_model"]}
+base_model_relation: finetune
+tags: [advdmd, distillation, few-step]
+---
+# {record["base_model"]} in {how.steps} steps
+
+Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {how.steps} steps:
+
+```python
+{snippet(name, how, backbone.t5_length, size)}```
+
+Pass `sigmas` as shown (the default grid of the pipeline is another one) and `max_sequence_length={backbone.t5_length}`.
+With stochastic sampling the pipeline's `generator` seeds only the first noise: call `torch.manual_seed` to repeat an image.
+The scheduler has shift {how.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
+"""

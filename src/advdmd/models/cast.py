@@ -1,0 +1,85 @@
+"""Who plays: teacher, student, fake score and critic, all made from one backbone."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from advdmd import flow
+from advdmd.models.backbone import Backbone
+from advdmd.models.critic import CriticConfig, Heads, scale_gradient
+from advdmd.types import Cond
+
+
+class Teacher:
+    """A frozen network (the backbone's own unless `net` is given) under classifier-free guidance, as one double batch."""
+
+    def __init__(self, backbone: Backbone, guidance: float, null: Cond, net: nn.Module | None = None):
+        if guidance < 1:
+            raise ValueError(f"guidance={guidance}: below 1 it would push away from the prompt; 1 turns guidance off")
+        self.backbone, self.guidance, self.null = backbone, guidance, null
+        self.net = backbone.net if net is None else net
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.guidance == 1:
+            return self.backbone.velocity(self.net, x, t, cond)
+        both = Cond.cat([cond, self.null[torch.zeros(len(x), dtype=torch.long)]])
+        v, v_null = self.backbone.velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return flow.guide(v, v_null, self.guidance)
+
+
+class Networks(nn.Module):
+    """The fake score and the critic's heads: two networks that learn from one loss."""
+
+    def __init__(self, score: nn.Module, heads: Heads):
+        super().__init__()
+        self.score, self.heads = score, heads
+
+
+class Critic:
+    """(x, t, cond) -> logit, low on generated and high on real.
+
+    Gradients reach the trunk only in two ways: `trunk_weight` of them while the critic learns, and all of them, with the
+    networks frozen, when `follow` asks for the gradient in x (GAN back-propagation).
+    """
+
+    def __init__(self, backbone: Backbone, fake: Networks, config: CriticConfig):
+        self.backbone, self.fake, self.config = backbone, fake, config
+
+    @property
+    def _trunk(self) -> nn.Module:
+        return self.fake.score if self.config.trunk == "fake" else self.backbone.net
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        weight = self.config.trunk_weight
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            features = self.backbone.features(self._trunk, x, t, cond, self.fake.heads.taps)
+        return self.fake.heads([scale_gradient(f, weight) for f in features])
+
+    def follow(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The logit with its gradient in x; no parameter of trunk or heads receives any."""
+        with frozen(self._trunk), frozen(self.fake.heads):
+            return self.fake.heads(self.backbone.features(self._trunk, x, t, cond, self.fake.heads.taps))
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """No parameter of `net` enters a graph built inside."""
+    was = [(p, p.requires_grad) for p in net.parameters()]
+    net.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in was:
+            p.requires_grad_(flag)
+
+
+def distillation(backbone: Backbone, config: CriticConfig, seed: int) -> tuple[nn.Module, Networks]:
+    """Student, and fake score with heads: full copies of the teacher, which is frozen in place."""
+    backbone.net.requires_grad_(False).eval()
+    student, score = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
+    torch.manual_seed(seed)
+    width = backbone.token_width
+    return student, Networks(score, Heads(width, config.taps(len(backbone.blocks(score))), config.hidden))

@@ -1,0 +1,59 @@
+"""Pipeline folders to backbones: shipped names, diffusers folders, and students we exported."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from advdmd.models.sampler import Sampling
+from advdmd.models.sd3 import SD3
+
+SHIPPED = ("mini-sd3", "mini-sd35")
+NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled and the text length it was trained with
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a shipped teacher, or a path as it is. Raises ValueError if it is not a pipeline."""
+    path = Path(str(files("advdmd") / "teachers" / name)) if name in SHIPPED else Path(name)
+    if not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no model_index.json)"
+        )
+    return path
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    return json.loads((path / NOTE).read_text()) if (path / NOTE).is_file() else {}
+
+
+def load_pipeline(path: Path) -> Any:
+    """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network."""
+    import diffusers
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    index = json.loads((path / "model_index.json").read_text())
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise ValueError(f"{path} holds a {index.get('_class_name')}: StableDiffusion3Pipeline is supported")
+    # A pipeline saved without its third encoder must be told so again when it is loaded.
+    absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [None])[0] is None}
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(name: str) -> tuple[SD3, Sampling]:
+    """Backbone and its own way of sampling (a teacher without a note: 40 steps, guidance 4)."""
+    path = folder_of(name)
+    note = read_note(path)
+    backbone = SD3(load_pipeline(path), t5_length=note.get("t5_length", 256))
+    backbone.net.requires_grad_(False).eval()
+    return backbone, Sampling(**note.get("sampling", {"steps": 40, "guidance": 4.0}))
+
+
+def in_miniature(backbone: SD3) -> bool:
+    """Whether a pipeline is one of the miniature's, whose vocabulary is closed."""
+    return backbone.pipe.tokenizer.model_max_length < 77

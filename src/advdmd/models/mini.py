@@ -1,0 +1,133 @@
+"""The miniature's models: real diffusers and transformers classes with small numbers, built offline.
+
+The same builders make the shipped teachers and the smaller ones in the tests.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IMAGE, LATENT, CHANNELS = 32, 8, 4  # pixels, latent side, latent channels: 256 numbers an image
+TEXT_LENGTH = 25  # tokens, start and end included: the longest caption of the miniature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Widths of a miniature pipeline. `width` and `text_width` are multiples of 32."""
+
+    width: int = 96
+    layers: int = 4
+    patch: int = 2
+    text_width: int = 64
+    text_layers: int = 1
+    vae_channels: tuple[int, ...] = (16, 16, 32)
+
+    def __post_init__(self) -> None:
+        for name in ("width", "text_width"):
+            if getattr(self, name) < 32 or getattr(self, name) % 32:
+                raise ValueError(f"Size({name}={getattr(self, name)}): must be a positive multiple of 32, the head size")
+        if LATENT % self.patch:
+            raise ValueError(f"Size(patch={self.patch}): must divide the latent side {LATENT}")
+
+
+def clip_tokenizer(corpus: Sequence[str]) -> Any:
+    """A CLIPTokenizer whose byte-pair merges were learned on a closed vocabulary: every word of it is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    stock = CLIPTokenizer()  # lends its normaliser and pre-tokeniser
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = stock.backend_tokenizer.normalizer
+    bpe.pre_tokenizer = stock.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<pad>", "<unk>", "<|endoftext|>"],  # CLIP's pooling breaks for an end id of 2
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) for m in learned["merges"]]
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def _text_encoder(tokenizer: Any, size: Size) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=4 * size.text_width,
+        num_attention_heads=size.text_width // 32,
+        num_hidden_layers=size.text_layers,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=size.text_width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="gelu",
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def autoencoder(size: Size) -> Any:
+    """A tiny AutoencoderKL, 32 x 32 x 3 -> 8 x 8 x 4, without attention; scale and shift are set after training."""
+    from diffusers import AutoencoderKL
+
+    n = len(size.vae_channels)
+    return AutoencoderKL(
+        sample_size=IMAGE,
+        block_out_channels=size.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    ).eval()
+
+
+def sd3(corpus: Sequence[str], size: Size, *, sd35: bool, seed: int = 0, vae: Any = None) -> Any:
+    """A randomly initialised StableDiffusion3Pipeline; `sd35` adds what SD3.5 added: RMS-normed queries and keys, and
+    dual attention in the first half of the blocks. The third encoder is absent, as SD3 allows."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = clip_tokenizer(corpus), clip_tokenizer(corpus)
+    encoders = [_text_encoder(tokenizer, size) for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT,
+        patch_size=size.patch,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=size.layers,
+        attention_head_dim=32,
+        num_attention_heads=size.width // 32,
+        joint_attention_dim=2 * size.text_width,
+        caption_projection_dim=size.width,
+        pooled_projection_dim=2 * size.text_width,
+        pos_embed_max_size=LATENT // size.patch,
+        qk_norm="rms_norm" if sd35 else None,
+        dual_attention_layers=tuple(range(size.layers // 2)) if sd35 else (),
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae or autoencoder(size),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        image_encoder=None,
+        feature_extractor=None,
+    )

@@ -1,0 +1,69 @@
+"""Prompts to images with any network of a backbone: the teacher's guided ODE, or a student's few noisy hops."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from advdmd import flow
+from advdmd.kernels import cps
+from advdmd.models.backbone import Backbone
+from advdmd.models.cast import Teacher
+from advdmd.rng import generator
+from advdmd.rollout import rollout, sample_ode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample: `eta` None is the ODE (a teacher, with `guidance`), else a student's noise share."""
+
+    steps: int
+    shift: float = 3.0
+    guidance: float = 1.0
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        flow.grid(self.steps, self.shift)
+        if self.eta is not None:
+            cps(self.eta)
+        if self.guidance < 1:
+            raise ValueError(f"guidance={self.guidance}: must be at least 1, which turns it off")
+        if self.eta is not None and self.guidance != 1:
+            raise ValueError(f"guidance={self.guidance}: a few-step student has its guidance built in; leave it at 1")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image; guidance costs two a step."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+
+def draw_noise(keys: Sequence[object], shape: Sequence[int], hops: int) -> Tensor:
+    """[hops, N, *shape]: every image has a stream of its own, so results do not depend on batches."""
+    return torch.stack([torch.randn(hops, *shape, generator=generator("image", k)) for k in keys], 1)
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    net: nn.Module,
+    prompts: Sequence[str],
+    noise: Tensor,
+    how: Sampling,
+    batch: int = 128,
+    say: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1]; noise [>= hops, N, ...] as from `draw_noise` (the ODE uses the first)."""
+    grid, out = flow.grid(how.steps, how.shift), []
+    null = backbone.embed(backbone.tokenize([""]))
+    velocity = Teacher(backbone, how.guidance, null, net)
+    for i in torch.arange(len(prompts)).split(batch):
+        cond = backbone.embed(backbone.tokenize([prompts[k] for k in i.tolist()]))
+        if how.eta is None:
+            x0 = sample_ode(velocity, cond, noise[0, i], grid)
+        else:
+            x0 = rollout(velocity, cond, noise[:, i], grid, cps(how.eta)).x[-1]
+        out.append(backbone.decode(x0))
+        if say:
+            say(int(i[-1]) + 1)
+    return torch.cat(out)

@@ -1,0 +1,94 @@
+"""SD3 and SD3.5 through diffusers' own classes."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advdmd.models.backbone import Features
+from advdmd.types import Cond
+
+
+class SD3:
+    """A StableDiffusion3Pipeline as a backbone: SD3 Medium, SD3.5 Medium and Large, and their miniatures.
+
+    `t5_length` is the pipeline's max_sequence_length: SD3 attends to padding, so text length is part of the function, and
+    training must use exactly the length that sampling uses. Without a third encoder the pipeline feeds that many zeros.
+    """
+
+    def __init__(self, pipe: Any, t5_length: int = 256):
+        if pipe.text_encoder_3 is not None:
+            raise ValueError("this pipeline has a T5 encoder: only SD3 pipelines without one are supported so far")
+        self.pipe, self.t5_length = pipe, t5_length
+        self.net: nn.Module = pipe.transformer
+        self.vae = pipe.vae
+        self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
+        self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
+        self.token_width = pipe.transformer.inner_dim
+        side = pipe.transformer.config.sample_size
+        self.latent_shape = (pipe.transformer.config.in_channels, side, side)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """[N, 2, L] token ids of both CLIP tokenizers, padded to their full length."""
+        ids = [
+            t(
+                list(prompts), padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt"
+            ).input_ids
+            for t in self.tokenizers
+        ]
+        return torch.stack(ids, 1)
+
+    def embed(self, ids: Tensor) -> Cond:
+        """Token ids [N, 2, L] -> the pipeline's prompt embeddings [N, L + t5_length, D] and pooled ones [N, P]."""
+        out = [e(ids[:, i], output_hidden_states=True) for i, e in enumerate(self.encoders)]
+        clip = torch.cat([o.hidden_states[-2] for o in out], -1)
+        width = self.net.config.joint_attention_dim
+        clip = nn.functional.pad(clip, (0, width - clip.shape[-1]))
+        t5 = clip.new_zeros(len(ids), self.t5_length, width)
+        return Cond(torch.cat([clip, t5], 1), torch.cat([o.text_embeds for o in out], -1))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents, the posterior's mean."""
+        z = self.vae.encode(pixels).latent_dist.mean
+        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images [N, 3, H, W] in [-1, 1]."""
+        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v = e - x0 at x [N, C, H, W], t [N]; SD3 takes t * 1000 and already points from data to noise."""
+        return net(
+            hidden_states=x,
+            timestep=t * 1000,
+            encoder_hidden_states=cond.embeds,
+            pooled_projections=cond.pooled,
+            return_dict=False,
+        )[0]
+
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
+        """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
+        found: dict[int, Tensor] = {}
+
+        def keep(i: int) -> Any:
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                found[i] = out[1]
+                if i == max(taps):
+                    raise Features
+
+            return hook
+
+        handles = [self.blocks(net)[i].register_forward_hook(keep(i)) for i in taps]
+        try:
+            with suppress(Features):
+                self.velocity(net, x, t, cond)
+        finally:
+            for h in handles:
+                h.remove()
+        return [found[i] for i in taps]
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        return list(net.transformer_blocks)

@@ -1,0 +1,168 @@
+"""A recipe is one frozen value; overrides are dotted keys; unknown keys are errors; the resolved recipe is written down."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.algorithms.dmd2 import DMD2
+from advdmd.models.critic import CriticConfig
+from advdmd.train.learner import Optim
+
+CONSTRUCTORS = {"AdvDMD": AdvDMD, "DMD2": DMD2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run trains on: `prompts` of the miniature's world with `reals` images each."""
+
+    world: Literal["full", "half"] = "half"
+    prompts: int = 1600
+    reals: int = 4
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.reals < 1:
+            raise ValueError(f"Data(prompts={self.prompts}, reals={self.reals}): both must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a distillation run. `teacher` is a pipeline folder or a shipped name."""
+
+    teacher: str
+    algorithm: AdvDMD | DMD2
+    guidance: float  # of the teacher, where distribution matching looks at it
+    iterations: int
+    prompts_per_step: int = 8
+    match: Optim = Optim(lr=1e-4)
+    policy: Optim = Optim(lr=1e-5)
+    fake: Optim = Optim(lr=2e-4, betas=(0.0, 0.999))
+    heads_rate: float = 3.0  # learning rate of the critic's heads, as a multiple of the fake score's
+    critic: CriticConfig = CriticConfig()
+    data: Data = Data()
+    ema: float = 0.95
+    seed: int = 0
+    threads: int = 2
+    save_every: int = 50
+    look_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.guidance < 1:
+            raise ValueError(f"guidance={self.guidance}: below 1 it would push away from the prompt; 1 turns it off")
+        for name in ("iterations", "prompts_per_step", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: a decay lies in [0, 1)")
+        if self.save_every < 0 or self.look_every < 0:
+            raise ValueError("save_every and look_every count iterations: 0 means only at the end")
+
+    @property
+    def group(self) -> int:
+        """Samples per prompt: the advantage's group; DMD2 has no use for groups but takes the same batches."""
+        return self.algorithm.group if isinstance(self.algorithm, AdvDMD) else 8
+
+    @property
+    def batch(self) -> int:
+        return self.prompts_per_step * self.group
+
+
+def known() -> dict[str, Any]:
+    """Recipe name -> function that makes it."""
+    from advdmd.recipes import mini
+
+    return dict(mini.RECIPES)
+
+
+def named(name: str) -> Recipe:
+    """A recipe by name; raises ValueError that lists the names."""
+    if name not in known():
+        near = difflib.get_close_matches(name, known(), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"recipe {name!r} is unknown.{hint} There are: {', '.join(known())}")
+    return known()[name]()
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "="."""
+    import yaml
+
+    out = {}
+    for word in words:
+        key, eq, value = word.partition("=")
+        if not eq or not key:
+            raise ValueError(f"override {word!r}: write key=value, for example algorithm.steps=2")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"override {word!r}: {value!r} is not a value (number, text, true, [list])") from None
+    return out
+
+
+def _flatten(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= _flatten(v, f"{head}{k}.") if isinstance(v, Mapping) else {f"{head}{k}": v}
+    return out
+
+
+def override(value: Any, changes: Mapping[str, Any], path: str = "") -> Any:
+    """A copy of a frozen dataclass with dotted keys replaced, types checked. Raises ValueError naming key and rule."""
+    from pydantic import TypeAdapter, ValidationError
+
+    names = {f.name: f for f in fields(value)}
+    new: dict[str, Any] = {f: getattr(value, f) for f in names}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, v in changes.items():
+        head, _, rest = key.partition(".")
+        if head not in names:
+            near = difflib.get_close_matches(head, names, 1)
+            hint = f" Did you mean {path}{near[0]}?" if near else ""
+            raise ValueError(f"unknown key {path}{key}.{hint} {type(value).__name__} has: {', '.join(names)}")
+        if rest:
+            if not is_dataclass(new[head]):
+                raise ValueError(f"key {path}{key}: {path}{head} is a plain value, not a group of settings")
+            inner.setdefault(head, {})[rest] = v
+        elif is_dataclass(new[head]):
+            raise ValueError(f"key {path}{head} is a group of settings: write {path}{head}.NAME=value")
+        else:
+            try:
+                new[head] = TypeAdapter(names[head].type).validate_python(v)
+            except ValidationError as e:
+                raise ValueError(f"{path}{head}={v!r}: {e.errors()[0]['msg'].lower()} ({names[head].type})") from None
+    for head, rest in inner.items():
+        new[head] = override(new[head], rest, f"{path}{head}.")
+    return type(value)(**new)
+
+
+def resolve(source: str, words: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """A recipe's name, or a YAML file with `recipe: NAME` and changes, then dotted overrides -> (name, recipe)."""
+    import yaml
+
+    changes: dict[str, Any] = {}
+    if source.endswith((".yaml", ".yml")):
+        try:
+            tree = yaml.safe_load(Path(source).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ValueError(f"recipe file {source}: {e}") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("recipe"), str):
+            raise ValueError(f"recipe file {source}: needs a line 'recipe: NAME' with one of {', '.join(known())}")
+        source = tree.pop("recipe")
+        changes = _flatten(tree)
+    return source, override(named(source), changes | parse_overrides(words))
+
+
+def dump(name: str, recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `resolve` reads back to an equal value."""
+    import yaml
+
+    return yaml.safe_dump({"recipe": name, **json.loads(json.dumps(asdict(recipe)))}, sort_keys=False)
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Lines "key: a -> b" for every setting in which two recipes differ."""
+    fa, fb = _flatten(asdict(a)), _flatten(asdict(b))
+    return [f"{k}: {fa.get(k)} -> {fb.get(k)}" for k in fa | fb if fa.get(k) != fb.get(k)]

@@ -1,0 +1,39 @@
+"""Randomness that belongs to the sample: (seed, step, sample, name) fixes a draw on any rank, batch split or resume."""
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator seeded by the hash of a key."""
+    digest = blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class Rng:
+    """Named streams for the samples of one step. Two draws of one name are equal; use a new name for a new draw."""
+
+    def __init__(self, seed: int, step: int, samples: Sequence[int]):
+        self.seed, self.step, self.samples = seed, step, tuple(samples)
+
+    def _each(self, name: str) -> Iterator[torch.Generator]:
+        return (generator(self.seed, self.step, i, name) for i in self.samples)
+
+    def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """[N, *shape] standard normal."""
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._each(name)])
+
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """[N] uniform in [low, high)."""
+        return low + (high - low) * torch.stack([torch.rand((), generator=g) for g in self._each(name)])
+
+    def index(self, name: str, low: int, high: int) -> Tensor:
+        """[N] integers in [low, high)."""
+        return torch.stack([torch.randint(low, high, (), generator=g) for g in self._each(name)])
+
+    def permutation(self, name: str) -> Tensor:
+        """[N] one random order of all samples of the step (it belongs to the step, not to a sample)."""
+        return torch.randperm(len(self.samples), generator=generator(self.seed, self.step, "all", name))

@@ -1,0 +1,61 @@
+"""Walking a few-step student along its own grid, and the path it leaves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advdmd.kernels import Gaussian, Kernel, ode, transition
+
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x [N, ...], t [N], cond [N]) -> v [N, ...]
+
+
+@dataclass(frozen=True)
+class Path:
+    """x[k] lives at time t[k]; hop k -> k + 1 landed at a spot of closeness close[k] to its mean."""
+
+    x: Tensor  # [K + 1, N, ...]
+    t: Tensor  # [K + 1]
+    close: Tensor  # [K - 1, N]: the last hop is deterministic and has none
+
+    @property
+    def hops(self) -> int:
+        return len(self.t) - 1
+
+    def at(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """State and time of each sample at its own index k [N]."""
+        return self.x[k, torch.arange(len(k))], self.t[k]
+
+    def __getitem__(self, i: Tensor) -> "Path":
+        return Path(self.x[:, i], self.t, self.close[:, i])
+
+
+def hop(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Any, kernel: Kernel) -> Gaussian:
+    """The Gaussian a student hops by from x at t (scalar) to s (scalar); to s = 0 without noise."""
+    t, s = t.expand(len(x)), s.expand(len(x))
+    return transition(kernel if s[0] > 0 else ode, x, velocity(x, t, cond), t, s)
+
+
+@torch.no_grad()
+def rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: Kernel) -> Path:
+    """Sample K = len(grid) - 1 hops. noise [K, N, ...]: the start, then one fresh draw for every hop but the last."""
+    x, states, close = noise[0], [noise[0]], []
+    for k in range(len(grid) - 1):
+        g = hop(velocity, x, grid[k], grid[k + 1], cond, kernel)
+        last = k == len(grid) - 2
+        x = g.mean if last else g.sample(noise[k + 1])
+        if not last:
+            close.append(g.closeness(x))
+        states.append(x)
+    return Path(torch.stack(states), grid, torch.stack(close) if close else x.new_zeros(0, len(x)))
+
+
+@torch.no_grad()
+def sample_ode(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor) -> Tensor:
+    """The plain Euler sampler a teacher uses: noise [N, ...] -> x0 [N, ...]."""
+    x = noise
+    for k in range(len(grid) - 1):
+        x = x + (grid[k + 1] - grid[k]) * velocity(x, grid[k].expand(len(x)), cond)
+    return x

@@ -1,0 +1,286 @@
+"""The verbs of the product as functions: pretrain, train, paint, evaluate, export, and the main job of the miniature."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from advdmd import recipe as recipes
+from advdmd.algorithms.base import Cast
+from advdmd.data import shapes
+from advdmd.evaluation import report
+from advdmd.evaluation.diversity import diversity
+from advdmd.evaluation.generate import Painter, generate, jobs, read_images
+from advdmd.evaluation.shapes import Shapes
+from advdmd.export import export_student
+from advdmd.models import cast, load
+from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd.recipe import Recipe
+from advdmd.train import checkpoint, loop
+from advdmd.train.book import Progress, duration
+from advdmd.train.learner import Learner
+from advdmd.types import Batch
+from advdmd.world.caption import check_prompt
+from advdmd.world.scene import WORLDS
+
+LOOK_PROMPTS = (
+    "a picture of a red circle",
+    "a picture of three squares",
+    "a picture of a blue triangle and a yellow cross",
+    "a picture of a circle left of a square",
+    "A small yellow square. A large blue circle. Square above circle. Black background.",
+    "Two small red triangles. A small green cross. Triangles left of cross. White background.",
+)
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] -> [N, H, W, 3] uint8."""
+    return ((images.permute(0, 2, 3, 1).float().numpy() + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def painter(backbone: Any, net: torch.nn.Module, how: Sampling, say: Callable[[int], object] | None = None) -> Painter:
+    """What evaluation calls to draw: prompts and keys to images."""
+
+    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        noise = draw_noise(keys, backbone.latent_shape, how.steps if how.eta is not None else 1)
+        return to_bytes(sample(backbone, net, prompts, noise, how, say=say))
+
+    return paint
+
+
+def grid_image(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
+    """Rows of images [n, H, W, 3] as one picture, enlarged without smoothing, with a thin gap."""
+    gap = np.pad(np.stack(rows), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    r, n, h, w, c = gap.shape
+    sheet = Image.fromarray(gap.transpose(0, 2, 1, 3, 4).reshape(r * h, n * w, c))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+def _claim(folder: Path, text: str, overwrite: bool, old: Callable[[], str]) -> None:
+    """Make `folder` this run's: refuse another run's unless told to overwrite, accept our own to resume."""
+    record = folder / "recipe.yaml"
+    if overwrite and folder.exists():
+        import shutil
+
+        if any(folder.iterdir()) and not record.exists():
+            raise ValueError(
+                f"{folder} is not a run of ours (no recipe.yaml): it will not be overwritten, choose another --out"
+            )
+        shutil.rmtree(folder)
+    if record.exists():
+        if record.read_text() != text:
+            raise ValueError(f"{folder} holds another run ({old()}): choose another --out, or --overwrite to lose it")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(record, text)
+
+
+@torch.no_grad()
+def _encode_pool(backbone: Any, pool: shapes.Pool) -> Tensor:
+    """Latents [n, R, C, h, w]."""
+    n, reals = pool.images.shape[:2]
+    progress, out = Progress("encoding images", n), []
+    for i in torch.arange(n).split(128):
+        z = backbone.encode(pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))))
+        out.append(z.unflatten(0, (len(i), reals)))
+        progress(int(i[-1]) + 1)
+    return torch.cat(out)
+
+
+def make_deal(r: Recipe, backbone: Any) -> Callable[[int], tuple[Batch, list[int]]]:
+    """step -> groups of one prompt each, with real latents of the same prompt. Pure in (recipe, step)."""
+    d, G = r.data, r.group
+    pool = shapes.make_pool(d.prompts, r.seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
+    latents, ids = _encode_pool(backbone, pool), backbone.tokenize(pool.prompts)
+
+    def deal(step: int) -> tuple[Batch, list[int]]:
+        i, order = shapes.deal(d.prompts, r.prompts_per_step, r.seed, step)
+        samples = [n * G + g for n in order for g in range(G)]
+        which = torch.tensor([(g + n // d.prompts) % d.reals for n in order for g in range(G)])
+        i = i.repeat_interleave(G)
+        with torch.no_grad():
+            cond = backbone.embed(ids[i[::G]])[torch.arange(len(order)).repeat_interleave(G)]
+        return Batch(cond, latents[i, which]), samples
+
+    return deal
+
+
+def make_cast(r: Recipe, backbone: Any) -> Cast:
+    """The players of a recipe: full copies of the teacher as student and fake score, heads on the critic's trunk."""
+    with torch.no_grad():
+        null = backbone.embed(backbone.tokenize([""]))
+    student, fake = cast.distillation(backbone, r.critic, r.seed)
+    velocity = backbone.velocity
+    turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
+    groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate)]
+    return Cast(
+        teacher=cast.Teacher(backbone, r.guidance, null),
+        student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),
+        fake=Learner("fake", fake, lambda x, t, c: velocity(fake.score, x, t, c), {"main": (r.fake, groups)}),
+        critic=cast.Critic(backbone, fake, r.critic),
+        auc=torch.full((r.algorithm.steps,), 0.5),
+    )
+
+
+def student_sampling(r: Recipe) -> Sampling:
+    a = r.algorithm
+    return Sampling(steps=a.steps, shift=a.shift, eta=getattr(a, "eta", 1.0))
+
+
+def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
+    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the exported student."""
+    torch.set_num_threads(r.threads)
+    teacher = load.folder_of(r.teacher)
+
+    def old() -> str:
+        return "; ".join(recipes.differences(recipes.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
+
+    _claim(folder, recipes.dump(name, r), overwrite, old)
+    backbone, _ = load.load(r.teacher)
+    players = make_cast(r, backbone)
+    how = student_sampling(r)
+    prompts = [p for p in LOOK_PROMPTS for _ in range(3)]
+
+    def look(step: int) -> None:
+        net = players.student.net
+        own = {k: v.clone() for k, v in net.state_dict().items()}
+        net.load_state_dict(players.student.averaged())
+        images = painter(backbone, net, how)(prompts, [("look", k) for k in range(len(prompts))])
+        net.load_state_dict(own)
+        (folder / "samples").mkdir(exist_ok=True)
+        grid_image([images[i : i + 9] for i in (0, 9)]).save(folder / "samples" / f"step-{step:06d}.png")
+
+    loop.run(
+        r.algorithm,
+        players,
+        make_deal(r, backbone),
+        folder,
+        seed=r.seed,
+        steps=r.iterations,
+        save_every=r.save_every,
+        look_every=r.look_every,
+        look=look,
+        extra={"auc": players.auc},
+        show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
+        label=name,
+    )
+    players.student.net.load_state_dict(players.student.averaged())
+    return export_student(
+        backbone, players.student.net, how, teacher, folder / "student", note={"recipe": name, "seed": r.seed}
+    )
+
+
+def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
+    """The averaged student of a run's newest checkpoint, as a stock diffusers folder."""
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is not a training run: it has no recipe.yaml")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty: choose another --out, or --overwrite")
+    name, r = recipes.resolve(str(run / "recipe.yaml"))
+    backbone, _ = load.load(r.teacher)
+    players = make_cast(r, backbone)
+    learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
+    if not checkpoint.resume(run / "checkpoints", learners, {"auc": players.auc}):
+        raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
+    players.student.net.load_state_dict(players.student.averaged())
+    note = {"recipe": name, "seed": r.seed}
+    return export_student(backbone, players.student.net, student_sampling(r), load.folder_of(r.teacher), out, note)
+
+
+def evaluate(
+    model: str, suite: Shapes, folder: Path, how: Sampling | None = None, seed: int = 0, batch: int = 512
+) -> dict[str, Any]:
+    """Generate into `folder`, then score from disk; writes and returns the summary."""
+    backbone, own = load.load(model)
+    how = how or own
+    about = {
+        "model": model,
+        "sampling": asdict(how),
+        "sizes": [suite.images_per_task, suite.prompts_per_task, suite.split, suite.world],
+    }
+    total = sum(i.n_images for i in suite.items())
+    progress, done = Progress(f"drawing {suite.name}", total), [0]
+
+    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        images = painter(backbone, backbone.net, how, lambda n: progress(done[0] + n))(prompts, keys)
+        done[0] += len(prompts)
+        return images
+
+    generate(suite, paint, folder, seed, about, batch)
+    return score(suite, folder, how.nfe)
+
+
+def score(suite: Shapes, folder: Path, nfe: int | None = None) -> dict[str, Any]:
+    """Score a folder of images; complete or no headline."""
+    images, wanted = read_images(suite, folder), jobs(suite)
+    table = report.rows(suite, suite.judge([i for i, _ in wanted], images))
+    summary = {
+        "suite": suite.name,
+        "split": suite.split,
+        "images": len(table),
+        "nfe": nfe,
+        "strict": report.summarise(table, "strict"),
+        "loose": report.summarise(table, "loose"),
+        "diversity": diversity(suite, images, [i.id for i, _ in wanted]),
+    }
+    report.write_results(folder, table, summary)
+    return summary
+
+
+def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> dict[str, Any]:
+    """The main job: distil the shipped mini-sd35 to 4 steps, score it beside its teacher, write table, grid, pipeline."""
+    began = time.monotonic()
+    name = "mini-sd35-advdmd"
+    r = recipes.resolve(name, words)[1]
+    student = train(name, r, folder / "run", overwrite)
+    suite = Shapes("mini-geneval", images_per_task=images, world=r.data.world)
+    steps = r.algorithm.steps
+    guided = Sampling(steps=40, shift=r.algorithm.shift, guidance=r.guidance)
+    models = {
+        "teacher, 40 steps": (r.teacher, guided),
+        f"teacher, {steps} steps": (r.teacher, replace(guided, steps=steps)),
+        f"AdvDMD, {steps} steps": (str(student), student_sampling(r)),
+    }
+    out = {k: evaluate(m, suite, folder / k.replace(", ", "-").replace(" ", "-"), how) for k, (m, how) in models.items()}
+    means = [s["strict"]["overall"]["mean"] for s in out.values()]
+    closed = (means[2] - means[1]) / (means[0] - means[1]) if means[0] != means[1] else float("nan")
+    _compare(models, folder / "comparison.png")
+    text = (
+        report.markdown(out)
+        + f"\nShare of the gap between {steps} and 40 teacher steps closed: {closed:.0%}. Took {duration(time.monotonic() - began)}.\n"
+    )
+    checkpoint.write_text(folder / "table.md", text)
+    checkpoint.write_text(folder / "table.json", json.dumps({"models": out, "gap_closed": closed}, indent=1))
+    return {"table": text, "models": out, "gap_closed": closed, "student": student}
+
+
+def _compare(models: dict[str, tuple[str, Sampling]], path: Path) -> None:
+    """The same prompts and noise, one row a model."""
+    prompts = [p for p in LOOK_PROMPTS for _ in range(2)]
+    rows = []
+    for m, how in models.values():
+        backbone, _ = load.load(m)
+        rows.append(painter(backbone, backbone.net, how)(prompts, [("compare", k) for k in range(len(prompts))]))
+    grid_image(rows).save(path)
+
+
+def paint(model: str, prompts: Sequence[str], folder: Path, how: Sampling | None = None, seed: int = 0) -> list[Path]:
+    """Draw prompts with a model into `folder`; returns the files."""
+    backbone, own = load.load(model)
+    if load.in_miniature(backbone):
+        for p in prompts:
+            check_prompt(p)
+    images = painter(backbone, backbone.net, how or own)(prompts, [("sample", k, seed) for k in range(len(prompts))])
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{k:03d}.png" for k in range(len(prompts))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    return paths

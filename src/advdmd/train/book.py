@@ -1,0 +1,60 @@
+"""The record of a run: metrics.jsonl, and a console line with the time left."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from advdmd.types import Log
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s, 2h10m."""
+    s = int(seconds)
+    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+class Progress:
+    """One line with count, rate and time left: rewritten on a terminal, printed at most every `every` seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, start: int = 0, out: TextIO | None = None, every: float = 20.0):
+        self.label, self.total, self.start, self.out = label, total, start, out or sys.stderr
+        self.every = 0.5 if self.out.isatty() else every
+        self.began, self.said = time.monotonic(), float("-inf")
+
+    def __call__(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self.said < self.every and done < self.total:
+            return
+        self.said, ran = now, now - self.began
+        left = ran / max(1, done - self.start) * (self.total - done)
+        line = f"{self.label} {done}/{self.total} · {duration(ran)} gone, {duration(left)} left" + (
+            f" · {note}" if note else ""
+        )
+        if self.out.isatty():
+            self.out.write("\r\x1b[2K" + line + ("\n" if done >= self.total else ""))
+        else:
+            self.out.write(line + "\n")
+        self.out.flush()
+
+
+class Book:
+    """Appends one JSON line per step; on resume it forgets lines of steps that will be done again."""
+
+    def __init__(self, folder: Path, label: str, steps: int, start: int = 0, show: tuple[str, ...] = ()):
+        self.path, self.show = folder / "metrics.jsonl", show
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
+            self.path.write_text("".join(line + "\n" for line in keep))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - held open for the run
+        self.progress = Progress(label, steps, start)
+
+    def write(self, step: int, log: Log) -> None:
+        self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
+        self.progress(step + 1, " ".join(f"{k} {log[k]:.4g}" for k in self.show if k in log))
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,141 @@
+"""Where losses meet an optimizer: the only file that calls backward."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advdmd.types import Log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """Adam without weight decay: `lr` after `warmup` updates, then constant or, with `decay` > 0, cosine to 2 % at `decay`."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    warmup: int = 0
+    decay: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"Optim(lr={self.lr}): the learning rate must be positive")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"Optim(betas={self.betas}): both lie in [0, 1)")
+        if not self.clip > 0:
+            raise ValueError(f"Optim(clip={self.clip}): the gradient norm to clip at must be positive")
+        if self.warmup < 0 or self.decay < 0:
+            raise ValueError(f"Optim(warmup={self.warmup}, decay={self.decay}): counts of updates cannot be negative")
+
+    def rate(self, update: int) -> float:
+        """Learning rate of update 0, 1, ..."""
+        ramp = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+        fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, update / self.decay))) if self.decay else 1.0
+        return self.lr * ramp * fall
+
+
+@dataclass
+class _Turn:
+    """One optimizer: what it moves, at which multiple of the rate, and how often it has."""
+
+    optim: Optim
+    groups: list[tuple[list[nn.Parameter], float]]
+    adam: torch.optim.Adam
+    updates: int = 0
+
+
+class Learner:
+    """A network with a part in the game: call it, or hand it losses to descend.
+
+    `turns` names its optimizers: each an Optim and groups of (parameters, multiple of the rate). `ema` keeps an average
+    of the parameters, moved after every descent with decay min(ema, (1 + n) / (10 + n)).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        net: nn.Module,
+        call: Callable[..., Any],
+        turns: Mapping[str, tuple[Optim, list[tuple[Iterable[nn.Parameter], float]]]],
+        ema: float | None = None,
+    ):
+        self.name, self.net, self._call, self.ema_decay = name, net, call, ema
+        self._turns: dict[str, _Turn] = {}
+        for key, (optim, groups) in turns.items():
+            listed = [(list(p), m) for p, m in groups]
+            adam = torch.optim.Adam([{"params": p} for p, _ in listed], lr=optim.lr, betas=optim.betas)
+            self._turns[key] = _Turn(optim, listed, adam)
+        self.averages = 0
+        self.ema = {k: p.detach().clone() for k, p in net.named_parameters()} if ema is not None else {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def descend(self, losses: Iterable[Tensor], turn: str = "main") -> Log:
+        """One optimizer step on the mean of `losses` ([n] each), back-propagated as they arrive.
+
+        Raises FloatingPointError, before anything moved, if the loss or the gradient norm is not finite.
+        """
+        t = self._turns[turn]
+        params = [p for group, _ in t.groups for p in group]
+        t.adam.zero_grad(set_to_none=True)
+        total, count = 0.0, 0
+        for loss in losses:
+            loss.sum().backward()
+            total, count = total + loss.detach().sum().item(), count + len(loss)
+        grads = [p.grad for p in params if p.grad is not None]
+        for g in grads:
+            g /= count
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise FloatingPointError(f"{self.name}/{turn}: loss {total / count}, gradient norm {norm}")
+        torch.nn.utils.clip_grads_with_norm_(params, t.optim.clip, torch.tensor(norm))
+        for setting, (_, multiple) in zip(t.adam.param_groups, t.groups, strict=True):
+            setting["lr"] = t.optim.rate(t.updates) * multiple
+        t.adam.step()
+        t.adam.zero_grad(set_to_none=True)
+        t.updates += 1
+        self._average()
+        label = self.name if turn == "main" else f"{self.name}/{turn}"
+        return {f"{label}/loss": total / count, f"{label}/norm": norm}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema_decay is None:
+            return
+        decay = min(self.ema_decay, (1 + self.averages) / (10 + self.averages))
+        for k, p in self.net.named_parameters():
+            self.ema[k].lerp_(p, 1 - decay)
+        self.averages += 1
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The state dict to sample from: buffers as they are, parameters averaged where an average is kept."""
+        return {**self.net.state_dict(), **self.ema}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that must survive a stop: tensors by name, and counters."""
+        tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()}
+        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
+        for key, t in self._turns.items():
+            for i, p in enumerate(q for group, _ in t.groups for q in group):
+                tensors |= {f"adam/{key}/{i}/{k}": v for k, v in t.adam.state.get(p, {}).items()}
+        return tensors, {"averages": self.averages, "updates": {k: t.updates for k, t in self._turns.items()}}
+
+    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Inverse of `state`; missing or extra names are errors."""
+        part = lambda head: {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
+        self.net.load_state_dict(part("net/"), strict=True)
+        if set(part("ema/")) != set(self.ema):
+            raise ValueError(f"{self.name}: the saved average does not match this recipe's")
+        for k, v in part("ema/").items():
+            self.ema[k].copy_(v)
+        self.averages = counters["averages"]
+        for key, t in self._turns.items():
+            t.updates = counters["updates"][key]
+            for i, p in enumerate(q for group, _ in t.groups for q in group):
+                if saved := part(f"adam/{key}/{i}/"):
+                    t.adam.state[p] = {k: v.clone() for k, v in saved.items()}

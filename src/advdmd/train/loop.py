@@ -1,0 +1,57 @@
+"""The training loop: deal a batch, play an iteration, write down what happened, save, look."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from advdmd.rng import Rng
+from advdmd.train import checkpoint
+from advdmd.train.book import Book
+from advdmd.train.learner import Learner
+from advdmd.types import Batch
+
+
+def due(done: int, every: int, total: int) -> bool:
+    """Whether something that happens every `every` steps, and at the end, happens after `done` steps."""
+    return done == total or (every > 0 and done % every == 0)
+
+
+def run(
+    algorithm: Any,
+    cast: Any,
+    deal: Callable[[int], tuple[Batch, list[int]]],
+    folder: Path,
+    *,
+    seed: int,
+    steps: int,
+    save_every: int,
+    look_every: int = 0,
+    look: Callable[[int], object] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    show: tuple[str, ...] = (),
+    label: str = "train",
+) -> None:
+    """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
+
+    deal(step) -> (batch, sample ids), pure. `extra` are tensors changed in place that belong to the run's state.
+    Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
+    """
+    players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
+    start = checkpoint.resume(folder / "checkpoints", players, extra)
+    book = Book(folder, label, steps, start, show)
+    try:
+        for step in range(start, steps):
+            batch, samples = deal(step)
+            try:
+                log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples))
+            except FloatingPointError as e:
+                raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
+            book.write(step, log)
+            if look and due(step + 1, look_every, steps):
+                look(step + 1)
+            if due(step + 1, save_every, steps):
+                checkpoint.save(folder / "checkpoints", step + 1, players, extra)
+    finally:
+        book.close()

@@ -1,0 +1,168 @@
+"""The stages that make the miniature teachers, each a resumable run in its own folder."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
+from advdmd.data import shapes
+from advdmd.models import mini
+from advdmd.models.load import NOTE
+from advdmd.models.sd3 import SD3
+from advdmd.train import checkpoint, loop
+from advdmd.train.book import Progress
+from advdmd.train.learner import Learner, Optim
+from advdmd.types import Batch
+from advdmd.world.caption import VOCABULARY
+from advdmd.world.scene import WORLDS
+
+GUIDANCE = 4.0  # the teachers' best guidance scale at 40 steps (docs/log.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of pre-training on the miniature world."""
+
+    model: Literal["autoencoder", "mini-sd3", "mini-sd35"]
+    algorithm: Autoencode | FlowMatch
+    optim: Optim
+    size: mini.Size = mini.Size()
+    world: Literal["full", "half"] = "half"
+    batch: int = 64
+    steps: int = 1000
+    pool: int = 20000
+    ema: float = 0.999
+    seed: int = 0
+    save_every: int = 1000
+    look_every: int = 0
+
+
+def scenes(stage: Stage) -> shapes.Pool:
+    return shapes.make_pool(stage.pool, stage.seed, WORLDS[stage.world], Progress("drawing scenes", stage.pool))
+
+
+@torch.no_grad()
+def _measure_latents(vae: Any, pixels: Tensor) -> None:
+    """Set scale and shift so that latents have mean 0 and standard deviation 1 as the pipeline sees them."""
+    z = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])
+    vae.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
+
+
+def train_autoencoder(stage: Stage, folder: Path, vae: Any, look: Callable[[Any, int], object] | None = None) -> Any:
+    """Train an AutoencoderKL in place and return its average, latents normalised by its config."""
+    pool = scenes(stage)
+    learner = Learner("vae", vae, vae, {"main": (stage.optim, [(vae.parameters(), 1.0)])}, ema=stage.ema)
+
+    def deal(step: int) -> tuple[Batch, list[int]]:
+        i, ids = shapes.deal(len(pool.prompts), stage.batch, stage.seed, step)
+        return Batch(None, pool.pixels(i)), ids
+
+    vae.train()
+    loop.run(
+        stage.algorithm,
+        Pupil(learner),
+        deal,
+        folder,
+        seed=stage.seed,
+        steps=stage.steps,
+        save_every=stage.save_every,
+        look_every=stage.look_every,
+        look=(lambda step: look(learner, step)) if look else None,
+        show=("vae/loss",),
+        label=stage.model,
+    )
+    vae.load_state_dict(learner.averaged())
+    vae.eval()
+    _measure_latents(vae, pool.pixels(torch.arange(min(2048, stage.pool))))
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+class Captioned(torch.nn.Module):
+    """The networks that flow matching trains together: the transformer and both text encoders."""
+
+    def __init__(self, backbone: SD3):
+        super().__init__()
+        self.transformer = backbone.net
+        self.encoders = torch.nn.ModuleList(backbone.encoders)
+
+
+@torch.no_grad()
+def encode_pool(backbone: SD3, pool: shapes.Pool, size: int = 256) -> Tensor:
+    """Latents [n, C, h, w] of all images of a pool."""
+    progress, out = Progress("encoding images", len(pool.prompts)), []
+    for i in torch.arange(len(pool.prompts)).split(size):
+        out.append(backbone.encode(pool.pixels(i)))
+        progress(int(i[-1]) + 1)
+    return torch.cat(out)
+
+
+def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int], object] | None = None) -> Any:
+    """Train transformer and text encoders of an SD3 pipeline in place; leaves their averages in it and saves it."""
+    backbone = SD3(pipe, t5_length=0)
+    pool = scenes(stage)
+    latents, ids = encode_pool(backbone, pool), backbone.tokenize(pool.prompts)
+    null, net = backbone.tokenize([""]), Captioned(backbone)
+
+    def call(x: Tensor, t: Tensor, cond: Tensor, keep: Tensor) -> Tensor:
+        return backbone.velocity(backbone.net, x, t, backbone.embed(torch.where(keep[:, None, None], cond, null)))
+
+    def deal(step: int) -> tuple[Batch, list[int]]:
+        i, samples = shapes.deal(stage.pool, stage.batch, stage.seed, step)
+        return Batch(ids[i], latents[i]), samples
+
+    learner = Learner("flow", net, call, {"main": (stage.optim, [(net.parameters(), 1.0)])}, ema=stage.ema)
+
+    def look_averaged(step: int) -> None:
+        own = {k: v.clone() for k, v in net.state_dict().items()}
+        net.load_state_dict(learner.averaged())
+        look(backbone, step)  # type: ignore[misc]
+        net.load_state_dict(own)
+
+    net.train()
+    loop.run(
+        stage.algorithm,
+        Pupil(learner),
+        deal,
+        folder,
+        seed=stage.seed,
+        steps=stage.steps,
+        save_every=stage.save_every,
+        look_every=stage.look_every,
+        look=look_averaged if look else None,
+        show=("flow/loss",),
+        label=stage.model,
+    )
+    net.load_state_dict(learner.averaged())
+    net.eval()
+    pipe.save_pretrained(folder / "pipeline")
+    note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, "t5_length": 0}
+    checkpoint.write_text(folder / "pipeline" / NOTE, json.dumps(note, indent=1))
+    return pipe
+
+
+def pretrain(stage: str, folder: Path, vae: Path | None, steps: int | None, threads: int) -> Any:
+    """Run one stage by name into `folder`, or go on where it stopped. Teachers need the autoencoder's `vae` folder."""
+    from advdmd.recipes.mini import STAGES
+
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
+    plan = STAGES[stage]()
+    if steps is not None:
+        plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
+    torch.set_num_threads(threads)
+    if stage == "autoencoder":
+        torch.manual_seed(plan.seed)
+        return train_autoencoder(plan, folder, mini.autoencoder(plan.size))
+    if vae is None or not (vae / "config.json").is_file():
+        raise ValueError(f"{stage} needs --vae FOLDER, made by: advdmd pretrain autoencoder --out DIR (it is DIR/vae)")
+    from diffusers import AutoencoderKL
+
+    codec = AutoencoderKL.from_pretrained(vae, local_files_only=True).eval()
+    pipe = mini.sd3(VOCABULARY, plan.size, sd35=stage == "mini-sd35", seed=plan.seed, vae=codec)
+    return train_flow(plan, folder, pipe)

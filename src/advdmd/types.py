@@ -1,0 +1,51 @@
+"""The few values that travel between floors: frozen, indexable by sample, movable."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+Log = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Fields are tensors with samples along dimension 0, or None."""
+
+    def _map(self, f: Any) -> Self:
+        values = {k.name: getattr(self, k.name) for k in fields(self)}
+        return type(self)(**{k: None if v is None else f(v) for k, v in values.items()})
+
+    def __getitem__(self, i: Tensor | slice) -> Self:
+        return self._map(lambda v: v[i])
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def to(self, *args: Any) -> Self:
+        return self._map(lambda v: v.to(*args))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """All parts, one after the other; a field must be None in all of them or in none."""
+        columns = {k.name: [getattr(p, k.name) for p in parts] for k in fields(cls)}
+        return cls(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+
+
+@dataclass(frozen=True)
+class Cond(_Columns):
+    """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch(_Columns):
+    """What one step is given: `cond` of every sample, and a clean latent of a real image of the same prompt."""
+
+    cond: Any
+    real: Tensor
