@@ -71,7 +71,7 @@ def pretrain(
     threads: Threads = 1,
 ) -> None:
     """Train a stage of the miniature's teachers from scratch; rerun to resume."""
-    from advdmd.train.pretraining import pretrain as go
+    from advdmd.run import pretrain as go
 
     go(stage, out, vae, steps, threads)
 

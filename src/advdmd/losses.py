@@ -32,7 +32,7 @@ def critic(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-real.float()) + F.softplus(fake.float())
 
 
-def mismatch(real: Tensor, wrong: Tensor) -> Tensor:
+def mismatch(wrong: Tensor) -> Tensor:
     """A real image under a wrong caption is a fake (matching-aware discriminator, Reed et al. 2016). -> [N]"""
     return F.softplus(wrong.float())
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advdmd import flow
 from advdmd.kernels import Gaussian, Kernel, ode, transition
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x [N, ...], t [N], cond [N]) -> v [N, ...]
@@ -14,10 +15,11 @@ Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x [N, ...], t [N], cond [
 
 @dataclass(frozen=True)
 class Path:
-    """x[k] lives at time t[k]; hop k -> k + 1 landed at a spot of closeness close[k] to its mean."""
+    """x[k] lives at time t[k], from where the student saw x0[k]; hop k -> k + 1 landed close[k] to its mean."""
 
     x: Tensor  # [K + 1, N, ...]
     t: Tensor  # [K + 1]
+    x0: Tensor  # [K, N, ...]; x0[K - 1] is x[K], the image
     close: Tensor  # [K - 1, N]: the last hop is deterministic and has none
 
     @property
@@ -29,27 +31,29 @@ class Path:
         return self.x[k, torch.arange(len(k))], self.t[k]
 
     def __getitem__(self, i: Tensor) -> "Path":
-        return Path(self.x[:, i], self.t, self.close[:, i])
+        return Path(self.x[:, i], self.t, self.x0[:, i], self.close[:, i])
 
 
-def hop(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Any, kernel: Kernel) -> Gaussian:
-    """The Gaussian a student hops by from x at t (scalar) to s (scalar); to s = 0 without noise."""
+def hop(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Any, kernel: Kernel) -> tuple[Gaussian, Tensor]:
+    """The Gaussian a student hops by from x at t (scalar) to s (scalar), to s = 0 without noise; and the x0 it saw."""
     t, s = t.expand(len(x)), s.expand(len(x))
-    return transition(kernel if s[0] > 0 else ode, x, velocity(x, t, cond), t, s)
+    v = velocity(x, t, cond)
+    return transition(kernel if s[0] > 0 else ode, x, v, t, s), flow.clean(x, v, t)
 
 
 @torch.no_grad()
 def rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: Kernel) -> Path:
     """Sample K = len(grid) - 1 hops. noise [K, N, ...]: the start, then one fresh draw for every hop but the last."""
-    x, states, close = noise[0], [noise[0]], []
+    x, states, seen, close = noise[0], [noise[0]], [], []
     for k in range(len(grid) - 1):
-        g = hop(velocity, x, grid[k], grid[k + 1], cond, kernel)
+        g, x0 = hop(velocity, x, grid[k], grid[k + 1], cond, kernel)
         last = k == len(grid) - 2
         x = g.mean if last else g.sample(noise[k + 1])
         if not last:
             close.append(g.closeness(x))
         states.append(x)
-    return Path(torch.stack(states), grid, torch.stack(close) if close else x.new_zeros(0, len(x)))
+        seen.append(x0)
+    return Path(torch.stack(states), grid, torch.stack(seen), torch.stack(close) if close else x.new_zeros(0, len(x)))
 
 
 @torch.no_grad()

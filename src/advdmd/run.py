@@ -21,13 +21,15 @@ from advdmd.evaluation.generate import Painter, generate, jobs, read_images
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
 from advdmd.models import cast, load
+from advdmd.models import mini as mini_models
 from advdmd.models.sampler import Sampling, draw_noise, sample
 from advdmd.recipe import Recipe
-from advdmd.train import checkpoint, loop
+from advdmd.recipes.mini import STAGES
+from advdmd.train import checkpoint, loop, pretraining
 from advdmd.train.book import Progress, duration
 from advdmd.train.learner import Learner
 from advdmd.types import Batch
-from advdmd.world.caption import check_prompt
+from advdmd.world.caption import VOCABULARY, check_prompt
 from advdmd.world.scene import WORLDS
 
 LOOK_PROMPTS = (
@@ -128,6 +130,26 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
         critic=cast.Critic(backbone, fake, r.critic),
         auc=torch.full((r.algorithm.steps,), 0.5),
     )
+
+
+def pretrain(stage: str, folder: Path, vae: Path | None, steps: int | None, threads: int) -> Any:
+    """Run one stage by name into `folder`, or go on where it stopped. Teachers need the autoencoder's `vae` folder."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
+    plan = STAGES[stage]()
+    if steps is not None:
+        plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
+    torch.set_num_threads(threads)
+    if stage == "autoencoder":
+        torch.manual_seed(plan.seed)
+        return pretraining.train_autoencoder(plan, folder, mini_models.autoencoder(plan.size))
+    if vae is None or not (vae / "config.json").is_file():
+        raise ValueError(f"{stage} needs --vae FOLDER, made by: advdmd pretrain autoencoder --out DIR (it is DIR/vae)")
+    from diffusers import AutoencoderKL
+
+    codec = AutoencoderKL.from_pretrained(vae, local_files_only=True).eval()
+    pipe = mini_models.sd3(VOCABULARY, plan.size, sd35=stage == "mini-sd35", seed=plan.seed, vae=codec)
+    return pretraining.train_flow(plan, folder, pipe)
 
 
 def student_sampling(r: Recipe) -> Sampling:

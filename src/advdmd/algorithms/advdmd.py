@@ -134,7 +134,8 @@ class AdvDMD:
     def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
         """Fake score and critic, `critic_steps` minibatches, one descent each; updates the running AUC per level."""
         (N, *shape), K = batch.real.shape, path.hops
-        x0, u, e = path.x[-1], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
+        exits = rng.index("fake.k", 0, K)  # the fake score tracks what distribution matching looks at: random exits
+        x0, u, e = path.x0[exits, torch.arange(N)], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
         x, t, k = self.critic_states(path, rng, shape)
         noise, order = rng.normal("critic.real", shape), rng.permutation("critic.order")
         wrong = torch.arange(N).roll(self.group)  # the same real image under the next prompt of the batch
@@ -147,7 +148,7 @@ class AdvDMD:
             loss = track_student(cast, x0[i], cond, u[i], e[i]) + losses.critic(real, fake)
             if self.mismatch:
                 shown = flow.interpolate(batch.real[i], noise[i], t[i])
-                loss = loss + self.mismatch * losses.mismatch(real, cast.critic(shown, t[i], batch.cond[wrong[i]]))
+                loss = loss + self.mismatch * losses.mismatch(cast.critic(shown, t[i], batch.cond[wrong[i]]))
             return loss
 
         log: Log = {}

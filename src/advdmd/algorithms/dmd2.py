@@ -52,7 +52,8 @@ class DMD2:
         noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
         path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), renoise)
 
-        x0, u, e = path.x[-1], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
+        exits = rng.index("fake.k", 0, K)  # the fake score tracks what distribution matching looks at: random exits
+        x0, u, e = path.x0[exits, torch.arange(N)], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
         t, seen = rng.uniform("critic.u", *self.u_range), rng.normal("critic.real", shape)
         x = flow.interpolate(x0, rng.normal("critic.fake", shape), t)
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)

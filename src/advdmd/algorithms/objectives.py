@@ -18,7 +18,7 @@ def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor) -> Te
 
 def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """The critic's logits on real images and on the student's states x, both at noise level t."""
-    both = type(cond).cat([cond, cond])
+    both = cond[torch.arange(len(x)).repeat(2)]
     logits = cast.critic(torch.cat([flow.interpolate(real, e, t), x]), torch.cat([t, t]), both)
     return logits.chunk(2)  # type: ignore[return-value]
 
@@ -56,7 +56,8 @@ def prefer_paid_hops(cast: Cast, path: Path, cond: Any, gain: Tensor, kernel: Ke
     """
     total, off = torch.zeros(len(cond)), torch.zeros(())
     for k, close_old in enumerate(path.close):
-        close = hop(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel).closeness(path.x[k + 1])
+        step, _ = hop(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel)
+        close = step.closeness(path.x[k + 1])
         total = total + losses.policy(close, close_old, gain[k], clip)
         off = torch.maximum(off, ((close - close_old).detach().exp() - 1).abs().max())
     return total / max(1, len(path.close)), off

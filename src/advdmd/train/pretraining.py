@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress
 from advdmd.train.learner import Learner, Optim
 from advdmd.types import Batch
-from advdmd.world.caption import VOCABULARY
 from advdmd.world.scene import WORLDS
 
 GUIDANCE = 4.0  # the teachers' best guidance scale at 40 steps (docs/log.md)
@@ -144,25 +143,3 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
     note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, "t5_length": 0}
     checkpoint.write_text(folder / "pipeline" / NOTE, json.dumps(note, indent=1))
     return pipe
-
-
-def pretrain(stage: str, folder: Path, vae: Path | None, steps: int | None, threads: int) -> Any:
-    """Run one stage by name into `folder`, or go on where it stopped. Teachers need the autoencoder's `vae` folder."""
-    from advdmd.recipes.mini import STAGES
-
-    if stage not in STAGES:
-        raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
-    plan = STAGES[stage]()
-    if steps is not None:
-        plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
-    torch.set_num_threads(threads)
-    if stage == "autoencoder":
-        torch.manual_seed(plan.seed)
-        return train_autoencoder(plan, folder, mini.autoencoder(plan.size))
-    if vae is None or not (vae / "config.json").is_file():
-        raise ValueError(f"{stage} needs --vae FOLDER, made by: advdmd pretrain autoencoder --out DIR (it is DIR/vae)")
-    from diffusers import AutoencoderKL
-
-    codec = AutoencoderKL.from_pretrained(vae, local_files_only=True).eval()
-    pipe = mini.sd3(VOCABULARY, plan.size, sd35=stage == "mini-sd35", seed=plan.seed, vae=codec)
-    return train_flow(plan, folder, pipe)

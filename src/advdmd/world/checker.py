@@ -4,14 +4,13 @@ Prefilter, background from the border, unmix each pixel against the eight colour
 area and centroid from the soft rim, shape by correlation with templates drawn by the renderer. Batched over images.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from scipy import ndimage
 
-from advdmd.world.render import coverage, render
+from advdmd.world.render import render
 from advdmd.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZE, Scene, Thing
 
 PALETTE = np.array(list(COLORS.values()), np.float32)
@@ -22,6 +21,7 @@ PATCH, SPAN = 11, 1.75  # canonical patch: side in samples, half-width in equal-
 MATCH = 0.80  # least correlation of a classified shape
 LARGE_RADIUS = 4.75  # equal-area radius in pixels above which an object is large
 OFF_LINE, CORE_COVERAGE = 0.22, (0.55, 1.35)  # how far from the background-colour line a valid colour may lie
+BLURS = (0.6, 1.0, 1.3)  # of templates, beside sharp ones: a blurred cross must not look like a diamond
 CANVAS = SIZE + 2  # images are tiled with a gap, so that one labelling serves a batch
 
 
@@ -65,17 +65,21 @@ def _background(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _unmix(image: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per pixel [N, 32, 32]: the best colour's index, the coverage by it, the distance from its line."""
     direction = PALETTE - background[:, None]  # [N, 8, 3]
-    diff = (image - background[:, None, None]).reshape(len(image), -1, 3)
-    inverse = 1 / np.maximum((direction**2).sum(-1), 1e-6)
-    cover = np.matmul(diff, direction.transpose(0, 2, 1)) * inverse[:, None]  # [N, P, 8]
-    # |diff - a d|^2 = |diff|^2 - 2 a <diff, d> + a^2 |d|^2 with a clipped to [0, 1.35]
-    a = cover.clip(0, CORE_COVERAGE[1])
-    off = (diff**2).sum(-1)[..., None] + (a * a - 2 * a * cover) / inverse[:, None]
-    best = off.argmin(-1)
-    pick = np.take_along_axis
-    grid = (len(image), SIZE, SIZE)
-    residual = np.sqrt(np.maximum(pick(off, best[..., None], -1), 0))
-    return best.reshape(grid), pick(cover, best[..., None], -1).reshape(grid), residual.reshape(grid)
+    squared = np.maximum((direction**2).sum(-1), 1e-6)
+    diff = image - background[:, None, None]
+    best = np.zeros(diff.shape[:3], np.int64)
+    cover, residual = np.zeros(diff.shape[:3], np.float32), np.sqrt((diff**2).sum(-1))
+    # No colour is nearer than .25 to a grey in all channels: what is nearer than .03 covers less than the rim needs.
+    n, y, x = np.nonzero(np.abs(diff).max(-1) > 0.03)
+    d, square = diff[n, y, x], squared[n]
+    share = np.einsum("pc,pkc->pk", d, direction[n]) / square
+    # |d - a v|^2 = |d|^2 - 2 a <d, v> + a^2 |v|^2 with a clipped to [0, 1.35]
+    a = share.clip(0, CORE_COVERAGE[1])
+    off = (d**2).sum(-1)[:, None] + (a * a - 2 * a * share) * square
+    k, p = off.argmin(1), np.arange(len(d))
+    best[n, y, x], cover[n, y, x] = k, share[p, k]
+    residual[n, y, x] = np.sqrt(np.maximum(off[p, k], 0))
+    return best, cover, residual
 
 
 def _tile(x: np.ndarray) -> np.ndarray:
@@ -85,9 +89,14 @@ def _tile(x: np.ndarray) -> np.ndarray:
 
 def _components(color: np.ndarray, cover: np.ndarray) -> np.ndarray:
     """Labels on the canvas: one per 8-connected core of one colour; too small ones and the rest are 0."""
-    core, labels, total = cover >= CORE, np.zeros(color.shape, np.int32), 0
-    for c in range(len(PALETTE)):
-        found, n = ndimage.label(core & (color == c), np.ones((3, 3), int))
+    core = cover >= CORE
+    labels, total = ndimage.label(core, np.ones((3, 3), int), output=np.int32)
+    seen = np.zeros((total + 1, len(PALETTE)), bool)
+    seen[labels[core], color[core]] = True
+    mixed = (seen.sum(1) > 1)[labels]  # touching objects of several colours: label those once more, colour by colour
+    labels[mixed] = 0
+    for c in np.unique(color[mixed]):
+        found, n = ndimage.label(mixed & (color == c), np.ones((3, 3), int))
         labels += np.where(found > 0, found + total, 0)
         total += n
     keep = np.bincount(labels.ravel(), minlength=total + 1) >= MIN_AREA
@@ -136,7 +145,6 @@ def _measure(color: np.ndarray, cover: np.ndarray, residual: np.ndarray) -> _Mea
     color, cover, residual = (_tile(a) for a in (color, cover, residual))
     labels = _components(color, cover)
     n = int(labels.max())
-    index = np.arange(1, n + 1)
     core = labels > 0
     flat = labels[core]
     count = np.bincount(flat, minlength=n + 1)[1:]
@@ -157,7 +165,6 @@ def _measure(color: np.ndarray, cover: np.ndarray, residual: np.ndarray) -> _Mea
     image = (y // CANVAS).astype(int)
     top = image * CANVAS + 1  # first row of the image on the canvas
     box -= np.stack([np.ones_like(top), top, np.ones_like(top), top], 1) if n else 0
-    assert len(index) == len(box)
     return _Measured(image, own_color, y - top + 0.5, x - 1 + 0.5, area, mean(residual), mean(cover), box, patch)
 
 
@@ -173,7 +180,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     places = [(16.0, 16.0), (16.5, 16.0), (16.0, 16.5), (16.5, 16.5), (16.25, 16.25)]
     things = [Thing(s, "blue", "", x, y, r, COLORS["blue"]) for s in SHAPES for r in (3.7, 4.1, 5.7, 6.3) for x, y in places]
     image = render([Scene("white", (t,)) for t in things])
-    sets = [image, ndimage.gaussian_filter(image, (0, 0.6, 0.6, 0)), ndimage.gaussian_filter(image, (0, 1.0, 1.0, 0))]
+    sets = [image, *(ndimage.gaussian_filter(image, (0, b, b, 0)) for b in BLURS)]
     seen = [_observe(s)[1] for s in sets]
     shape = np.array([SHAPES.index(t.shape) for t in things])
     assert all(len(m.patch) == len(things) for m in seen)
@@ -226,8 +233,3 @@ def same_scene(seen: Seen, scene: Scene) -> bool:
             return False
         free.remove(b)
     return True
-
-
-def ideal_coverage(things: Sequence[Thing]) -> float:
-    """Total area in pixels that things cover, for tests of the sub-pixel area."""
-    return float(coverage(things).sum())

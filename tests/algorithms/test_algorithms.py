@@ -1,0 +1,289 @@
+"""The method's identities, on real tiny networks and on a 2-D world known exactly."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+
+from advdmd import flow, losses
+from advdmd.algorithms.advdmd import AdvDMD, Turn
+from advdmd.algorithms.dmd2 import DMD2
+from advdmd.algorithms.objectives import match_teacher, prefer_paid_hops
+from advdmd.kernels import Gaussian, cps
+from advdmd.recipe import Recipe
+from advdmd.recipes.mini import RECIPES
+from advdmd.rng import Rng
+from advdmd.rollout import rollout, sample_ode
+from advdmd.run import make_cast
+from advdmd.train.learner import Optim
+from advdmd.types import Batch
+from tests.toy import Mixture, Net, flat, make_cast as toy_cast, play, pretrained, toy_deal
+
+ADV = {"warmup": 0, "ramp": 0, "match_every": 1, "gated": False}
+
+
+def tiny_recipe(folder, algorithm, **changes):
+    return Recipe(teacher=str(folder), algorithm=algorithm, guidance=2.0, iterations=4, **changes)
+
+
+def tiny_batch(backbone, prompts=2, group=4):
+    cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two squares"][:prompts]))
+    i = torch.arange(prompts).repeat_interleave(group)
+    real = torch.randn(prompts * group, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
+    return Batch(type(cond)(cond.embeds[i].detach(), cond.pooled[i].detach()), real)
+
+
+@pytest.mark.parametrize("eta", [0.9, 1.0])
+def test_ratio_is_one_before_any_update(eta):
+    world = Mixture()
+    cast, c = toy_cast(world, Net(2), 4), torch.arange(16) % 2
+    path = rollout(cast.student, c, torch.randn(4, 16, 2), flow.grid(4, 3.0), cps(eta))
+    loss, off = prefer_paid_hops(cast, path, c, torch.ones(3, 16), cps(eta), 1e-3)
+    assert off == 0
+    torch.testing.assert_close(loss, -torch.ones(16))
+
+
+def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
+    world, algorithm = Mixture(), AdvDMD(**ADV)
+    cast = toy_cast(world, Net(2), 4)
+
+    class Moved:
+        """A student whose answers drift from one call to the next, as in a low-precision replay."""
+
+        calls = 0
+
+        def __call__(self, x, t, c):
+            Moved.calls += 1
+            return cast.student(x, t, c) + 1e-2 * Moved.calls
+
+        def descend(self, losses, turn="main"):
+            return cast.student.descend(losses, turn)
+
+    with pytest.raises(FloatingPointError, match="ratio"):
+        play(algorithm, cast._replace(student=Moved()), toy_deal(world), 1)
+
+
+def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
+    world, algorithm = Mixture(), AdvDMD(**(ADV | {"gated": True}))
+    cast, c = toy_cast(world, Net(2), 4), torch.arange(64) // 8 % 2
+    path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
+    rng = Rng(0, 0, range(64))
+    cast.auc.fill_(0.9)
+    gain, _ = algorithm.advantages(cast, path, c, rng)
+    torch.testing.assert_close(gain.unflatten(-1, (8, 8)).sum(-1), torch.zeros(3, 8), atol=1e-4, rtol=0)
+    assert gain.abs().max() > 0.5
+    cast.auc.fill_(0.5)
+    assert (algorithm.advantages(cast, path, c, rng)[0] == 0).all()
+
+
+@pytest.mark.parametrize(("credit", "check"), [("step", 0), ("final", 1), ("both", 2)])
+def test_credit_is_what_its_name_says(credit, check):
+    world = Mixture()
+    cast, c = toy_cast(world, Net(2), 4), torch.arange(64) // 8 % 2
+    path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
+    gains = {k: AdvDMD(**ADV, credit=k).advantages(cast, path, c, Rng(0, 0, range(64)))[0] for k in ("step", "final", "both")}
+    torch.testing.assert_close(gains["both"], 0.5 * (gains["step"] + gains["final"]))
+    assert (gains["final"][0] == gains["final"][1]).all()
+    assert not torch.equal(gains["step"][0], gains["step"][1])
+    assert gains[credit].shape == (3, 64)
+
+
+def test_policy_gradient_of_a_linear_reward_is_autograd_in_expectation(gen):
+    """E[closeness-gradient x reward] = d E[reward] / d mean x 2 std^2 / D for a Gaussian hop and r = <w, x>."""
+    n, d, std = 200_000, 3, 0.5
+    mean, w = torch.zeros(d, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
+    hop = Gaussian(mean.expand(n, d), torch.full((n, 1), std))
+    x = (mean + std * torch.randn(n, d, generator=gen())).detach()
+    (losses.policy(hop.closeness(x), hop.closeness(x).detach(), x @ w, 1e9).mean()).backward()
+    expected = -w * 2 * std**2 / d
+    torch.testing.assert_close(mean.grad, expected, atol=0.02, rtol=0)
+
+
+def test_distribution_matching_is_still_when_the_fake_score_equals_the_teacher():
+    net = pretrained(Mixture(), steps=20)
+    cast = toy_cast(net, net, 4)
+    x, t, c = torch.randn(8, 2), torch.full((8,), 0.75), torch.zeros(8, dtype=torch.long)
+    loss = match_teacher(cast, x, t, c, torch.rand(8), torch.randn(8, 2))
+    grads = torch.autograd.grad(loss.sum(), list(cast.student.net.parameters()), allow_unused=True)
+    assert all(g is None or g.abs().max() < 1e-6 for g in grads)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: AdvDMD(micro=m, mismatch=0.5, **ADV), lambda m: DMD2(micro=m)], ids=["advdmd", "dmd2"]
+)
+def test_micro_batch_size_does_not_change_the_update(make):
+    world, net, out = Mixture(), Net(2), []
+    for micro in (5, 64):
+        cast = toy_cast(world, net, 4)
+        play(make(micro), cast, toy_deal(world), 3)
+        out.append((flat(cast.student.net), flat(cast.fake.net), cast.auc))
+    for a, b in zip(*out):
+        torch.testing.assert_close(a, b, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", [AdvDMD(group=4, **ADV), DMD2()], ids=["advdmd", "dmd2"])
+def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder, backbone, algorithm):
+    before, cast = copy.deepcopy(backbone.net.state_dict()), make_cast(tiny_recipe(tiny_folder, algorithm), backbone)
+    start = {
+        k: flat(p) for k, p in [("student", cast.student.net), ("score", cast.fake.net.score), ("heads", cast.fake.net.heads)]
+    }
+    for step in range(2):
+        algorithm.iteration(cast, tiny_batch(backbone), step, Rng(0, step, range(8)))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.net.state_dict().items())
+    assert all(p.grad is None for p in backbone.net.parameters())
+    for k, net in [("student", cast.student.net), ("score", cast.fake.net.score), ("heads", cast.fake.net.heads)]:
+        assert not torch.equal(flat(net), start[k]), k
+
+
+def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, backbone):
+    cast, b = make_cast(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
+    t = torch.full((8,), 0.75)
+    match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), gan=1.0).sum().backward()
+    assert all(p.grad is None for p in cast.fake.net.parameters())
+    assert any(p.grad is not None for p in cast.student.net.parameters())
+    assert all(p.requires_grad for p in cast.fake.net.parameters())
+
+
+def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, backbone):
+    def trunk_norm(weight):
+        r = tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk_weight=weight))
+        cast, b = make_cast(r, backbone), tiny_batch(backbone)
+        cast.critic(b.real, torch.full((8,), 0.5), b.cond).sum().backward()
+        grads = [p.grad for p in cast.fake.net.score.parameters() if p.grad is not None]
+        return torch.cat([g.flatten() for g in grads]).norm() if grads else torch.tensor(0.0)
+
+    assert trunk_norm(0.0) == 0
+    torch.testing.assert_close(trunk_norm(0.5) / trunk_norm(0.01), torch.tensor(50.0), atol=0.01, rtol=1e-3)
+
+
+def dict_critic(**kw):
+    from advdmd.models.critic import CriticConfig
+
+    return CriticConfig(**kw)
+
+
+@pytest.mark.parametrize("turn", [Turn(True, True), Turn(False, True), Turn(True, False)])
+@pytest.mark.parametrize("mismatch", [0.0, 0.5])
+def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, mismatch):
+    """Network passes with and without gradient of one AdvDMD iteration, per sample, against AdvDMD.forwards."""
+    algorithm = AdvDMD(group=4, mismatch=mismatch, **ADV)
+    monkeypatch.setattr(AdvDMD, "turn", lambda self, step: turn)
+    depth = 0.5
+    counted = count_passes(tiny_folder, backbone, algorithm)
+    declared = algorithm.forwards(turn, depth, backward=0.0)
+    assert counted == pytest.approx(sum(declared.values()))
+    if turn == Turn(True, True) and not mismatch:
+        parts = algorithm.forwards(turn, depth)
+        # The table for one shared rollout: 21 with all hops, and the critic's half-depth passes on top.
+        assert parts["rollout"] + parts["policy"] + parts["match"] == 19
+        assert sum(algorithm.forwards(turn, depth, backward=1.0).values()) <= 22
+
+
+@pytest.mark.parametrize("gan", [0.0, 5e-3])
+def test_dmd2_forwards_are_as_counted(tiny_folder, backbone, gan):
+    algorithm = DMD2(gan=gan)
+    declared = algorithm.forwards(0.5, backward=0.0)
+    passes = sum(declared.values()) - bool(gan) * 0.5  # the pass back through the trunk is no pass forward
+    assert count_passes(tiny_folder, backbone, algorithm) == pytest.approx(passes)
+
+
+def count_passes(folder, backbone, algorithm):
+    """Block passes per sample divided by depth, over all three networks."""
+    cast = make_cast(tiny_recipe(folder, algorithm), backbone)
+    seen, handles = Counter(), []
+    for net in (backbone.net, cast.student.net, cast.fake.net.score):
+        for block in backbone.blocks(net):
+            handles.append(
+                block.register_forward_pre_hook(lambda m, a, kw: seen.update(n=len(kw["hidden_states"])), with_kwargs=True)
+            )
+    b = tiny_batch(backbone)
+    algorithm.iteration(cast, b, 5, Rng(0, 5, range(len(b))))
+    for h in handles:
+        h.remove()
+    return seen["n"] / len(b) / len(backbone.blocks(backbone.net))
+
+
+def test_the_schedule_defers_policy_turns_and_then_takes_one_every_iteration():
+    a = AdvDMD(warmup=10, ramp=40, match_every=2)
+    turns = [a.turn(i) for i in range(80)]
+    assert not any(t.policy for t in turns[:10])
+    assert all(t.match for t in turns[:50])
+    early, late = (sum(t.policy for t in turns[i : i + 20]) for i in (10, 30))
+    assert 0 < early < late < 20
+    assert all(t.policy for t in turns[50:])
+    assert [t.match for t in turns[50:54]] == [True, False, True, False]
+    assert all(AdvDMD(steps=1).turn(i) == Turn(False, True) for i in (0, 500))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"eta": 1.5},
+        {"eta": 0.0},
+        {"group": 1},
+        {"critic_steps": 0},
+        {"warmup": -1},
+        {"final_levels": ()},
+        {"u_range": (0.5, 0.2)},
+    ],
+)
+def test_bad_hyperparameters_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        AdvDMD(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"gan": -1.0}, {"u_range": (0.0, 0.2)}])
+def test_bad_hyperparameters_of_dmd2_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        DMD2(**bad)
+
+
+def test_a_group_that_does_not_divide_the_batch_is_refused():
+    with pytest.raises(ValueError, match=r"AdvDMD\(group=7\): 64 samples"):
+        play(AdvDMD(group=7), toy_cast(Mixture(), Net(2), 4), toy_deal(Mixture()), 1)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_and_two_steps_run(steps):
+    log = play(AdvDMD(steps=steps, **ADV), toy_cast(Mixture(), Net(2), steps), toy_deal(Mixture()), 2)
+    assert ("policy/ratio_off" in log) == (steps > 1)
+
+
+def kl_to_data(x, c, data):
+    """KL(model || data) from samples, by a two-dimensional histogram of each class."""
+    total = 0.0
+    edges = torch.linspace(-2.5, 2.5, 41)
+    centers = (edges[:-1] + edges[1:]) / 2
+    yy, xx = torch.meshgrid(centers, centers, indexing="ij")
+    cells = torch.stack([yy, xx], -1).reshape(-1, 2)
+    for k in (0, 1):
+        mine = x[c == k].clamp(-2.49, 2.49)
+        p = torch.histogramdd(mine, bins=[edges, edges]).hist.flatten() / len(mine)
+        logq = data.log_prob(cells, torch.full((len(cells),), k)) + 2 * (edges[1] - edges[0]).log()
+        total += (p * (p.clamp(min=1e-12).log() - logq.clamp(min=-25)))[p > 0].sum().item() / 2
+    return total
+
+
+def test_a_student_passes_a_teacher_that_is_worse_than_the_data():
+    """The teacher is too wide; the critic knows better, and KL(student | data) ends below KL(teacher | data)."""
+    data, teacher = Mixture(std=0.25), Mixture(std=0.40)
+    net = pretrained(teacher, 500)
+    algorithm = AdvDMD(warmup=40, ramp=40, critic_steps=4, micro=512, credit="both")
+    cast = toy_cast(teacher, net, 4, lr=5e-4, policy_lr=5e-4)
+    play(algorithm, cast, toy_deal(data, prompts=16, group=16), 300)
+    cast.student.net.load_state_dict(cast.student.averaged())
+    g = torch.Generator().manual_seed(5)
+    c = torch.arange(8000) % 2
+    noise = torch.randn(4, 8000, 2, generator=g)
+    student = rollout(cast.student, c, noise, flow.grid(4, 3.0), cps(1.0)).x[-1]
+    taught = sample_ode(teacher, c, torch.randn(8000, 2, generator=g), flow.grid(40, 3.0))
+    assert kl_to_data(student, c, data) < kl_to_data(taught, c, data)
+
+
+def test_recipes_of_the_miniature_are_valid_and_differ():
+    made = {k: f() for k, f in RECIPES.items()}
+    assert len(set(made.values())) == len(made)
+    assert isinstance(made["mini-sd35-dmd2"].algorithm, DMD2)
+    assert isinstance(made["mini-sd35-advdmd"].match, Optim)

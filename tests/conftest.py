@@ -1,0 +1,37 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from advdmd.models import mini
+from advdmd.world.caption import VOCABULARY
+
+torch.set_num_threads(1)
+TINY = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A real StableDiffusion3Pipeline folder with random weights, as small as it gets."""
+    import json
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny-sd35"
+    mini.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
+    note = {"name": "tiny-sd35", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
+    (folder / "advdmd.json").write_text(json.dumps(note))
+    return folder
+
+
+@pytest.fixture
+def backbone(tiny_folder):
+    from advdmd.models import load
+
+    return load.load(str(tiny_folder))[0]
+
+
+@pytest.fixture
+def gen():
+    return lambda seed=0: torch.Generator().manual_seed(seed)

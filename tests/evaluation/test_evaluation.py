@@ -1,0 +1,201 @@
+"""Suites, verdicts, tables and diversity."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from advdmd.evaluation import report
+from advdmd.evaluation.benchmark import Verdict
+from advdmd.evaluation.diversity import diversity
+from advdmd.evaluation.generate import generate, jobs, read_images
+from advdmd.evaluation.shapes import Shapes, metadata, questions
+from advdmd.evaluation.verdict import Detection, judge, relative_position
+from advdmd.world.render import render, to_uint8
+from advdmd.world.scene import COLORS, SHAPES, WORLDS, Group, Scene, Spec, Thing, draw
+
+SUITES = [
+    Shapes("mini-geneval", 16, 8),
+    Shapes("mini-dpg", 24, 12),
+    Shapes("mini-geneval", 16, 8, "pairs"),
+    Shapes("mini-geneval", 12, 6, world="full"),
+]
+
+
+def true_images(suite, seed=0):
+    rng = np.random.default_rng(seed)
+    scenes = [draw(suite.specs[i.id], rng, WORLDS[suite.world], pairs=True) for i, _ in jobs(suite)]
+    return to_uint8(render(scenes))
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda s: f"{s.name}-{s.split}-{s.world}")
+def test_true_images_score_one_and_shuffled_captions_score_nothing(suite):
+    items, images = [i for i, _ in jobs(suite)], true_images(suite)
+    assert all(v.loose == v.strict == 1 for v in suite.judge(items, images))
+    if suite.name == "mini-geneval":
+        rolled = np.roll(images, suite.images_per_task + 3, axis=0)
+        assert np.mean([v.strict for v in suite.judge(items, rolled)]) <= 0.08
+
+
+def test_suites_have_equal_images_per_task_and_distinct_prompts():
+    suite = Shapes("mini-geneval", 20, 10)
+    for task in suite.tasks:
+        mine = [i for i in suite.items() if i.task == task]
+        assert sum(i.n_images for i in mine) == 20
+        assert len({i.prompt for i in mine}) == len(mine) <= 10
+    assert suite.items() == Shapes("mini-geneval", 20, 10).items()
+
+
+def test_splits_share_no_prompt_where_there_are_enough():
+    test, train = (Shapes("mini-dpg", 24, 24, s).items() for s in ("test", "train"))
+    assert not {i.prompt for i in test} & {i.prompt for i in train}
+    pairs = WORLDS["half"].held_out_pairs
+    for spec in Shapes("mini-geneval", 16, 8, "pairs").specs.values():
+        assert any((g.shape, g.color) in pairs for g in spec.groups)
+    for spec in Shapes("mini-geneval", 16, 8).specs.values():
+        assert not any((g.shape, g.color) in pairs for g in spec.groups)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"name": "geneval"}, {"split": "valid"}, {"world": "flat"}, {"images_per_task": 3, "prompts_per_task": 4}]
+)
+def test_suites_that_do_not_exist_are_refused(bad):
+    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
+        Shapes(**({"name": "mini-geneval"} | bad))
+
+
+def test_one_sheet_of_all_shapes_fools_the_loose_rule_but_not_the_strict_one():
+    things = [
+        Thing(s, c, "small", 4.5 + 7.6 * (i % 4), 9 + 14 * (i // 4), 2.9, COLORS[c])
+        for i, (s, c) in enumerate(zip(SHAPES, COLORS))
+    ]
+    sheet = to_uint8(render([Scene("black", tuple(things))]))
+    suite = Shapes("mini-geneval", 24, 24, world="full")
+    items = [i for i, _ in jobs(suite)]
+    verdicts = suite.judge(items, np.repeat(sheet, len(items), 0))
+    assert np.mean([v.loose for v in verdicts]) > 0.2
+    assert max(v.strict for v in verdicts) == 0
+
+
+def box(x, y, r=4):
+    return (x - r, y - r, x + r, y + r)
+
+
+def test_verdict_checks_class_count_colour_and_position():
+    red, blue = Detection("circle", "red", box(8, 16), 0.9), Detection("star", "blue", box(24, 16), 0.8)
+    meta = {"include": [{"class": "star", "count": 1}, {"class": "circle", "count": 1, "position": ("left of", 0)}]}
+    assert judge(meta, [red, blue]) == (True, "")
+    assert not judge(meta, [red])[0]
+    assert not judge(meta, [replace(red, box=box(24, 16)), replace(blue, box=box(8, 16))])[0]
+    assert judge({"include": [{"class": "circle", "count": 1, "color": "red"}]}, [red])[0]
+    assert "found 0" in judge({"include": [{"class": "circle", "count": 1, "color": "blue"}]}, [red])[1]
+    counting = {"include": [{"class": "circle", "count": 2}], "exclude": [{"class": "circle", "count": 3}]}
+    assert [judge(counting, [red] * n)[0] for n in (1, 2, 3)] == [False, True, False]
+
+
+def test_the_most_confident_objects_are_judged():
+    sure, doubtful = Detection("circle", "blue", box(8, 8), 0.9), Detection("circle", "red", box(20, 20), 0.3)
+    assert not judge({"include": [{"class": "circle", "count": 1, "color": "red"}]}, [doubtful, sure])[0]
+
+
+def test_relative_position_has_a_dead_zone_and_may_be_diagonal():
+    a = Detection("circle", None, box(16, 16), 1)
+    assert relative_position(a, replace(a, box=box(17, 16))) == set()
+    assert relative_position(a, replace(a, box=box(26, 16))) == {"left of"}
+    assert relative_position(a, replace(a, box=box(26, 26))) == {"left of", "above"}
+    assert relative_position(a, replace(a, box=box(16, 4))) == {"below"}
+
+
+def test_a_failed_parent_takes_its_questions_with_it():
+    spec = Spec((Group("circle", 1, "red", "small"), Group("square", 1, "blue", "large")), (0, "above", 1), "gray")
+    meta = metadata("dense", spec) | {"questions": questions(spec)}
+    assert len(meta["questions"]) == 10
+    suite, rng = Shapes("mini-dpg", 1, 1), np.random.default_rng(0)
+    item = replace(suite.items()[0], meta=meta)
+    full = draw(spec, rng)
+    without = Scene(full.background, full.things[1:])
+    whole, missing = suite.judge([item, item], to_uint8(render([full, without])))
+    assert whole == Verdict(1.0, 1.0, "", whole.details)
+    assert missing.loose == pytest.approx(5 / 10)  # the square's four and the background
+    assert missing.strict == 0
+    assert "is there a circle?" in missing.reason
+    assert missing.details["by_kind"]["relation/spatial"] == 0
+
+
+def paint_true(suite):
+    truth = dict(zip([(i.id, k) for i, k in jobs(suite)], true_images(suite)))
+    return lambda prompts, keys: np.stack([truth[(item, k)] for _, item, k, _ in keys])
+
+
+def test_generation_resumes_and_refuses_a_folder_of_another_run(tmp_path):
+    suite, calls = Shapes("mini-dpg", 12, 6), []
+    paint = paint_true(suite)
+
+    def counted(prompts, keys):
+        calls.extend(keys)
+        return paint(prompts, keys)
+
+    generate(suite, counted, tmp_path, 0, {"model": "x"}, batch=5)
+    (tmp_path / "images" / suite.items()[0].id / "0.png").unlink()
+    with pytest.raises(ValueError, match="11/12"):
+        read_images(suite, tmp_path)
+    generate(suite, counted, tmp_path, 0, {"model": "x"})
+    assert len(calls) == 13
+    assert (read_images(suite, tmp_path) == true_images(suite)).all()
+    with pytest.raises(ValueError, match=r"seed.*differ"):
+        generate(suite, counted, tmp_path, 1, {"model": "x"})
+
+
+def table(scores, task="colors"):
+    return [{"item": f"i{n // 2}", "k": n % 2, "task": task, "strict": s, "loose": s} for n, s in enumerate(scores)]
+
+
+def test_means_are_over_images_then_tasks():
+    rows = table([1, 1, 0, 0]) + table([1, 1], "position")
+    out = report.summarise(rows, "strict")
+    assert out["colors"]["mean"] == 0.5
+    assert out["overall"]["mean"] == 0.75
+    low, high = out["overall"]["interval"]
+    assert low <= 0.75 <= high
+
+
+def test_intervals_cluster_by_prompt():
+    """Two images of one prompt that always agree are one observation, not two."""
+    rng = np.random.default_rng(0)
+    p = rng.integers(0, 2, 60).astype(float)
+    width = lambda rows: np.ptp(report.summarise(rows, "strict")["overall"]["interval"])  # noqa: E731
+    agreeing = table(np.repeat(p, 2).tolist())
+    independent = [r | {"item": str(i)} for i, r in enumerate(agreeing)]
+    assert width(agreeing) == pytest.approx(np.sqrt(2) * width(independent), rel=0.15)
+
+
+def test_paired_differences_cancel_what_is_common():
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, 2, 200).astype(float)
+    a, b = table(common.tolist()), table((common * (np.arange(200) % 10 > 0)).tolist())
+    d = report.paired(a, b)
+    assert d["mean"] == pytest.approx(np.mean([x["strict"] - y["strict"] for x, y in zip(a, b)]))
+    assert d["interval"][0] > 0
+    with pytest.raises(ValueError, match="different suites"):
+        report.paired(a, b[:-2])
+
+
+def test_results_are_written_and_read_back(tmp_path):
+    rows = table([1, 0])
+    summary = {"strict": report.summarise(rows, "strict"), "loose": report.summarise(rows, "loose"), "nfe": 4}
+    report.write_results(tmp_path, rows, summary)
+    assert report.read_rows(tmp_path) == rows
+    assert json.loads((tmp_path / "table.json").read_text())["nfe"] == 4
+    assert "| **overall** | 0.500" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match=r"verdicts\.jsonl"):
+        report.read_rows(tmp_path / "none")
+
+
+def test_the_renderer_is_as_diverse_as_itself_and_a_constant_is_not():
+    suite = Shapes("mini-geneval", 48, 12)
+    ids = [i.id for i, _ in jobs(suite)]
+    assert diversity(suite, true_images(suite, 1), ids)["mean"] == pytest.approx(1, abs=0.12)
+    first = {}
+    collapsed = np.stack([first.setdefault(i, im) for i, im in zip(ids, true_images(suite, 1))])
+    assert diversity(suite, collapsed, ids)["mean"] < 1e-9

@@ -1,0 +1,190 @@
+"""The backbone against the stock pipeline, and the cast's rules."""
+
+import pytest
+import torch
+
+from advdmd import flow
+from advdmd.kernels import cps
+from advdmd.models import load, mini
+from advdmd.models.cast import Teacher, frozen
+from advdmd.models.critic import CriticConfig, Heads, scale_gradient
+from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd.rollout import rollout
+from advdmd.types import Batch, Cond
+from advdmd.world.caption import VOCABULARY
+
+PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
+
+
+def test_embeddings_are_the_stock_pipelines(backbone):
+    with torch.no_grad():
+        cond = backbone.embed(backbone.tokenize(PROMPTS))
+        theirs, _, pooled, _ = backbone.pipe.encode_prompt(
+            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=0
+        )
+    assert torch.equal(cond.embeds, theirs)
+    assert torch.equal(cond.pooled, pooled)
+
+
+def test_every_word_is_one_token_and_the_end_id_is_not_two(backbone):
+    tokenizer = backbone.pipe.tokenizer
+    for word in VOCABULARY:
+        assert len(tokenizer(word).input_ids) == 3, word
+    assert tokenizer.eos_token_id != 2
+
+
+def test_the_teachers_sampler_is_the_stock_pipeline_to_the_bit(backbone):
+    noise = draw_noise([0, 1], backbone.latent_shape, 1)
+    ours = sample(backbone, backbone.net, PROMPTS, noise, Sampling(steps=4, guidance=3.0))
+    with torch.no_grad():
+        theirs = backbone.pipe(
+            PROMPTS,
+            sigmas=[1.0, 0.75, 0.5, 0.25],
+            guidance_scale=3.0,
+            latents=noise[0],
+            height=32,
+            width=32,
+            max_sequence_length=0,
+            output_type="pt",
+        ).images
+    torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-5, rtol=0)
+
+
+def test_features_are_the_blocks_own_outputs_and_the_rest_is_not_run(backbone):
+    x, t = torch.randn(2, *backbone.latent_shape), torch.rand(2)
+    cond = backbone.embed(backbone.tokenize(PROMPTS))
+    ran = []
+    blocks = backbone.blocks(backbone.net)
+    handle = blocks[1].register_forward_pre_hook(lambda *a: ran.append(1))
+    (first,) = backbone.features(backbone.net, x, t, cond, [0])
+    assert not ran
+    both = backbone.features(backbone.net, x, t, cond, [0, 1])
+    handle.remove()
+    assert first.shape == (2, 16, backbone.token_width)
+    assert torch.equal(first, both[0])
+    assert not any(b._forward_hooks for b in blocks)
+
+
+def test_teacher_with_guidance_is_one_double_batch(backbone):
+    x, t = torch.randn(2, *backbone.latent_shape), torch.rand(2)
+    with torch.no_grad():
+        cond, null = backbone.embed(backbone.tokenize(PROMPTS)), backbone.embed(backbone.tokenize([""]))
+        v = backbone.velocity(backbone.net, x, t, cond)
+        n = backbone.velocity(backbone.net, x, t, null[torch.tensor([0, 0])])
+        torch.testing.assert_close(Teacher(backbone, 3.0, null)(x, t, cond), flow.guide(v, n, 3.0), atol=1e-5, rtol=1e-4)
+        assert torch.equal(Teacher(backbone, 1.0, null)(x, t, cond), v)
+    with pytest.raises(ValueError, match=r"guidance=0\.5"):
+        Teacher(backbone, 0.5, null)
+
+
+def test_latents_round_trip_through_the_configured_scale(backbone):
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        z = backbone.encode(pixels)
+        raw = backbone.vae.encode(pixels).latent_dist.mean
+        expected = backbone.vae.decode(raw).sample.clamp(-1, 1)
+        torch.testing.assert_close(backbone.decode(z), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_images_noise_does_not_depend_on_its_batch(backbone):
+    how, keys = Sampling(steps=2, eta=1.0), ["a", "b", "c"]
+    noise = draw_noise(keys, backbone.latent_shape, 2)
+    assert torch.equal(noise[:, 1:2], draw_noise(["b"], backbone.latent_shape, 2))
+    prompts = [PROMPTS[0]] * 3
+    whole, parts = (sample(backbone, backbone.net, prompts, noise, how, batch=b) for b in (3, 1))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"steps": 4, "guidance": 0.0}, {"steps": 4, "eta": 1.0, "guidance": 2.0}, {"steps": 4, "eta": 3.0}]
+)
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match=r"steps|guidance|eta"):
+        Sampling(**bad)
+
+
+def test_evaluations_count_guidance_twice():
+    assert (Sampling(steps=40, guidance=4.0).nfe, Sampling(steps=4, eta=1.0).nfe) == (80, 4)
+
+
+@pytest.mark.parametrize("sd35", [False, True])
+def test_both_generations_of_sd3_are_built_with_their_own_parts(sd35):
+    net = mini.sd3(VOCABULARY, mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8)), sd35=sd35).transformer
+    names = [n for n, _ in net.named_parameters()]
+    assert any("attn2" in n for n in names) == sd35
+    assert any("norm_q" in n for n in names) == sd35
+
+
+@pytest.mark.parametrize("bad", [{"width": 40}, {"text_width": 0}, {"patch": 3}])
+def test_sizes_that_do_not_fit_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        mini.Size(**bad)
+
+
+def test_what_is_not_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a shipped model"):
+        load.load(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        load.load(str(tmp_path))
+
+
+def test_shipped_teachers_load_and_say_how_to_sample():
+    for name in load.SHIPPED:
+        backbone, how = load.load(name)
+        assert backbone.latent_shape == (4, 8, 8)
+        assert how.steps == 40
+        assert how.guidance > 1
+        assert load.in_miniature(backbone)
+        total = sum(f.stat().st_size for f in load.folder_of(name).rglob("*") if f.is_file())
+        assert total < 10e6
+
+
+def test_taps_are_fractions_of_depth():
+    assert CriticConfig(blocks=(0.25, 0.5)).taps(4) == [0, 1]
+    assert CriticConfig(blocks=(0.5, 1.0)).taps(24) == [11, 23]
+    for bad in (
+        {"blocks": ()},
+        {"blocks": (1.5,)},
+        {"trunk": "student"},
+        {"trunk_weight": 2.0},
+        {"trunk": "teacher", "trunk_weight": 0.1},
+        {"hidden": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            CriticConfig(**bad)
+
+
+def test_heads_do_not_care_about_the_order_of_tokens():
+    torch.manual_seed(0)
+    heads, f = Heads(8, [0, 1], 16), [torch.randn(3, 16, 8), torch.randn(3, 16, 8)]
+    order = torch.randperm(16)
+    torch.testing.assert_close(heads(f), heads([x[:, order] for x in f]))
+    assert heads(f).shape == (3,)
+
+
+def test_scaled_gradients_scale_and_frozen_parameters_thaw():
+    x = torch.ones(3, requires_grad=True)
+    scale_gradient(x, 0.25).sum().backward()
+    assert (x.grad == 0.25).all()
+    net = torch.nn.Linear(2, 2)
+    net.bias.requires_grad_(False)
+    with frozen(net):
+        assert not any(p.requires_grad for p in net.parameters())
+    assert net.weight.requires_grad
+    assert not net.bias.requires_grad
+
+
+def test_columns_index_and_join():
+    c = Cond(torch.arange(6.0).reshape(3, 2))
+    b = Batch(c, torch.arange(3.0))
+    assert len(b[torch.tensor([2, 0])]) == 2
+    assert torch.equal(Cond.cat([c, c]).embeds[3:], c.embeds)
+    assert c.to(torch.float64).embeds.dtype == torch.float64
+
+
+def test_a_students_path_is_a_rollout(backbone):
+    noise, how = draw_noise([0], backbone.latent_shape, 4), Sampling(steps=4, eta=1.0)
+    cond = backbone.embed(backbone.tokenize(PROMPTS[:1]))
+    path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(4, 3.0), cps(1.0))
+    torch.testing.assert_close(sample(backbone, backbone.net, PROMPTS[:1], noise, how), backbone.decode(path.x[-1]))

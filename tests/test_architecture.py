@@ -1,0 +1,61 @@
+"""The floors of the house, read from the source."""
+
+import ast
+from pathlib import Path
+
+import advdmd
+
+ROOT = Path(advdmd.__file__).parent
+FLOORS = [
+    {"flow", "kernels", "losses"},
+    {"types", "rng", "rollout", "world"},
+    {"models"},
+    {"data"},
+    {"algorithms"},
+    {"train"},
+    {"evaluation"},
+    {"recipe", "recipes", "export"},
+    {"run"},
+    {"cli", "__main__"},
+]
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+SOURCES = [f for f in ROOT.rglob("*.py") if f.name != "__init__.py"]
+
+
+def home(file):
+    return file.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "advdmd":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+
+
+def test_imports_only_point_down():
+    for file in SOURCES:
+        for name in imports(file):
+            assert FLOOR[name] <= FLOOR[home(file)], f"{file.relative_to(ROOT)} imports advdmd.{name} from a higher floor"
+
+
+def test_every_module_has_a_floor():
+    assert {home(f) for f in SOURCES} == set(FLOOR)
+
+
+def test_only_the_learner_calls_backward():
+    assert [f.name for f in SOURCES if ".backward(" in f.read_text()] == ["learner.py"]
+
+
+def test_the_maths_knows_no_modules_and_no_files():
+    for name in ("flow", "kernels", "losses", "rng", "rollout"):
+        text = (ROOT / f"{name}.py").read_text()
+        assert not any(word in text for word in ("nn.Module", "import os", "pathlib", "open(")), name
+
+
+def test_the_world_needs_no_torch():
+    assert not any("torch" in f.read_text() for f in (ROOT / "world").glob("*.py"))
+
+
+def test_files_hold_one_idea():
+    assert {f.name: n for f in SOURCES if (n := len(f.read_text().splitlines())) > 350} == {}

@@ -1,0 +1,209 @@
+"""Identities of flow, kernels, losses, rng and rollout."""
+
+import pytest
+import torch
+
+from advdmd import flow, losses
+from advdmd.kernels import Gaussian, cps, flow_sde, ode, renoise, transition
+from advdmd.rng import Rng
+from advdmd.rollout import rollout, sample_ode
+from tests.toy import Mixture
+
+
+def test_grid_of_four_shifted_steps_is_the_sd3_grid():
+    torch.testing.assert_close(flow.grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+
+
+@pytest.mark.parametrize(("steps", "a"), [(0, 3.0), (4, 0.0), (4, -1.0)])
+def test_grid_refuses_what_makes_no_grid(steps, a):
+    with pytest.raises(ValueError, match="step|shift"):
+        flow.grid(steps, a)
+
+
+def test_clean_and_noise_undo_interpolation(gen):
+    x0, e, t = torch.randn(5, 3, 2, generator=gen()), torch.randn(5, 3, 2, generator=gen(1)), torch.rand(5, generator=gen(2))
+    x, v = flow.interpolate(x0, e, t), e - x0
+    torch.testing.assert_close(flow.clean(x, v, t), x0)
+    torch.testing.assert_close(flow.noise(x, v, t), e)
+
+
+def test_guidance_of_one_is_the_conditional_velocity(gen):
+    v, n = torch.randn(2, 4, generator=gen()), torch.randn(2, 4, generator=gen(1))
+    torch.testing.assert_close(flow.guide(v, n, 1.0), v)
+    torch.testing.assert_close(flow.guide(v, n, 3.0), v + 2 * (v - n))
+
+
+def test_logit_normal_times_are_inside_the_unit_interval(gen):
+    t = flow.logit_normal(torch.randn(1000, generator=gen()))
+    assert ((t > 0) & (t < 1)).all()
+    assert abs(t.mean() - 0.5) < 0.03
+
+
+def test_cps_runs_from_ode_to_renoise():
+    t, s = torch.tensor([0.9, 0.5]), torch.tensor([0.6, 0.2])
+    for a, b in [(cps(0.0), ode), (cps(1.0), renoise)]:
+        for u, v in zip(a(t, s), b(t, s)):
+            torch.testing.assert_close(u, v)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 0.9, 1.0])
+def test_cps_keeps_the_marginal_exactly(eta):
+    grid = flow.grid(4, 3.0)
+    c, d = cps(eta)(grid[:-2], grid[1:-1])
+    torch.testing.assert_close(c**2 + d**2, grid[1:-1] ** 2)
+
+
+def test_flow_sde_is_too_noisy_at_four_steps():
+    grid = flow.grid(4, 3.0)
+    c, d = flow_sde(0.7)(grid[:-2], grid[1:-1])
+    assert ((c**2 + d**2).sqrt() / grid[1:-1] - 1 > 0.07).all()
+    t = torch.tensor([0.9, 0.6])
+    c, d = flow_sde(0.7)(t, t - 1e-3)
+    torch.testing.assert_close((c**2 + d**2).sqrt() / (t - 1e-3), torch.ones(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1])
+def test_eta_outside_its_range_is_refused(eta):
+    with pytest.raises(ValueError, match=f"eta={eta}"):
+        cps(eta)
+
+
+def test_cps_keeps_marginals_for_an_oracle(gen):
+    """With the true x0 in hand, x_s has mean (1 - s) x0 and std s whatever eta is."""
+    x0, e, e2 = (
+        torch.randn(1, 2, generator=gen()).expand(40000, 2),
+        torch.randn(40000, 2, generator=gen(1)),
+        torch.randn(40000, 2, generator=gen(2)),
+    )
+    t, s = torch.full((40000,), 0.9), torch.full((40000,), 0.5)
+    for eta in (0.0, 0.5, 1.0):
+        x = transition(cps(eta), flow.interpolate(x0, e, t), e - x0, t, s).sample(e2)
+        torch.testing.assert_close(x.mean(0), 0.5 * x0[0], atol=0.01, rtol=0)
+        torch.testing.assert_close(x.std(0), torch.tensor([0.5, 0.5]), atol=0.01, rtol=0)
+
+
+def test_full_noise_is_diffusers_stochastic_step_to_the_bit(gen):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    grid = flow.grid(4, 3.0)
+    assert torch.equal(scheduler.sigmas, grid)
+    x = torch.randn(2, 4, 8, 8, generator=gen())
+    for k, t in enumerate(scheduler.timesteps):
+        v = torch.randn(x.shape, generator=gen(k))
+        theirs = scheduler.step(v, t, x, generator=gen(50 + k), return_dict=False)[0]
+        hop = transition(renoise if k < 3 else ode, x, v, grid[k].expand(2), grid[k + 1].expand(2))
+        x = hop.sample(torch.randn(x.shape, generator=gen(50 + k))) if k < 3 else hop.mean
+        assert torch.equal(x, theirs)
+
+
+def test_closeness_is_highest_at_the_mean(gen):
+    g = Gaussian(torch.randn(3, 4, generator=gen()), torch.ones(3, 1))
+    assert (g.closeness(g.mean) == 0).all()
+    assert (g.closeness(g.mean + 1) == -1).all()
+
+
+def test_velocity_loss_vanishes_at_the_target(gen):
+    x0, e = torch.randn(3, 5, generator=gen()), torch.randn(3, 5, generator=gen(1))
+    assert (losses.velocity(e - x0, x0, e) == 0).all()
+    assert losses.velocity(torch.zeros(3, 5), x0, e).shape == (3,)
+
+
+def test_dmd_gradient_is_the_normalised_score_difference(gen):
+    x0 = torch.randn(3, 5, generator=gen()).requires_grad_()
+    teacher, fake = torch.randn(3, 5, generator=gen(1)), torch.randn(3, 5, generator=gen(2))
+    losses.dmd(x0, teacher, fake).sum().backward()
+    torch.testing.assert_close(x0.grad, ((fake - teacher) / (x0 - teacher).abs().mean(1, keepdim=True) / 5).detach())
+
+
+def test_dmd_gradient_vanishes_when_fake_is_teacher(gen):
+    x0, same = torch.randn(3, 5, generator=gen()).requires_grad_(), torch.randn(3, 5, generator=gen(1))
+    losses.dmd(x0, same, same).sum().backward()
+    assert (x0.grad == 0).all()
+
+
+def test_advantages_sum_to_zero_in_every_group_and_step(gen):
+    a = losses.advantage(torch.randn(3, 24, generator=gen()), 8)
+    torch.testing.assert_close(a.unflatten(-1, (3, 8)).sum(-1), torch.zeros(3, 3), atol=1e-5, rtol=0)
+
+
+def test_advantage_does_not_blow_up_a_group_without_signal(gen):
+    reward = torch.randn(1, 16, generator=gen())
+    reward[:, 8:] = 3 + 1e-4 * torch.randn(8, generator=gen(1))
+    assert losses.advantage(reward, 8)[:, 8:].abs().max() < 1e-3
+    assert (losses.advantage(torch.full((1, 16), 2.0), 8) == 0).all()
+
+
+def test_advantage_is_clipped_and_refuses_broken_groups():
+    reward = torch.zeros(1, 1024)
+    reward[0, 0] = 100.0
+    assert losses.advantage(reward, 1024).max() == 5
+    with pytest.raises(ValueError, match="group=7"):
+        losses.advantage(reward, 7)
+
+
+def test_gate_opens_between_its_bounds():
+    torch.testing.assert_close(losses.gate(torch.tensor([0.5, 0.55, 0.6, 0.65, 0.9])), torch.tensor([0, 0, 0.5, 1, 1]))
+
+
+def test_auc_is_the_probability_of_the_right_order(gen):
+    assert losses.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+    assert losses.auc(torch.tensor([1.0]), torch.tensor([1.0])) == 0.5
+    a, b = torch.randn(2000, generator=gen()) + 1, torch.randn(2000, generator=gen(1))
+    assert abs(losses.auc(a, b) - 0.760) < 0.02  # Phi(1 / sqrt 2)
+
+
+def test_policy_gradient_is_reinforce_at_ratio_one_and_stops_outside_the_clip_range():
+    old = torch.zeros(3)
+    new = torch.tensor([0.0, 0.5, -0.5]).requires_grad_()
+    losses.policy(new, old, torch.tensor([2.0, 2.0, -2.0]), 0.1).sum().backward()
+    torch.testing.assert_close(new.grad, torch.tensor([-2.0, 0.0, 0.0]))
+
+
+def test_critic_losses_are_the_cross_entropies(gen):
+    a, b = torch.randn(4, generator=gen()), torch.randn(4, generator=gen(1))
+    expected = -torch.sigmoid(a).log() - (1 - torch.sigmoid(b)).log()
+    torch.testing.assert_close(losses.critic(a, b), expected)
+    torch.testing.assert_close(losses.realism(b), -torch.sigmoid(b).log())
+    torch.testing.assert_close(losses.mismatch(b), -(1 - torch.sigmoid(b)).log())
+    torch.testing.assert_close(losses.approximate_r1(a, b), (a - b) ** 2)
+
+
+def test_a_split_of_the_samples_draws_the_same_numbers():
+    whole, halves = Rng(3, 7, range(8)), [Rng(3, 7, range(4)), Rng(3, 7, range(4, 8))]
+    for draw in (lambda r: r.normal("x", (2,)), lambda r: r.uniform("u", 1, 2), lambda r: r.index("i", 0, 9)):
+        assert torch.equal(draw(whole), torch.cat([draw(h) for h in halves]))
+
+
+def test_streams_differ_by_name_step_seed_and_sample():
+    draws = [
+        Rng(*k).normal(n, (4,))[0]
+        for k, n in [((0, 0, [0]), "a"), ((0, 0, [0]), "b"), ((0, 1, [0]), "a"), ((1, 0, [0]), "a"), ((0, 0, [1]), "a")]
+    ]
+    assert len({tuple(d.tolist()) for d in draws}) == 5
+
+
+def test_rollout_with_an_exact_velocity_reaches_the_data(gen):
+    world, c = Mixture(), torch.arange(4000) % 2
+    noise = torch.randn(30, 4000, 2, generator=gen())
+    for x0 in (rollout(world, c, noise, flow.grid(30), cps(0.5)).x[-1], sample_ode(world, c, noise[0], flow.grid(30))):
+        truth = world.sample(c, gen(1))
+        torch.testing.assert_close(x0[c == 0].abs().mean(0), truth[c == 0].abs().mean(0), atol=0.08, rtol=0)
+
+
+def test_paths_can_be_read_at_each_samples_own_index(gen):
+    path = rollout(
+        Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(4, 6, 2, generator=gen()), flow.grid(4, 3.0), cps(1.0)
+    )
+    k = torch.tensor([0, 1, 2, 3, 4, 0])
+    x, t = path.at(k)
+    assert torch.equal(x[3], path.x[3, 3])
+    assert torch.equal(t, path.t[k])
+    assert path.close.shape == (3, 6)
+    assert path[torch.tensor([5, 1])].x.shape == (5, 2, 2)
+
+
+def test_one_step_has_no_action(gen):
+    path = rollout(Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(1, 6, 2, generator=gen()), flow.grid(1), cps(1.0))
+    assert path.close.shape == (0, 6)

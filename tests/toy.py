@@ -1,0 +1,127 @@
+"""A world small enough to know exactly: class-conditional 2-D Gaussian mixtures with a closed-form velocity."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from advdmd.algorithms.base import Cast
+from advdmd.train.learner import Learner, Optim
+from advdmd.types import Batch
+
+
+class Mixture:
+    def __init__(self, std=0.25, shift=0.0, weights=(0.5, 0.5)):
+        self.mu = torch.tensor([[[-1.0, 0.0], [1.0, 0.0]], [[0.0, -1.0], [0.0, 1.0]]]) + shift
+        self.std, self.logw = std, torch.tensor(weights).log()
+
+    def sample(self, c, g):
+        m = torch.multinomial(self.logw.exp().expand(len(c), -1), 1, generator=g)[:, 0]
+        return self.mu[c, m] + self.std * torch.randn(len(c), 2, generator=g)
+
+    def log_prob(self, x, c):
+        d2 = (x[:, None] - self.mu[c]).square().sum(-1) / self.std**2
+        return torch.logsumexp(self.logw - 0.5 * d2, 1) - math.log(2 * math.pi * self.std**2)
+
+    def __call__(self, x, t, c):
+        """E[e - x0 | x_t = x]."""
+        t = t[:, None]
+        var = (1 - t) ** 2 * self.std**2 + t**2
+        resid = x[:, None] - (1 - t)[..., None] * self.mu[c]
+        w = torch.softmax(self.logw - 0.5 * resid.square().sum(-1) / var, 1)
+        x0 = self.mu[c] + ((1 - t) * self.std**2 / var)[..., None] * resid
+        return (w[..., None] * ((t / var)[..., None] * resid - x0)).sum(1)
+
+
+class Net(nn.Module):
+    """MLP on (x, t, c): a velocity when out = 2, a logit when out = 1."""
+
+    def __init__(self, out, width=96):
+        super().__init__()
+        self.emb, self.out = nn.Embedding(2, 8), out
+        self.net = nn.Sequential(
+            nn.Linear(2 + 8 + 8, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, out),
+        )
+
+    def forward(self, x, t, c):
+        f = t[:, None] * 2.0 ** torch.arange(4) * math.pi
+        y = self.net(torch.cat([x, f.sin(), f.cos(), self.emb(c)], 1))
+        return y if self.out > 1 else y[:, 0]
+
+
+class ToyCritic:
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x, t, c):
+        return self.net(x, t, c)
+
+    def follow(self, x, t, c):
+        return self.net(x, t, c)
+
+
+class Both(nn.Module):
+    def __init__(self, score, critic):
+        super().__init__()
+        self.score, self.critic = score, critic
+
+
+def pretrained(teacher, steps=600, seed=0):
+    """A network that imitates a teacher's exact velocity."""
+    torch.manual_seed(seed)
+    net, g = Net(2), torch.Generator().manual_seed(seed)
+    opt = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(steps):
+        c = torch.randint(2, (256,), generator=g)
+        x0, t = teacher.sample(c, g), torch.rand(256, generator=g)
+        x = (1 - t[:, None]) * x0 + t[:, None] * torch.randn(256, 2, generator=g)
+        loss = (net(x, t, c) - teacher(x, t, c)).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return net
+
+
+def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, seed=0):
+    torch.manual_seed(seed)
+    student, both = copy.deepcopy(net), Both(copy.deepcopy(net), Net(1))
+    turns = {
+        "match": (Optim(lr=lr), [(student.parameters(), 1.0)]),
+        "policy": (Optim(lr=policy_lr), [(student.parameters(), 1.0)]),
+    }
+    return Cast(
+        teacher=teacher,
+        student=Learner("student", student, student, turns, ema=0.99),
+        fake=Learner("fake", both, both.score, {"main": (Optim(lr=2e-3, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])}),
+        critic=ToyCritic(both.critic),
+        auc=torch.full((steps,), 0.5),
+    )
+
+
+def toy_deal(data, prompts=8, group=8):
+    def deal(step):
+        n = prompts * group
+        c = (torch.arange(n) // group + step) % 2
+        return Batch(c, data.sample(c, torch.Generator().manual_seed(1000 + step))), list(range(step * n, step * n + n))
+
+    return deal
+
+
+def play(algorithm, cast, deal, steps, start=0, seed=0):
+    from advdmd.rng import Rng
+
+    for step in range(start, steps):
+        batch, ids = deal(step)
+        log = algorithm.iteration(cast, batch, step, Rng(seed, step, ids))
+    return log
+
+
+def flat(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])

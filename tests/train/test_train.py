@@ -1,0 +1,186 @@
+"""Learner, checkpoints, loop and book: what is learned, what is kept, and what stops a run."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.train import checkpoint, loop
+from advdmd.train.book import Book, Progress, duration
+from advdmd.train.learner import Learner, Optim
+from tests.toy import Mixture, Net, flat, make_cast, toy_deal
+
+
+def learner(ema=0.9, **optim):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    return Learner("net", net, net, {"main": (Optim(**({"lr": 0.1} | optim)), [(net.parameters(), 1.0)])}, ema=ema)
+
+
+def test_losses_that_arrive_in_parts_move_as_one(gen):
+    x, out = torch.randn(12, 3, generator=gen()), []
+    for parts in (12, 5, 1):
+        one = learner()
+        log = one.descend(one(p)[:, 0].square() for p in x.split(parts))
+        out.append((flat(one.net), log["net/loss"], log["net/norm"]))
+    for other in out[1:]:
+        torch.testing.assert_close(out[0][0], other[0])
+        assert out[0][1:] == pytest.approx(other[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_moves_nothing_and_names_the_player(bad):
+    one = learner()
+    before = flat(one.net)
+    with pytest.raises(FloatingPointError, match="net/main"):
+        one.descend([one(torch.ones(2, 3))[:, 0] * bad])
+    assert torch.equal(flat(one.net), before)
+    assert torch.equal(torch.cat([v.flatten() for v in one.ema.values()]), before)
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    one = learner()
+    with pytest.raises(FloatingPointError, match="gradient norm"):
+        one.descend([(one(torch.zeros(2, 3))[:, 0] - one.net.bias).sqrt()])
+
+
+def test_gradients_are_clipped_and_rates_follow_the_schedule():
+    assert Optim(lr=1.0, warmup=4).rate(0) == 0.25
+    assert Optim(lr=1.0, warmup=4).rate(10) == 1.0
+    assert Optim(lr=1.0, decay=10).rate(0) == 1.0
+    assert Optim(lr=1.0, decay=10).rate(10) == pytest.approx(0.02)
+    assert Optim(lr=1.0, decay=10).rate(99) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"betas": (1.0, 0.9)}, {"clip": 0.0}, {"warmup": -1}])
+def test_bad_optimizer_settings_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Optim(**({"lr": 0.1} | bad))
+
+
+def test_the_average_follows_with_a_warm_start():
+    one = learner(ema=0.9)
+    start = flat(one.net)
+    one.descend([one(torch.ones(2, 3))[:, 0]])
+    average = torch.cat([v.flatten() for v in one.averaged().values()])
+    torch.testing.assert_close(average, start.lerp(flat(one.net), 0.9))  # decay min(.9, 1 / 10) after one update
+
+
+def test_state_round_trips_and_strangers_are_refused():
+    a, b = learner(), learner()
+    for _ in range(3):
+        a.descend([a(torch.ones(2, 3))[:, 0]])
+    b.load(*a.state())
+    for one in (a, b):
+        one.descend([one(torch.ones(2, 3))[:, 0]])
+    assert torch.equal(flat(a.net), flat(b.net))
+    tensors, counters = a.state()
+    with pytest.raises(ValueError, match="average"):
+        learner(ema=None).load(tensors, counters)
+
+
+def run(folder, steps, cast=None, algorithm=None, **kw):
+    cast = cast or make_cast(Mixture(), seeded_net(), 4)
+    algorithm = algorithm or AdvDMD(warmup=1, ramp=2, micro=512)
+    settings = {"seed": 0, "steps": steps, "save_every": 2, "extra": {"auc": cast.auc}} | kw
+    loop.run(algorithm, cast, toy_deal(Mixture()), folder, **settings)
+    return cast
+
+
+def seeded_net():
+    torch.manual_seed(1)
+    return Net(2)
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
+    whole = run(tmp_path / "a", 7)
+    run(tmp_path / "b", 4)
+    resumed = run(tmp_path / "b", 7)
+    assert torch.equal(flat(whole.student.net), flat(resumed.student.net))
+    assert torch.equal(flat(whole.fake.net), flat(resumed.fake.net))
+    assert torch.equal(whole.auc, resumed.auc)
+    assert all(torch.equal(v, resumed.student.ema[k]) for k, v in whole.student.ema.items())
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+def test_steps_after_the_last_checkpoint_are_done_again_and_written_once(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def look(step):
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path, 8, look=look, look_every=1)
+    run(tmp_path, 8)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(8))
+
+
+def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):
+    cast = make_cast(Mixture(), seeded_net(), 4)
+    teacher = lambda x, t, c: torch.full_like(x, float("nan"))  # noqa: E731
+    with pytest.raises(FloatingPointError, match=r"step 0, student/match"):
+        run(tmp_path, 3, cast=cast._replace(teacher=teacher))
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path):
+    run(tmp_path, 4)
+    folder = tmp_path / "checkpoints"
+    newest = folder / "step-0000004.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    said = []
+    path, record = checkpoint.newest(folder, said.append)
+    assert record["step"] == 2
+    assert "step-0000004" in said[0]
+    path.unlink()
+    assert checkpoint.newest(folder, said.append) is None
+    assert "cannot be read" in said[-1]
+
+
+def test_old_checkpoints_are_dropped(tmp_path):
+    run(tmp_path, 9)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").glob("*.json"))] == ["step-0000008.json", "step-0000009.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    checkpoint.write_text(path, "old")
+
+    def broken(p):
+        p.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_atomically(path, broken)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_checkpoint_of_other_players_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, {"net": learner()})
+    with pytest.raises(ValueError, match="holds"):
+        checkpoint.resume(tmp_path, {"student": learner()})
+    assert checkpoint.resume(tmp_path / "none", {"net": learner()}) == 0
+
+
+def test_progress_says_how_long_is_left(tmp_path):
+    with open(tmp_path / "log", "w") as out:
+        say = Progress("train", 10, out=out, every=0)
+        say(5, "loss 1")
+    assert "train 5/10" in (tmp_path / "log").read_text()
+    assert "left" in (tmp_path / "log").read_text()
+    assert [duration(s) for s in (5, 65, 3700)] == ["5s", "1m05s", "1h01m"]
+
+
+def test_a_torn_last_line_of_the_metrics_is_forgotten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a')
+    book = Book(tmp_path, "x", 3, start=1)
+    book.write(1, {"a": 2.0})
+    book.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 0, "a": 1}, {"step": 1, "a": 2.0}]
