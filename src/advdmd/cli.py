@@ -128,7 +128,7 @@ def evaluate(
     from advdmd.run import evaluate as go
 
     torch.set_num_threads(threads)
-    bench = Shapes(suite, images_per_task=images, prompts_per_task=min(48, images), split=split, world=world)
+    bench = Shapes(suite, images_per_task=images, split=split, world=world)
     if against is not None:
         report.read_rows(against)
     summary = go(model, bench, out, _how(model, steps, guidance), seed)

@@ -58,7 +58,7 @@ def test_splits_share_no_prompt_where_there_are_enough():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"name": "geneval"}, {"split": "valid"}, {"world": "flat"}, {"images_per_task": 3, "prompts_per_task": 4}]
+    "bad", [{"name": "geneval"}, {"split": "valid"}, {"world": "flat"}, {"images_per_task": 0}]
 )
 def test_suites_that_do_not_exist_are_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):

@@ -144,8 +144,8 @@ class Shapes:
             raise ValueError(f"world {self.world!r}: one of {', '.join(WORLDS)}")
         if self.split not in SPLITS:
             raise ValueError(f"split {self.split!r}: one of {', '.join(SPLITS)}")
-        if not 1 <= self.prompts_per_task <= self.images_per_task:
-            raise ValueError(f"{self.images_per_task} images of {self.prompts_per_task} prompts: at least one image a prompt")
+        if min(self.images_per_task, self.prompts_per_task) < 1:
+            raise ValueError(f"{self.images_per_task} images of {self.prompts_per_task} prompts: both must be at least 1")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ class Shapes:
             evaluated = held_out(task, prompt) or task not in HELD_OUT_TASKS
             if {"test": evaluated, "train": not held_out(task, prompt), "pairs": True}[self.split]:
                 found.setdefault(prompt, spec)
-            if len(found) == self.prompts_per_task:
+            if len(found) == min(self.prompts_per_task, self.images_per_task):
                 break
         return found
 

@@ -1,0 +1,268 @@
+"""Recipes, command line, runs and exports, as a user meets them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from advdmd import recipe as recipes
+from advdmd import run
+from advdmd.evaluation.shapes import Shapes
+from advdmd.export import sigmas
+from advdmd.models import load
+from advdmd.models.sampler import Sampling
+from advdmd.recipe import differences, dump, override, parse_overrides, resolve
+
+SMALL = [
+    "iterations=4", "algorithm.warmup=1", "algorithm.ramp=2", "algorithm.group=4", "prompts_per_step=2",
+    "data.prompts=6", "data.reals=2", "save_every=2", "look_every=4", "threads=1",
+]  # fmt: skip
+
+
+def cli(*words, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "advdmd", *map(str, words)], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | env
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "adv"
+    run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), folder)
+    return folder
+
+
+def test_overrides_are_typed_and_reach_every_level():
+    _, r = resolve("mini-sd35-advdmd", ["algorithm.steps=2", "match.lr=3e-5", "critic.blocks=[0.5, 1.0]", "algorithm.credit=final"])
+    assert (r.algorithm.steps, r.match.lr, r.critic.blocks, r.algorithm.credit) == (2, 3e-5, (0.5, 1.0), "final")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("algorithm.step=2", r"unknown key algorithm\.step.*mean algorithm\.steps"),
+        ("colour=red", "unknown key colour.*Recipe has: teacher"),
+        ("algorithm.steps=two", r"algorithm\.steps='two'.*integer"),
+        ("algorithm.steps=0", r"AdvDMD\(steps=0\)"),
+        ("algorithm.eta=2", r"eta=2"),
+        ("algorithm.credit=some", r"algorithm\.credit='some'"),
+        ("match=3", "group of settings"),
+        ("seed.x=3", "plain value"),
+        ("guidance=0.5", r"guidance=0\.5"),
+        ("iterations=0", "iterations=0"),
+        ("threads", "write key=value"),
+        ("seed=[1", "not a value"),
+        ("data.prompts=0", "prompts=0"),
+        ("ema=1", "ema=1"),
+        ("save_every=-1", "save_every"),
+    ],
+)
+def test_bad_overrides_name_key_value_and_way_out(word, says):
+    with pytest.raises(ValueError, match=says):
+        resolve("mini-sd35-advdmd", [word])
+
+
+def test_unknown_recipes_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"mini-sd36.*Did you mean mini-sd3.*mini-sd3-dmd2"):
+        resolve("mini-sd36-advdmd")
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    for name in recipes.known():
+        _, r = resolve(name, ["seed=3", "match.lr=1e-5"])
+        (tmp_path / "r.yaml").write_text(dump(name, r))
+        assert resolve(str(tmp_path / "r.yaml")) == (name, r)
+    assert differences(r, replace(r, seed=4)) == ["seed: 3 -> 4"]
+
+
+@pytest.mark.parametrize("text", ["", "- a", "seed: 3", "recipe: [", "recipe: mini-sd35-advdmd\nsede: 3"])
+def test_bad_recipe_files_are_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe file|unknown key sede"):
+        resolve(str(path))
+    with pytest.raises(ValueError, match="No such file"):
+        resolve(str(tmp_path / "none.yaml"))
+
+
+def test_overrides_parse_as_yaml():
+    assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=true", "e=x=y"]) == {"a.b": "1e-3", "c": [1, 2], "d": True, "e": "x=y"}
+    assert override(Sampling(steps=4), {"guidance": "2"}).guidance == 2.0
+
+
+def test_a_run_leaves_recipe_metrics_samples_and_student(trained):
+    for name in ("recipe.yaml", "metrics.jsonl", "samples/step-000004.png", "student/model_index.json", "student/README.md"):
+        assert (trained / name).is_file(), name
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [0, 1, 2, 3]
+    assert {"fake/loss", "critic/auc_1", "student/match/loss"} <= set(lines[0])
+    assert "policy/ratio_off" in lines[-1]
+    sheet = np.asarray(Image.open(trained / "samples/step-000004.png"))
+    assert sheet.std() > 1
+
+
+def test_a_finished_run_is_resumed_at_no_cost_and_another_recipe_is_refused_with_the_difference(trained, tiny_folder):
+    before = (trained / "metrics.jsonl").read_text()
+    run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), trained)
+    assert (trained / "metrics.jsonl").read_text() == before
+    with pytest.raises(ValueError, match=r"seed: 0 -> 1.*--overwrite"):
+        run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "seed=1"]), trained)
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path, tiny_folder):
+    (tmp_path / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="another --out"):
+            run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), tmp_path, overwrite)
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_export_equals_the_student_of_the_run(trained, tmp_path):
+    folder = run.export_run(trained, tmp_path / "out")
+    assert load.load(str(folder))[1] == Sampling(steps=4, shift=3.0, eta=1.0)
+    ours, theirs = (load.load(str(f))[0].net.state_dict() for f in (folder, trained / "student"))
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    with pytest.raises(ValueError, match="not empty"):
+        run.export_run(trained, tmp_path / "out")
+    with pytest.raises(ValueError, match="not a training run"):
+        run.export_run(tmp_path, tmp_path / "out2")
+
+
+FRESH = """
+import sys, torch
+from diffusers import DiffusionPipeline
+assert not any(m.startswith("advdmd") for m in sys.modules)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], text_encoder_3=None, tokenizer_3=None)
+pipe.set_progress_bar_config(disable=True)
+for n, s in ((4, [1.0, 0.75, 0.5, 0.25]), (2, [1.0, 0.5])):
+    first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(11)
+    image = pipe("a picture of a red circle", sigmas=s, guidance_scale=1.0, height=32, width=32, latents=first,
+                 max_sequence_length=0, output_type="latent").images
+    torch.save(image, f"{sys.argv[2]}/{n}.pt")
+"""
+
+
+def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_bit(trained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(trained / "student"), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    from advdmd import flow
+    from advdmd.kernels import cps
+    from advdmd.rollout import rollout
+
+    backbone, _ = load.load(str(trained / "student"))
+    cond = backbone.embed(backbone.tokenize(["a picture of a red circle"]))
+    for n in (4, 2):
+        first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(11)
+        noise = torch.stack([first, *(torch.randn(1, 4, 8, 8) for _ in range(n - 1))])
+        path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(n, 3.0), cps(1.0))
+        assert torch.equal(path.x[-1], torch.load(tmp_path / f"{n}.pt", weights_only=True))
+
+
+def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift():
+    assert sigmas(Sampling(steps=4, eta=1.0)) == [1.0, 0.75, 0.5, 0.25]
+    assert sigmas(Sampling(steps=2, eta=1.0)) == [1.0, 0.5]
+
+
+def test_students_that_stock_schedulers_cannot_run_are_not_exported(tiny_folder, backbone, tmp_path):
+    from advdmd.export import export_student
+
+    with pytest.raises(ValueError, match=r"eta=0\.9"):
+        export_student(backbone, backbone.net, Sampling(steps=4, eta=0.9), tiny_folder, tmp_path / "x", {})
+
+
+def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tmp_path):
+    suite = Shapes("mini-geneval", 6, 3)
+    a = run.evaluate(str(trained / "student"), suite, tmp_path / "a")
+    assert a["images"] == 36
+    assert a["nfe"] == 4
+    assert set(a["strict"]) == {"overall", *suite.tasks}
+    again = run.score(suite, tmp_path / "a", 4)
+    assert again == a
+    done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "| **overall** |" in done.stdout
+
+
+def test_the_main_job_writes_table_grid_and_pipeline(tiny_folder, tmp_path):
+    out = run.mini(tmp_path / "m", [*SMALL, f"teacher={tiny_folder}"], images=4)
+    assert "AdvDMD, 4 steps" in out["table"]
+    for name in ("table.md", "table.json", "comparison.png", "run/student/model_index.json"):
+        assert (tmp_path / "m" / name).is_file()
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    began = time.monotonic()
+    done = cli("--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("show", "pretrain", "train", "sample", "eval", "export", "mini"))
+    assert time.monotonic() - began < 5  # 1.5 s alone on a quiet machine (benchmarks); here beside other tests
+    code = "import sys, advdmd, advdmd.cli; print([m for m in ('torch', 'diffusers', 'transformers', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("show", "nothing"), "recipe 'nothing' is unknown"),
+        (("train", "mini-sd35-advdmd", "algorithm.group=x"), "algorithm.group='x'"),
+        (("train", "mini-sd35-advdmd", "teacher=/nowhere"), "neither a shipped model"),
+        (("sample", "TINY", "a picture of a dog"), "does not know 'dog'"),
+        (("sample", "TINY", "a picture of a circle", "--steps", "0"), "steps=0"),
+        (("eval", "TINY", "mini-other"), "mini-other"),
+        (("eval", "TINY", "--guidance", "0.2"), "guidance=0.2"),
+        (("export", "/nowhere"), "not a training run"),
+        (("pretrain", "mini-sd4"), "stage 'mini-sd4'"),
+        (("pretrain", "mini-sd3"), "needs --vae"),
+    ],
+)
+def test_user_mistakes_get_one_line_and_exit_code_two(words, says, tiny_folder, tmp_path):
+    words = [str(tiny_folder) if w == "TINY" else w for w in words]
+    done = cli(*words, *([] if words[0] == "show" else ["--out", tmp_path / "out"]))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_samples_are_drawn_and_repeatable(tiny_folder, tmp_path):
+    for out in ("a", "b"):
+        done = cli("sample", tiny_folder, "a picture of a red circle", "a picture of two squares", "--out", tmp_path / out, "--threads", 1)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a/001.png").read_bytes() == (tmp_path / "b/001.png").read_bytes()
+
+
+def test_show_prints_the_recipe_and_its_cost():
+    done = cli("show", "mini-sd35-advdmd", "algorithm.steps=2")
+    assert "steps: 2" in done.stdout
+    assert "forwards per sample" in done.stdout
+    assert cli("show").stdout.split() == list(recipes.known())
+
+
+def test_pretraining_makes_a_pipeline_that_loads(tmp_path):
+    from advdmd.models import mini
+    from advdmd.recipes.mini import STAGES
+    from advdmd.train import pretraining
+    from advdmd.world.caption import VOCABULARY
+
+    size = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+    stage = replace(STAGES["autoencoder"](), size=size, steps=3, pool=8, batch=4, save_every=2)
+    vae = pretraining.train_autoencoder(stage, tmp_path / "ae", mini.autoencoder(size))
+    assert (tmp_path / "ae/vae/config.json").is_file()
+    looked = []
+    flow_stage = replace(STAGES["mini-sd3"](), size=size, steps=3, pool=8, batch=4, save_every=2, look_every=3)
+    pipe = mini.sd3(VOCABULARY, size, sd35=False, vae=vae)
+    pretraining.train_flow(flow_stage, tmp_path / "sd3", pipe, lambda b, step: looked.append(step))
+    assert looked == [3]
+    backbone, how = load.load(str(tmp_path / "sd3/pipeline"))
+    assert backbone.t5_length == 0
+    assert how.steps == 40
