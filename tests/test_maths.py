@@ -16,7 +16,7 @@ def test_grid_of_four_shifted_steps_is_the_sd3_grid():
 
 @pytest.mark.parametrize(("steps", "a"), [(0, 3.0), (4, 0.0), (4, -1.0)])
 def test_grid_refuses_what_makes_no_grid(steps, a):
-    with pytest.raises(ValueError, match="step|shift"):
+    with pytest.raises(ValueError, match=r"step|shift"):
         flow.grid(steps, a)
 
 

@@ -28,7 +28,10 @@ SMALL = [
 
 def cli(*words, **env):
     return subprocess.run(
-        [sys.executable, "-m", "advdmd", *map(str, words)], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | env
+        [sys.executable, "-m", "advdmd", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
     )
 
 
@@ -40,7 +43,9 @@ def trained(tiny_folder, tmp_path_factory):
 
 
 def test_overrides_are_typed_and_reach_every_level():
-    _, r = resolve("mini-sd35-advdmd", ["algorithm.steps=2", "match.lr=3e-5", "critic.blocks=[0.5, 1.0]", "algorithm.credit=final"])
+    _, r = resolve(
+        "mini-sd35-advdmd", ["algorithm.steps=2", "match.lr=3e-5", "critic.blocks=[0.5, 1.0]", "algorithm.credit=final"]
+    )
     assert (r.algorithm.steps, r.match.lr, r.critic.blocks, r.algorithm.credit) == (2, 3e-5, (0.5, 1.0), "final")
 
 
@@ -152,7 +157,11 @@ for n, s in ((4, [1.0, 0.75, 0.5, 0.25]), (2, [1.0, 0.5])):
 
 def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_bit(trained, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(trained / "student"), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", FRESH, str(trained / "student"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     from advdmd import flow
@@ -207,7 +216,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("show", "pretrain", "train", "sample", "eval", "export", "mini"))
     assert time.monotonic() - began < 5  # 1.5 s alone on a quiet machine (benchmarks); here beside other tests
-    code = "import sys, advdmd, advdmd.cli; print([m for m in ('torch', 'diffusers', 'transformers', 'scipy') if m in sys.modules])"
+    code = "import sys, advdmd.cli; print([m for m in ('torch', 'diffusers', 'transformers', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -236,7 +245,16 @@ def test_user_mistakes_get_one_line_and_exit_code_two(words, says, tiny_folder, 
 
 def test_samples_are_drawn_and_repeatable(tiny_folder, tmp_path):
     for out in ("a", "b"):
-        done = cli("sample", tiny_folder, "a picture of a red circle", "a picture of two squares", "--out", tmp_path / out, "--threads", 1)
+        done = cli(
+            "sample",
+            tiny_folder,
+            "a picture of a red circle",
+            "a picture of two squares",
+            "--out",
+            tmp_path / out,
+            "--threads",
+            1,
+        )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a/001.png").read_bytes() == (tmp_path / "b/001.png").read_bytes()
 

@@ -55,8 +55,8 @@ def advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
     """
     if reward.shape[-1] % group:
         raise ValueError(f"group={group}: {reward.shape[-1]} samples are not a multiple of it")
-    centred = reward.float().unflatten(-1, (-1, group))
-    centred = (centred - centred.mean(-1, keepdim=True)).flatten(-2)
+    grouped = reward.float().reshape(*reward.shape[:-1], -1, group)
+    centred = (grouped - grouped.mean(-1, keepdim=True)).reshape(reward.shape)
     return (centred / centred.std(-1, keepdim=True).clamp(min=1e-6)).clamp(-limit, limit)
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
@@ -130,7 +130,7 @@ def override(value: Any, changes: Mapping[str, Any], path: str = "") -> Any:
             raise ValueError(f"key {path}{head} is a group of settings: write {path}{head}.NAME=value")
         else:
             try:
-                new[head] = TypeAdapter(names[head].type).validate_python(v)
+                new[head] = TypeAdapter(cast(Any, names[head].type)).validate_python(v)
             except ValidationError as e:
                 raise ValueError(f"{path}{head}={v!r}: {e.errors()[0]['msg'].lower()} ({names[head].type})") from None
     for head, rest in inner.items():

@@ -44,7 +44,10 @@ def hop(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Any, kernel: 
 @torch.no_grad()
 def rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: Kernel) -> Path:
     """Sample K = len(grid) - 1 hops. noise [K, N, ...]: the start, then one fresh draw for every hop but the last."""
-    x, states, seen, close = noise[0], [noise[0]], [], []
+    x = noise[0]
+    states: list[Tensor] = [x]
+    seen: list[Tensor] = []
+    close: list[Tensor] = []
     for k in range(len(grid) - 1):
         g, x0 = hop(velocity, x, grid[k], grid[k + 1], cond, kernel)
         last = k == len(grid) - 2

@@ -275,10 +275,9 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     means = [s["strict"]["overall"]["mean"] for s in out.values()]
     closed = (means[2] - means[1]) / (means[0] - means[1]) if means[0] != means[1] else float("nan")
     _compare(models, folder / "comparison.png")
-    text = (
-        report.markdown(out)
-        + f"\nShare of the gap between {steps} and 40 teacher steps closed: {closed:.0%}. Took {duration(time.monotonic() - began)}.\n"
-    )
+    took = duration(time.monotonic() - began)
+    text = report.markdown(out)
+    text += f"\nShare of the gap between {steps} and 40 teacher steps closed: {closed:.0%}. Took {took}.\n"
     checkpoint.write_text(folder / "table.md", text)
     checkpoint.write_text(folder / "table.json", json.dumps({"models": out, "gap_closed": closed}, indent=1))
     return {"table": text, "models": out, "gap_closed": closed, "student": student}

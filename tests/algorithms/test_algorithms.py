@@ -18,7 +18,8 @@ from advdmd.rollout import rollout, sample_ode
 from advdmd.run import make_cast
 from advdmd.train.learner import Optim
 from advdmd.types import Batch
-from tests.toy import Mixture, Net, flat, make_cast as toy_cast, play, pretrained, toy_deal
+from tests.toy import Mixture, Net, flat, play, pretrained, toy_deal
+from tests.toy import make_cast as toy_cast
 
 ADV = {"warmup": 0, "ramp": 0, "match_every": 1, "gated": False}
 

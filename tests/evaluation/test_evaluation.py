@@ -57,9 +57,7 @@ def test_splits_share_no_prompt_where_there_are_enough():
         assert not any((g.shape, g.color) in pairs for g in spec.groups)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"name": "geneval"}, {"split": "valid"}, {"world": "flat"}, {"images_per_task": 0}]
-)
+@pytest.mark.parametrize("bad", [{"name": "geneval"}, {"split": "valid"}, {"world": "flat"}, {"images_per_task": 0}])
 def test_suites_that_do_not_exist_are_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         Shapes(**({"name": "mini-geneval"} | bad))

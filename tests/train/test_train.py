@@ -183,4 +183,7 @@ def test_a_torn_last_line_of_the_metrics_is_forgotten(tmp_path):
     book = Book(tmp_path, "x", 3, start=1)
     book.write(1, {"a": 2.0})
     book.close()
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 0, "a": 1}, {"step": 1, "a": 2.0}]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 0, "a": 1},
+        {"step": 1, "a": 2.0},
+    ]

@@ -1,5 +1,6 @@
 """The world and its judge: what is drawn is read back exactly, and every change is noticed."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -59,7 +60,7 @@ def test_the_checker_degrades_monotonically_with_blur_and_noise(scenes, images):
     blurred = [exact(scenes[:700], ndimage.gaussian_filter(x, (0, s, s, 0))) for s in (0, 0.7, 1.3, 2.0, 3.0)]
     noisy = [exact(scenes[:700], (x + s * rng.normal(size=x.shape)).clip(0, 1)) for s in (0, 0.1, 0.2, 0.4)]
     for curve in (blurred, noisy):
-        assert all(b <= a + 0.005 for a, b in zip(curve, curve[1:])), curve
+        assert all(b <= a + 0.005 for a, b in itertools.pairwise(curve)), curve
         assert curve[-1] < 0.5
     assert blurred[1] >= 0.998
     assert noisy[1] >= 0.99

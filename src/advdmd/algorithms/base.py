@@ -28,8 +28,8 @@ class Cast(NamedTuple):
     """The players of distillation. The critic's heads learn with the fake score, in one descent."""
 
     teacher: Velocity
-    student: Player
-    fake: Player
+    student: Any  # Player
+    fake: Any  # Player
     critic: Judge
     auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
 

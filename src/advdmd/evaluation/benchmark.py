@@ -31,7 +31,7 @@ class Verdict:
 class Benchmark(Protocol):
     """A suite: a new one is one file with these."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...
     def items(self) -> Sequence[Item]: ...
     def judge(self, items: Sequence[Item], images: np.ndarray) -> list[Verdict]: ...

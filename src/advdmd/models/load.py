@@ -30,10 +30,11 @@ def load_pipeline(path: Path) -> Any:
     """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network."""
     import diffusers
     import transformers
+    from diffusers.utils import logging
 
     transformers.logging.set_verbosity_error()
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     index = json.loads((path / "model_index.json").read_text())
     if index.get("_class_name") != "StableDiffusion3Pipeline":

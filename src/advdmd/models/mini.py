@@ -51,8 +51,8 @@ def clip_tokenizer(corpus: Sequence[str]) -> Any:
     )
     bpe.train_from_iterator(corpus, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]
-    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TEXT_LENGTH)
+    make: Any = CLIPTokenizer
+    return make(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], model_max_length=TEXT_LENGTH)
 
 
 def _text_encoder(tokenizer: Any, size: Size) -> Any:
@@ -79,7 +79,8 @@ def autoencoder(size: Size) -> Any:
     from diffusers import AutoencoderKL
 
     n = len(size.vae_channels)
-    return AutoencoderKL(
+    make: Any = AutoencoderKL  # its annotations are narrower than what it takes
+    return make(
         sample_size=IMAGE,
         block_out_channels=size.vae_channels,
         down_block_types=("DownEncoderBlock2D",) * n,
@@ -118,7 +119,8 @@ def sd3(corpus: Sequence[str], size: Size, *, sd35: bool, seed: int = 0, vae: An
         qk_norm="rms_norm" if sd35 else None,
         dual_attention_layers=tuple(range(size.layers // 2)) if sd35 else (),
     ).eval()
-    return StableDiffusion3Pipeline(
+    make: Any = StableDiffusion3Pipeline  # annotated as if no part could be absent
+    return make(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae or autoencoder(size),

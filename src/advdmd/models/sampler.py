@@ -58,7 +58,7 @@ def sample(
     null = backbone.embed(backbone.tokenize([""]))
     velocity = Teacher(backbone, how.guidance, null, net)
     for i in torch.arange(len(prompts)).split(batch):
-        cond = backbone.embed(backbone.tokenize([prompts[k] for k in i.tolist()]))
+        cond = backbone.embed(backbone.tokenize([prompts[int(k)] for k in i]))
         if how.eta is None:
             x0 = sample_ode(velocity, cond, noise[0, i], grid)
         else:

@@ -22,7 +22,7 @@ class SD3:
         if pipe.text_encoder_3 is not None:
             raise ValueError("this pipeline has a T5 encoder: only SD3 pipelines without one are supported so far")
         self.pipe, self.t5_length = pipe, t5_length
-        self.net: nn.Module = pipe.transformer
+        self.net: Any = pipe.transformer
         self.vae = pipe.vae
         self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
@@ -91,4 +91,4 @@ class SD3:
         return [found[i] for i in taps]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        return list(net.transformer_blocks)
+        return list(net.get_submodule("transformer_blocks").children())

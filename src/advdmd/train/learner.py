@@ -1,7 +1,7 @@
 """Where losses meet an optimizer: the only file that calls backward."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Learner:
         name: str,
         net: nn.Module,
         call: Callable[..., Any],
-        turns: Mapping[str, tuple[Optim, list[tuple[Iterable[nn.Parameter], float]]]],
+        turns: Mapping[str, tuple[Optim, Sequence[tuple[Iterable[nn.Parameter], float]]]],
         ema: float | None = None,
     ):
         self.name, self.net, self._call, self.ema_decay = name, net, call, ema

@@ -6,6 +6,7 @@ area and centroid from the soft rim, shape by correlation with templates drawn b
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -90,13 +91,15 @@ def _tile(x: np.ndarray) -> np.ndarray:
 def _components(color: np.ndarray, cover: np.ndarray) -> np.ndarray:
     """Labels on the canvas: one per 8-connected core of one colour; too small ones and the rest are 0."""
     core = cover >= CORE
-    labels, total = ndimage.label(core, np.ones((3, 3), int), output=np.int32)
+    labels = np.zeros(core.shape, np.int32)
+    total: Any = ndimage.label(core, np.ones((3, 3), int), output=labels)
     seen = np.zeros((total + 1, len(PALETTE)), bool)
     seen[labels[core], color[core]] = True
     mixed = (seen.sum(1) > 1)[labels]  # touching objects of several colours: label those once more, colour by colour
     labels[mixed] = 0
     for c in np.unique(color[mixed]):
-        found, n = ndimage.label(mixed & (color == c), np.ones((3, 3), int))
+        found = np.zeros_like(labels)
+        n: Any = ndimage.label(mixed & (color == c), np.ones((3, 3), int), output=found)
         labels += np.where(found > 0, found + total, 0)
         total += n
     keep = np.bincount(labels.ravel(), minlength=total + 1) >= MIN_AREA
@@ -208,7 +211,7 @@ def _look(images: np.ndarray) -> list[Seen]:
                 float(m.y[k]),
                 float(m.area[k]),
                 float(score[k]),
-                tuple(map(float, m.box[k])),
+                (float(m.box[k, 0]), float(m.box[k, 1]), float(m.box[k, 2]), float(m.box[k, 3])),
             )
         )
     return [Seen(greys[i] if i >= 0 else None, tuple(b)) for i, b in zip(index, blobs, strict=True)]

@@ -177,8 +177,8 @@ def draw(spec: Spec, rng: np.random.Generator, world: World = FULL, *, pairs: bo
     for g, size, radius, (x, y) in zip(owners, sizes, radii, centers, strict=True):
         free = [c for c in world.colors if pairs or (g.shape, c) not in world.held_out_pairs]
         color = g.color or free[rng.integers(len(free))]
-        rgb = np.clip(np.array(COLORS[color]) + rng.uniform(-JITTER, JITTER, 3), 0, 1)
-        things.append(Thing(g.shape, color, size, float(x), float(y), float(radius), tuple(map(float, rgb))))
+        red, green, blue = np.clip(np.array(COLORS[color]) + rng.uniform(-JITTER, JITTER, 3), 0, 1).tolist()
+        things.append(Thing(g.shape, color, size, float(x), float(y), float(radius), (red, green, blue)))
     return Scene(background, tuple(things))
 
 

@@ -1,0 +1,81 @@
+"""What an iteration must cost against what it does cost: forwards counted and measured, in one run.
+
+A forward of the batch without gradient is timed between the iterations; medians; ratios only, as clocks here drift.
+Usage: python benchmarks/iteration.py [--threads 1] [--rounds 7] [--out results/iteration.json]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from advdmd import recipe as recipes
+from advdmd.algorithms.advdmd import AdvDMD, Turn
+from advdmd.models import load
+from advdmd.rng import Rng
+from advdmd.run import make_cast, make_deal
+
+
+def clock(f) -> float:
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
+
+def measure(name: str, rounds: int, threads: int) -> dict:
+    """Median over rounds of (iteration time / forward time), each iteration bracketed by forwards."""
+    _, r = recipes.resolve(name, ["data.prompts=16", f"threads={threads}"])
+    torch.set_num_threads(threads)
+    backbone, _ = load.load(r.teacher)
+    cast, deal, a = make_cast(r, backbone), make_deal(r, backbone), r.algorithm
+    depth = max(r.critic.blocks)
+    if isinstance(a, AdvDMD):
+        step = next(i for i in range(10**6) if a.turn(i) == Turn(True, True) and i >= a.warmup + a.ramp)
+        counted = sum(a.forwards(Turn(True, True), depth).values())
+    else:
+        step, counted = 0, sum(a.forwards(depth).values())
+    batch, ids = deal(0)
+    t = torch.full((len(batch),), 0.5)
+
+    @torch.no_grad()
+    def forward() -> None:
+        for _ in range(3):
+            backbone.velocity(backbone.net, batch.real, t, batch.cond)
+
+    ratios = []
+    for i in range(rounds + 1):
+        before = clock(forward) / 3
+        took = clock(lambda: a.iteration(cast, batch, step, Rng(0, step, ids)))
+        after = clock(forward) / 3
+        if i:  # the first round warms up
+            ratios.append(took / ((before + after) / 2))
+    measured = statistics.median(ratios)
+    return {
+        "recipe": name,
+        "counted": counted,
+        "measured": round(measured, 2),
+        "eta": round(counted / measured, 3),
+        "batch": len(batch),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = [measure(n, args.rounds, args.threads) for n in ("mini-sd35-advdmd", "mini-sd35-dmd2")]
+    print("| recipe | counted F | measured F | eta |\n|---|---|---|---|")
+    for r in rows:
+        print(f"| {r['recipe']} | {r['counted']:g} | {r['measured']:g} | {r['eta']:.2f} |")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
