@@ -89,17 +89,17 @@ def pretrained(teacher, steps=600, seed=0):
     return net
 
 
-def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, seed=0):
+def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=0, seed=0):
     torch.manual_seed(seed)
     student, both = copy.deepcopy(net), Both(copy.deepcopy(net), Net(1))
     turns = {
-        "match": (Optim(lr=lr), [(student.parameters(), 1.0)]),
-        "policy": (Optim(lr=policy_lr), [(student.parameters(), 1.0)]),
+        "match": (Optim(lr=lr, decay=decay), [(student.parameters(), 1.0)]),
+        "policy": (Optim(lr=policy_lr, decay=decay), [(student.parameters(), 1.0)]),
     }
     return Cast(
         teacher=teacher,
         student=Learner("student", student, student, turns, ema=0.99),
-        fake=Learner("fake", both, both.score, {"main": (Optim(lr=2e-3, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])}),
+        fake=Learner("fake", both, both.score, {"main": (Optim(lr=fake_lr, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])}),
         critic=ToyCritic(both.critic),
         auc=torch.full((steps,), 0.5),
     )
