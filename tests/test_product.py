@@ -232,7 +232,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
         (("eval", "TINY", "--guidance", "0.2"), "guidance=0.2"),
         (("export", "/nowhere"), "not a training run"),
         (("pretrain", "mini-sd4"), "stage 'mini-sd4'"),
-        (("pretrain", "mini-sd3"), "needs --vae"),
+        (("pretrain", "mini-sd3"), "needs --start"),
+        (("pretrain", "mini-sd3-again"), "needs --start"),
     ],
 )
 def test_user_mistakes_get_one_line_and_exit_code_two(words, says, tiny_folder, tmp_path):

@@ -64,16 +64,18 @@ def show(
 
 @app.command()
 def pretrain(
-    stage: Annotated[str, typer.Argument(help="autoencoder, mini-sd3 or mini-sd35")],
+    stage: Annotated[str, typer.Argument(help="autoencoder, mini-sd3, mini-sd35, or one of the two with -again")],
     out: Out,
-    vae: Annotated[Path | None, typer.Option(help="Folder of a trained autoencoder (for the teachers).")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The vae folder; for -again the pipeline to go on from.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,
 ) -> None:
     """Train a stage of the miniature's teachers from scratch; rerun to resume."""
     from advdmd.run import pretrain as go
 
-    go(stage, out, vae, steps, threads)
+    go(stage, out, start, steps, threads)
 
 
 @app.command()

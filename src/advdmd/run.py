@@ -132,8 +132,11 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
     )
 
 
-def pretrain(stage: str, folder: Path, vae: Path | None, steps: int | None, threads: int) -> Any:
-    """Run one stage by name into `folder`, or go on where it stopped. Teachers need the autoencoder's `vae` folder."""
+def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
+    """Run one stage by name into `folder`, or go on where it stopped.
+
+    `start`: for a teacher the autoencoder's vae folder, for a second cycle ("...-again") the pipeline it goes on from.
+    """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
     plan = STAGES[stage]()
@@ -143,12 +146,18 @@ def pretrain(stage: str, folder: Path, vae: Path | None, steps: int | None, thre
     if stage == "autoencoder":
         torch.manual_seed(plan.seed)
         return pretraining.train_autoencoder(plan, folder, mini_models.autoencoder(plan.size))
-    if vae is None or not (vae / "config.json").is_file():
-        raise ValueError(f"{stage} needs --vae FOLDER, made by: advdmd pretrain autoencoder --out DIR (it is DIR/vae)")
+    if stage.endswith("-again"):
+        if start is None:
+            raise ValueError(f"{stage} needs --start FOLDER, the pipeline that advdmd pretrain {plan.model} made")
+        return pretraining.train_flow(plan, folder, load.load_pipeline(load.folder_of(str(start))))
+    if start is None or not (start / "config.json").is_file():
+        raise ValueError(
+            f"{stage} needs --start FOLDER, DIR/vae of: advdmd pretrain autoencoder --out DIR"
+        )
     from diffusers import AutoencoderKL
 
-    codec = AutoencoderKL.from_pretrained(vae, local_files_only=True).eval()
-    pipe = mini_models.sd3(VOCABULARY, plan.size, sd35=stage == "mini-sd35", seed=plan.seed, vae=codec)
+    codec = AutoencoderKL.from_pretrained(start, local_files_only=True).eval()
+    pipe = mini_models.sd3(VOCABULARY, plan.size, sd35=plan.model == "mini-sd35", seed=plan.seed, vae=codec)
     return pretraining.train_flow(plan, folder, pipe)
 
 
@@ -166,6 +175,9 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         return "; ".join(recipes.differences(recipes.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
 
     _claim(folder, recipes.dump(name, r), overwrite, old)
+    done = checkpoint.newest(folder / "checkpoints")
+    if done and done[1]["step"] == r.iterations and (folder / "student" / load.NOTE).is_file():
+        return folder / "student"
     backbone, _ = load.load(r.teacher)
     players = make_cast(r, backbone)
     how = student_sampling(r)

@@ -1,5 +1,7 @@
 """Recipes of the miniature: how its teachers were made, and how they are distilled."""
 
+from dataclasses import replace
+
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch
@@ -38,10 +40,18 @@ def teacher(model: str) -> Stage:
     )
 
 
+def second_cycle(model: str) -> Stage:
+    """The learning rate up once more and down to nothing, on fresh scenes: half an hour of one thread."""
+    optim = Optim(lr=2e-3, betas=(0.9, 0.99), warmup=200, decay=8500)
+    return replace(teacher(model), optim=optim, steps=8500, seed=1)
+
+
 STAGES = {
     "autoencoder": autoencoder,
     "mini-sd3": lambda: teacher("mini-sd3"),
     "mini-sd35": lambda: teacher("mini-sd35"),
+    "mini-sd3-again": lambda: second_cycle("mini-sd3"),
+    "mini-sd35-again": lambda: second_cycle("mini-sd35"),
 }
 
 
