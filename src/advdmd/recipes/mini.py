@@ -41,9 +41,9 @@ def teacher(model: str) -> Stage:
 
 
 def second_cycle(model: str) -> Stage:
-    """The learning rate up once more and down to nothing, on fresh scenes: half an hour of one thread."""
-    optim = Optim(lr=2e-3, betas=(0.9, 0.99), warmup=200, decay=8500)
-    return replace(teacher(model), optim=optim, steps=8500, seed=1)
+    """The learning rate up once more and down to nothing, on fresh scenes: twenty minutes of one thread."""
+    optim = Optim(lr=2e-3, betas=(0.9, 0.99), warmup=200, decay=5500)
+    return replace(teacher(model), optim=optim, steps=5500, seed=1)
 
 
 STAGES = {
