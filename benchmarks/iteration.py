@@ -34,9 +34,9 @@ def measure(name: str, rounds: int, threads: int) -> dict:
     depth = max(r.critic.blocks)
     if isinstance(a, AdvDMD):
         step = next(i for i in range(10**6) if a.turn(i) == Turn(True, True) and i >= a.warmup + a.ramp)
-        counted = sum(a.forwards(Turn(True, True), depth).values())
+        counted = sum(a.forwards(Turn(True, True), depth, trunk=r.critic.trunk_weight > 0).values())
     else:
-        step, counted = 0, sum(a.forwards(depth).values())
+        step, counted = 0, sum(a.forwards(depth, trunk=r.critic.trunk_weight > 0).values())
     batch, ids = deal(0)
     t = torch.full((len(batch),), 0.5)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,13 @@ def test_overrides_are_typed_and_reach_every_level():
         ("seed=[1", "not a value"),
         ("data.prompts=0", "prompts=0"),
         ("ema=1", "ema=1"),
+        ("seed=-1", "seed=-1"),
+        ("heads_rate=-3", "heads_rate=-3"),
+        ("guidance=.nan", "guidance=nan.*finite"),
+        ("match.lr=.inf", "lr=inf.*finite"),
+        ("iterations=true", "iterations=True"),
+        ("algorithm.shift=-1", "shift=-1"),
+        ("algorithm.auc_memory=2", "auc_memory=2"),
         ("save_every=-1", "save_every"),
     ],
 )
@@ -183,11 +191,76 @@ def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift():
     assert sigmas(Sampling(steps=2, eta=1.0)) == [1.0, 0.5]
 
 
-def test_students_that_stock_schedulers_cannot_run_are_not_exported(tiny_folder, backbone, tmp_path):
-    from advdmd.export import export_student
-
+def test_students_that_stock_schedulers_cannot_run_are_sampled_here_but_not_exported(tiny_folder, tmp_path):
+    words = [*SMALL, f"teacher={tiny_folder}", "algorithm.eta=0.9", "iterations=1"]
+    student = run.train(*resolve("mini-sd35-advdmd", words), tmp_path / "run")
+    assert load.load(str(student))[1].eta == 0.9
+    assert "stock schedulers cannot" in (student / "README.md").read_text()
     with pytest.raises(ValueError, match=r"eta=0\.9"):
-        export_student(backbone, backbone.net, Sampling(steps=4, eta=0.9), tiny_folder, tmp_path / "x", {})
+        run.export_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_export_never_replaces_what_it_did_not_write(trained, tmp_path):
+    (tmp_path / "x").write_text("precious")
+    for out in (tmp_path, trained):
+        with pytest.raises(ValueError, match="not empty"):
+            run.export_run(trained, out, overwrite=True)
+    assert (tmp_path / "x").read_text() == "precious"
+    assert (trained / "checkpoints").is_dir()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    text = (copy / "recipe.yaml").read_text().replace("seed: 0", "seed: 9")
+    (copy / "recipe.yaml").write_text(text)
+    shutil.rmtree(copy / "student")
+    with pytest.raises(ValueError, match="checkpoint of another recipe"):
+        run.train(*resolve(str(copy / "recipe.yaml"), ["iterations=4"]), copy)
+
+
+def test_broken_pipelines_are_refused_in_one_line(tiny_folder, tmp_path):
+    for break_it in (lambda f: (f / "transformer/config.json").unlink(), lambda f: (f / "model_index.json").write_text("[]")):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tiny_folder, folder)
+        break_it(folder)
+        with pytest.raises(ValueError, match="broken"):
+            load.load(str(folder))
+
+
+def test_new_weights_in_an_old_evaluation_folder_are_noticed(tiny_folder, trained, tmp_path):
+    suite = Shapes("mini-dpg", 2, 2)
+    run.evaluate(str(tiny_folder), suite, tmp_path / "e", Sampling(steps=1))
+    with pytest.raises(ValueError, match="weights differ"):
+        run.evaluate(str(trained / "student"), suite, tmp_path / "e", Sampling(steps=1))
+
+
+def test_prompts_that_would_be_cut_are_refused(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="longer than the 23 words"):
+        run.paint(str(tiny_folder), ["a picture of " + "a circle and " * 12 + "a circle"], tmp_path)
+
+
+def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "STAGES", {k: lambda k=k: small_stage(k) for k in ("autoencoder", "mini-sd3", "mini-sd3-again")})
+    run.pretrain("autoencoder", tmp_path / "ae", None, None, 1)
+    run.pretrain("mini-sd3", tmp_path / "t", tmp_path / "ae/vae", None, 1)
+    with pytest.raises(ValueError, match="another stage"):
+        run.pretrain("mini-sd3-again", tmp_path / "t", tmp_path / "t/pipeline", None, 1)
+    run.pretrain("mini-sd3-again", tmp_path / "t2", tmp_path / "t/pipeline", None, 1)
+    assert load.load(str(tmp_path / "t2/pipeline"))[0].t5_length == 0
+    with pytest.raises(ValueError, match="holds no diffusion"):
+        run.pretrain("mini-sd3", tmp_path / "t3", tmp_path, None, 1)
+    with pytest.raises(ValueError, match="steps=0"):
+        run.pretrain("autoencoder", tmp_path / "ae2", None, 0, 1)
+
+
+def small_stage(name):
+    from advdmd.models import mini
+    from advdmd.recipes.mini import STAGES
+
+    size = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+    return replace(STAGES[name](), size=size, steps=3, pool=8, batch=4, save_every=2)
 
 
 def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tmp_path):
@@ -265,23 +338,3 @@ def test_show_prints_the_recipe_and_its_cost():
     assert "steps: 2" in done.stdout
     assert "forwards per sample" in done.stdout
     assert cli("show").stdout.split() == list(recipes.known())
-
-
-def test_pretraining_makes_a_pipeline_that_loads(tmp_path):
-    from advdmd.models import mini
-    from advdmd.recipes.mini import STAGES
-    from advdmd.train import pretraining
-    from advdmd.world.caption import VOCABULARY
-
-    size = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
-    stage = replace(STAGES["autoencoder"](), size=size, steps=3, pool=8, batch=4, save_every=2)
-    vae = pretraining.train_autoencoder(stage, tmp_path / "ae", mini.autoencoder(size))
-    assert (tmp_path / "ae/vae/config.json").is_file()
-    looked = []
-    flow_stage = replace(STAGES["mini-sd3"](), size=size, steps=3, pool=8, batch=4, save_every=2, look_every=3)
-    pipe = mini.sd3(VOCABULARY, size, sd35=False, vae=vae)
-    pretraining.train_flow(flow_stage, tmp_path / "sd3", pipe, lambda b, step: looked.append(step))
-    assert looked == [3]
-    backbone, how = load.load(str(tmp_path / "sd3/pipeline"))
-    assert backbone.t5_length == 0
-    assert how.steps == 40

@@ -1,5 +1,6 @@
 """The command line. Mistakes of the user end with one line on stderr and exit code 2."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Lose the run that 
 Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as algorithm.steps=2 or match.lr=3e-5.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of a teacher.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 
 def _how(model: str, steps: int | None, guidance: float | None) -> Any:
@@ -25,11 +26,9 @@ def _how(model: str, steps: int | None, guidance: float | None) -> Any:
     from dataclasses import replace
 
     from advdmd.models import load
-    from advdmd.models.sampler import Sampling
 
-    note = load.read_note(load.folder_of(model)).get("sampling", {"steps": 40, "guidance": 4.0})
     changes = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
-    return replace(Sampling(**note), **changes)
+    return replace(load.sampling_of(load.folder_of(model)), **changes)
 
 
 @app.command()
@@ -46,13 +45,13 @@ def show(
         return
     name, r = recipes.resolve(recipe, changes or [])
     print(recipes.dump(name, r))
-    depth = max(r.critic.blocks)
+    depth, trunk = max(r.critic.blocks), r.critic.trunk_weight > 0
     if isinstance(r.algorithm, AdvDMD):
         turns = [r.algorithm.turn(i) for i in range(r.iterations)]
-        mean = sum(sum(r.algorithm.forwards(t, depth).values()) for t in turns) / len(turns)
-        parts = r.algorithm.forwards(type(turns[0])(True, True), depth)
+        mean = sum(sum(r.algorithm.forwards(t, depth, trunk=trunk).values()) for t in turns) / len(turns)
+        parts = r.algorithm.forwards(type(turns[0])(True, True), depth, trunk=trunk)
     else:
-        parts = r.algorithm.forwards(depth)
+        parts = r.algorithm.forwards(depth, trunk=trunk)
         mean = sum(parts.values())
     print(
         "forwards per sample, a full iteration: "
@@ -66,9 +65,7 @@ def show(
 def pretrain(
     stage: Annotated[str, typer.Argument(help="autoencoder, mini-sd3, mini-sd35, or one of the two with -again")],
     out: Out,
-    start: Annotated[
-        Path | None, typer.Option(help="The vae folder; for -again the pipeline to go on from.")
-    ] = None,
+    start: Annotated[Path | None, typer.Option(help="The vae folder; for -again the pipeline to go on from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,
 ) -> None:
@@ -163,16 +160,25 @@ def mini(
     print(f"comparison: {out / 'comparison.png'}\nstudent:    {result['student']}")
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, kept from the command-line library, which would end without a word."""
+
+
+def _interrupt(*_: Any) -> None:
+    raise Interrupted
+
+
 def main() -> None:
     """Entry point."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as e:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(3)
-    except KeyboardInterrupt:
+    except Interrupted:
         print("\ninterrupted: the last checkpoint is kept, the same command goes on from it", file=sys.stderr)
         sys.exit(130)

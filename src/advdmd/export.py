@@ -1,15 +1,14 @@
 """A student as other people load it: a stock diffusers folder, its scheduler, a model card."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from advdmd import flow
-from advdmd.models.load import NOTE, read_note
+from advdmd.models.load import read_note, write_note
 from advdmd.models.sampler import Sampling
+from advdmd.train.checkpoint import write_folder
 
 
 def sigmas(how: Sampling) -> list[float]:
@@ -35,32 +34,31 @@ image = pipe(
 
 
 def export_student(backbone: Any, net: nn.Module, how: Sampling, teacher: Path, folder: Path, note: dict[str, Any]) -> Path:
-    """Write the teacher's pipeline with the student as its transformer and a stochastic scheduler; atomic as a whole.
+    """Write the teacher's pipeline with the student as its transformer and the student's scheduler; all or nothing.
 
-    Raises ValueError for eta < 1: stock schedulers re-noise fully, so only eta = 1 is the same sampler there.
+    Stock schedulers re-noise fully: only eta = 1 is the same sampler there. The card of another eta says so.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    if how.eta != 1:
-        raise ValueError(f"eta={how.eta}: stock schedulers only know eta=1; train with algorithm.eta=1 to export")
     parts = dict(backbone.pipe.components)
     parts["transformer"] = net
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=True)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=how.eta == 1)
     pipe = StableDiffusion3Pipeline(**parts)
-    making = folder.with_name(f".{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    pipe.save_pretrained(making)
     sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta}
-    old = read_note(teacher)
-    record = {"sampling": sampling, "t5_length": backbone.t5_length, "base_model": old.get("name", teacher.name), **note}
-    (making / NOTE).write_text(json.dumps(record, indent=1))
-    (making / "README.md").write_text(_card(folder.name, how, backbone, record))
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
+    base = read_note(teacher).get("name", teacher.name)
+    record = {"sampling": sampling, "t5_length": backbone.t5_length, "base_model": base, **note}
+
+    def write(making: Path) -> None:
+        pipe.save_pretrained(making)
+        write_note(making, record)
+        (making / "README.md").write_text(_card(folder.name, how, backbone, record))
+
+    write_folder(folder, write)
     return folder
 
 
 def _card(name: str, how: Sampling, backbone: Any, record: dict[str, Any]) -> str:
+    warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
     size = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
     return f"""---
 library_name: diffusers
@@ -72,7 +70,7 @@ tags: [advdmd, distillation, few-step]
 # {record["base_model"]} in {how.steps} steps
 
 Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {how.steps} steps:
-
+{warning}
 ```python
 {snippet(name, how, backbone.t5_length, size)}```
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -11,8 +12,6 @@ from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.models.critic import CriticConfig
 from advdmd.train.learner import Optim
-
-CONSTRUCTORS = {"AdvDMD": AdvDMD, "DMD2": DMD2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,12 @@ class Recipe:
         for name in ("iterations", "prompts_per_step", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.heads_rate > 0:
+            raise ValueError(f"heads_rate={self.heads_rate}: a multiple of the fake score's learning rate, above 0")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+        if self.prompts_per_step < 2 and getattr(self.algorithm, "mismatch", 0):
+            raise ValueError("algorithm.mismatch needs prompts_per_step of at least 2: a wrong caption is another prompt's")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema}: a decay lies in [0, 1)")
         if self.save_every < 0 or self.look_every < 0:
@@ -129,6 +134,8 @@ def override(value: Any, changes: Mapping[str, Any], path: str = "") -> Any:
         elif is_dataclass(new[head]):
             raise ValueError(f"key {path}{head} is a group of settings: write {path}{head}.NAME=value")
         else:
+            if isinstance(v, bool) != (names[head].type is bool) or (isinstance(v, float) and not math.isfinite(v)):
+                raise ValueError(f"{path}{head}={v!r}: expected a finite value of {names[head].type}")
             try:
                 new[head] = TypeAdapter(cast(Any, names[head].type)).validate_python(v)
             except ValidationError as e:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from advdmd import flow
 from advdmd.kernels import Gaussian, Kernel, ode, transition
+from advdmd.rng import Rng
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x [N, ...], t [N], cond [N]) -> v [N, ...]
 
@@ -57,6 +58,15 @@ def rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: 
         states.append(x)
         seen.append(x0)
     return Path(torch.stack(states), grid, torch.stack(seen), torch.stack(close) if close else x.new_zeros(0, len(x)))
+
+
+def late_exits(rng: Rng, name: str, hops: int) -> Tensor:
+    """[N] hops to leave a path at: the larger of two uniform draws, so P(k) = (2 k + 1) / hops^2.
+
+    One fake score serves all exits. Drawn evenly, the blurred first exits would take a share of it that the final image
+    then has to make up for; half as often, they are still trained.
+    """
+    return torch.maximum(rng.index(name, 0, hops), rng.index(f"{name}/2", 0, hops))
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The verbs of the product as functions: pretrain, train, paint, evaluate, export, and the main job of the miniature."""
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -65,43 +67,32 @@ def grid_image(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
-def _claim(folder: Path, text: str, overwrite: bool, old: Callable[[], str]) -> None:
-    """Make `folder` this run's: refuse another run's unless told to overwrite, accept our own to resume."""
-    record = folder / "recipe.yaml"
-    if overwrite and folder.exists():
-        import shutil
+OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student")  # what a run writes, and --overwrite may lose
 
-        if any(folder.iterdir()) and not record.exists():
-            raise ValueError(
-                f"{folder} is not a run of ours (no recipe.yaml): it will not be overwritten, choose another --out"
-            )
+
+def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[], str] = lambda: "another recipe") -> None:
+    """Make `folder` this run's: accept our own to resume, refuse another run's unless told to overwrite it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --out")
+    record = folder / "recipe.yaml"
+    strangers = (
+        [p.name for p in folder.iterdir() if p.name not in OURS and not p.name.startswith(".")] if folder.exists() else []
+    )
+    if strangers and (overwrite or not record.exists()):
+        raise ValueError(f"{folder} holds what no run of ours wrote ({strangers[0]}): choose another --out")
+    if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if record.exists():
-        if record.read_text() != text:
-            raise ValueError(f"{folder} holds another run ({old()}): choose another --out, or --overwrite to lose it")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run: choose another --out")
+    if record.exists() and record.read_text() != text:
+        raise ValueError(f"{folder} holds another run ({change()}): choose another --out, or --overwrite to lose it")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(record, text)
-
-
-@torch.no_grad()
-def _encode_pool(backbone: Any, pool: shapes.Pool) -> Tensor:
-    """Latents [n, R, C, h, w]."""
-    n, reals = pool.images.shape[:2]
-    progress, out = Progress("encoding images", n), []
-    for i in torch.arange(n).split(128):
-        z = backbone.encode(pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))))
-        out.append(z.unflatten(0, (len(i), reals)))
-        progress(int(i[-1]) + 1)
-    return torch.cat(out)
 
 
 def make_deal(r: Recipe, backbone: Any) -> Callable[[int], tuple[Batch, list[int]]]:
     """step -> groups of one prompt each, with real latents of the same prompt. Pure in (recipe, step)."""
     d, G = r.data, r.group
     pool = shapes.make_pool(d.prompts, r.seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
-    latents, ids = _encode_pool(backbone, pool), backbone.tokenize(pool.prompts)
+    latents, ids = shapes.encode(backbone, pool, Progress("encoding images", d.prompts)), backbone.tokenize(pool.prompts)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
         i, order = shapes.deal(d.prompts, r.prompts_per_step, r.seed, step)
@@ -132,6 +123,23 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
     )
 
 
+def _weights(folder: Path) -> Path:
+    """The weights that tell a pipeline or an autoencoder from another."""
+    found = [f for f in (folder / "transformer", folder) if (f / "diffusion_pytorch_model.safetensors").is_file()]
+    if not found:
+        raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors: name a pipeline or a vae folder")
+    return found[0] / "diffusion_pytorch_model.safetensors"
+
+
+def _claim_stage(folder: Path, plan: pretraining.Stage, origin: str) -> None:
+    """A stage's folder is its own: another stage, setting or starting point is refused."""
+    record, text = folder / "stage.json", json.dumps(asdict(plan) | {"start": origin}, indent=1)
+    if record.exists() and record.read_text() != text:
+        raise ValueError(f"{folder} holds another stage, or one with other settings: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(record, text)
+
+
 def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
     """Run one stage by name into `folder`, or go on where it stopped.
 
@@ -143,17 +151,20 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
     if steps is not None:
         plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
     torch.set_num_threads(threads)
+    origin = checkpoint.file_hash(_weights(start)) if start is not None else "nothing"
     if stage == "autoencoder":
         torch.manual_seed(plan.seed)
+        _claim_stage(folder, plan, origin)
         return pretraining.train_autoencoder(plan, folder, mini_models.autoencoder(plan.size))
     if stage.endswith("-again"):
         if start is None:
             raise ValueError(f"{stage} needs --start FOLDER, the pipeline that advdmd pretrain {plan.model} made")
-        return pretraining.train_flow(plan, folder, load.load_pipeline(load.folder_of(str(start))))
+        pipe = load.load_pipeline(load.folder_of(str(start)))
+        _claim_stage(folder, plan, origin)
+        return pretraining.train_flow(plan, folder, pipe)
     if start is None or not (start / "config.json").is_file():
-        raise ValueError(
-            f"{stage} needs --start FOLDER, DIR/vae of: advdmd pretrain autoencoder --out DIR"
-        )
+        raise ValueError(f"{stage} needs --start FOLDER, DIR/vae of: advdmd pretrain autoencoder --out DIR")
+    _claim_stage(folder, plan, origin)
     from diffusers import AutoencoderKL
 
     codec = AutoencoderKL.from_pretrained(start, local_files_only=True).eval()
@@ -167,28 +178,27 @@ def student_sampling(r: Recipe) -> Sampling:
 
 
 def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
-    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the exported student."""
+    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student."""
     torch.set_num_threads(r.threads)
-    teacher = load.folder_of(r.teacher)
+    load.folder_of(r.teacher)
+    text = recipes.dump(name, r)
 
-    def old() -> str:
+    def change() -> str:
         return "; ".join(recipes.differences(recipes.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
 
-    _claim(folder, recipes.dump(name, r), overwrite, old)
+    _claim(folder, text, overwrite, change)
     done = checkpoint.newest(folder / "checkpoints")
     if done and done[1]["step"] == r.iterations and (folder / "student" / load.NOTE).is_file():
         return folder / "student"
     backbone, _ = load.load(r.teacher)
-    players = make_cast(r, backbone)
-    how = student_sampling(r)
+    if not load.in_miniature(backbone):
+        raise ValueError(f"teacher={r.teacher}: only pipelines of the miniature can be distilled so far")
+    players, how = make_cast(r, backbone), student_sampling(r)
     prompts = [p for p in LOOK_PROMPTS for _ in range(3)]
 
     def look(step: int) -> None:
-        net = players.student.net
-        own = {k: v.clone() for k, v in net.state_dict().items()}
-        net.load_state_dict(players.student.averaged())
-        images = painter(backbone, net, how)(prompts, [("look", k) for k in range(len(prompts))])
-        net.load_state_dict(own)
+        with players.student.averaging() as net:
+            images = painter(backbone, net, how)(prompts, [("look", k) for k in range(len(prompts))])
         (folder / "samples").mkdir(exist_ok=True)
         grid_image([images[i : i + 9] for i in (0, 9)]).save(folder / "samples" / f"step-{step:06d}.png")
 
@@ -203,30 +213,43 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         look_every=r.look_every,
         look=look,
         extra={"auc": players.auc},
+        fingerprint=_fingerprint(text),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
     )
-    players.student.net.load_state_dict(players.student.averaged())
-    return export_student(
-        backbone, players.student.net, how, teacher, folder / "student", note={"recipe": name, "seed": r.seed}
-    )
+    return _export(r, name, backbone, players, folder / "student")
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _export(r: Recipe, name: str, backbone: Any, players: Cast, out: Path) -> Path:
+    with players.student.averaging() as net:
+        note = {"recipe": name, "seed": r.seed}
+        return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)
 
 
 def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     """The averaged student of a run's newest checkpoint, as a stock diffusers folder."""
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is not a training run: it has no recipe.yaml")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: choose another --out, or --overwrite")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        ours = (out / load.NOTE).is_file() and (out / "model_index.json").is_file()
+        if not (overwrite and ours):
+            raise ValueError(f"{out} is not empty: choose another --out" + (", or --overwrite" if ours else ""))
+    text = (run / "recipe.yaml").read_text()
     name, r = recipes.resolve(str(run / "recipe.yaml"))
+    if student_sampling(r).eta != 1:
+        raise ValueError(
+            f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1"
+        )
     backbone, _ = load.load(r.teacher)
     players = make_cast(r, backbone)
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
-    if not checkpoint.resume(run / "checkpoints", learners, {"auc": players.auc}):
+    if not checkpoint.resume(run / "checkpoints", learners, {"auc": players.auc}, _fingerprint(text)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
-    players.student.net.load_state_dict(players.student.averaged())
-    note = {"recipe": name, "seed": r.seed}
-    return export_student(backbone, players.student.net, student_sampling(r), load.folder_of(r.teacher), out, note)
+    return _export(r, name, backbone, players, out)
 
 
 def evaluate(
@@ -236,7 +259,7 @@ def evaluate(
     backbone, own = load.load(model)
     how = how or own
     about = {
-        "model": model,
+        "weights": checkpoint.file_hash(_weights(load.folder_of(model))),
         "sampling": asdict(how),
         "sizes": [suite.images_per_task, suite.prompts_per_task, suite.split, suite.world],
     }
@@ -274,32 +297,33 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     began = time.monotonic()
     name = "mini-sd35-advdmd"
     r = recipes.resolve(name, words)[1]
-    student = train(name, r, folder / "run", overwrite)
     suite = Shapes("mini-geneval", images_per_task=images, world=r.data.world)
-    steps = r.algorithm.steps
-    guided = Sampling(steps=40, shift=r.algorithm.shift, guidance=r.guidance)
-    models = {
-        "teacher, 40 steps": (r.teacher, guided),
-        f"teacher, {steps} steps": (r.teacher, replace(guided, steps=steps)),
-        f"AdvDMD, {steps} steps": (str(student), student_sampling(r)),
-    }
-    out = {k: evaluate(m, suite, folder / k.replace(", ", "-").replace(" ", "-"), how) for k, (m, how) in models.items()}
+    steps, guided = r.algorithm.steps, load.sampling_of(load.folder_of(r.teacher))
+    labels = [f"teacher, {guided.steps} steps", f"teacher, {steps} steps", f"AdvDMD, {steps} steps"]
+    places = [folder / x.replace(", ", "-").replace(" ", "-") for x in labels]
+    if overwrite:
+        for place in places:
+            if (place / "manifest.json").is_file():
+                shutil.rmtree(place)
+    student = train(name, r, folder / "run", overwrite)
+    models = [(r.teacher, guided), (r.teacher, replace(guided, steps=steps)), (str(student), student_sampling(r))]
+    out = {x: evaluate(m, suite, p, how) for x, p, (m, how) in zip(labels, places, models, strict=True)}
     means = [s["strict"]["overall"]["mean"] for s in out.values()]
     closed = (means[2] - means[1]) / (means[0] - means[1]) if means[0] != means[1] else float("nan")
     _compare(models, folder / "comparison.png")
     took = duration(time.monotonic() - began)
     text = report.markdown(out)
-    text += f"\nShare of the gap between {steps} and 40 teacher steps closed: {closed:.0%}. Took {took}.\n"
+    text += f"\nShare of the gap between {steps} and {guided.steps} teacher steps closed: {closed:.0%}. Took {took}.\n"
     checkpoint.write_text(folder / "table.md", text)
     checkpoint.write_text(folder / "table.json", json.dumps({"models": out, "gap_closed": closed}, indent=1))
     return {"table": text, "models": out, "gap_closed": closed, "student": student}
 
 
-def _compare(models: dict[str, tuple[str, Sampling]], path: Path) -> None:
+def _compare(models: Sequence[tuple[str, Sampling]], path: Path) -> None:
     """The same prompts and noise, one row a model."""
     prompts = [p for p in LOOK_PROMPTS for _ in range(2)]
     rows = []
-    for m, how in models.values():
+    for m, how in models:
         backbone, _ = load.load(m)
         rows.append(painter(backbone, backbone.net, how)(prompts, [("compare", k) for k in range(len(prompts))]))
     grid_image(rows).save(path)
@@ -311,6 +335,9 @@ def paint(model: str, prompts: Sequence[str], folder: Path, how: Sampling | None
     if load.in_miniature(backbone):
         for p in prompts:
             check_prompt(p)
+            limit = backbone.pipe.tokenizer.model_max_length
+            if len(backbone.pipe.tokenizer(p).input_ids) > limit:
+                raise ValueError(f"prompt {p!r} is longer than the {limit - 2} words this model reads: say less")
     images = painter(backbone, backbone.net, how or own)(prompts, [("sample", k, seed) for k in range(len(prompts))])
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{k:03d}.png" for k in range(len(prompts))]

@@ -146,7 +146,9 @@ def test_generation_resumes_and_refuses_a_folder_of_another_run(tmp_path):
 
 
 def table(scores, task="colors"):
-    return [{"item": f"i{n // 2}", "k": n % 2, "task": task, "strict": s, "loose": s} for n, s in enumerate(scores)]
+    return [
+        {"item": f"i{n // 2}", "k": n % 2, "prompt": "p", "task": task, "strict": s, "loose": s} for n, s in enumerate(scores)
+    ]
 
 
 def test_means_are_over_images_then_tasks():

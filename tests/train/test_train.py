@@ -140,6 +140,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     assert "step-0000004" in said[0]
     path.unlink()
     assert checkpoint.newest(folder, said.append) is None
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        checkpoint.resume(folder, {})
     assert "cannot be read" in said[-1]
 
 

@@ -12,7 +12,7 @@ from advdmd.algorithms.base import Cast
 from advdmd.algorithms.objectives import match_teacher, pay_end, pay_hops, prefer_paid_hops, tell_apart, track_student
 from advdmd.kernels import cps
 from advdmd.rng import Rng
-from advdmd.rollout import Path, rollout
+from advdmd.rollout import Path, late_exits, rollout
 from advdmd.types import Batch, Log
 
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means the path is not the policy's own
@@ -61,6 +61,12 @@ class AdvDMD:
         for name in ("critic_steps", "micro", "match_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
+        flow.grid(self.steps, self.shift)
+        if self.clip <= 0 or self.mismatch < 0 or not 0 <= self.auc_memory < 1:
+            raise ValueError(
+                f"AdvDMD(clip={self.clip}, mismatch={self.mismatch}, auc_memory={self.auc_memory}): "
+                "needs clip > 0, mismatch >= 0, auc_memory in [0, 1)"
+            )
         if self.warmup < 0 or self.ramp < 0:
             raise ValueError(f"AdvDMD(warmup={self.warmup}, ramp={self.ramp}): counts of iterations cannot be negative")
         if not self.final_levels or not all(0 < u < 1 for u in self.final_levels):
@@ -79,16 +85,17 @@ class AdvDMD:
             return Turn(policy=since % every == 0, match=True)
         return Turn(policy=True, match=since % self.match_every == 0)
 
-    def forwards(self, turn: Turn, depth: float, backward: float = 2.0) -> dict[str, float]:
+    def forwards(self, turn: Turn, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
         """Forwards per sample of one iteration by part, in units of one forward without gradient.
 
-        depth: share of the network that the critic runs; backward: 2 for full fine-tuning, about 1 with adapters.
+        depth: share of the network that the critic runs; backward: 2 for full fine-tuning, about 1 with adapters;
+        trunk: whether the critic's gradient enters the trunk (CriticConfig.trunk_weight > 0).
         """
         grad = 1 + backward
         return {
             "rollout": self.steps,
             "fake": grad,
-            "critic": (2 + bool(self.mismatch)) * depth,
+            "critic": (2 + bool(self.mismatch)) * depth * (1 + backward * trunk),
             "reward": turn.policy * (self.steps - 1 + len(self.final_levels)) * depth,
             "policy": turn.policy * (self.steps - 1) * grad,
             "match": turn.match * (grad + 2 + 1),
@@ -126,7 +133,7 @@ class AdvDMD:
 
         # Distribution-matching turn. Gradient flows through one hop of the same path.
         if turn.match:
-            x, t = path.at(rng.index("match.k", 0, K))
+            x, t = path.at(late_exits(rng, "match.k", K))
             u, e = rng.uniform("match.u", *self.u_range), rng.normal("match.e", shape)
             log |= cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i]) for i in parts), turn="match")
         return log
@@ -134,7 +141,7 @@ class AdvDMD:
     def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
         """Fake score and critic, `critic_steps` minibatches, one descent each; updates the running AUC per level."""
         (N, *shape), K = batch.real.shape, path.hops
-        exits = rng.index("fake.k", 0, K)  # the fake score tracks what distribution matching looks at: random exits
+        exits = late_exits(rng, "fake.k", K)  # the fake score tracks what distribution matching looks at: random exits
         x0, u, e = path.x0[exits, torch.arange(N)], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
         x, t, k = self.critic_states(path, rng, shape)
         noise, order = rng.normal("critic.real", shape), rng.permutation("critic.order")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from advdmd.models.backbone import Backbone
 from advdmd.rng import generator
 from advdmd.world import caption
 from advdmd.world.render import render, to_uint8
@@ -65,6 +66,19 @@ def make_pool(n: int, seed: int, world: World = FULL, say: Callable[[int], objec
             say(i + 1)
     images = np.concatenate([to_uint8(render(scenes[i : i + 1024])) for i in range(0, len(scenes), 1024)])
     return Pool(tuple(prompts), images.reshape(n, reals, *images.shape[1:]))
+
+
+@torch.no_grad()
+def encode(backbone: Backbone, pool: Pool, say: Callable[[int], object] | None = None) -> Tensor:
+    """Latents [n, R, C, h, w] of all images of a pool."""
+    n, reals = pool.images.shape[:2]
+    out = []
+    for i in torch.arange(n).split(128):
+        z = backbone.encode(pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))))
+        out.append(z.unflatten(0, (len(i), reals)))
+        if say:
+            say(int(i[-1]) + 1)
+    return torch.cat(out)
 
 
 def deal(n_pool: int, n: int, seed: int, step: int) -> tuple[Tensor, list[int]]:

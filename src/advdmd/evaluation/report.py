@@ -56,7 +56,7 @@ def paired(a: Rows, b: Rows, key: str = "strict") -> dict[str, Any]:
 
     Raises ValueError if the two were not scored on the same images' keys.
     """
-    names = lambda t: [(r["item"], r["k"]) for r in t]  # noqa: E731
+    names = lambda t: [(r["item"], r["k"], r["prompt"]) for r in t]  # noqa: E731
     if names(a) != names(b):
         raise ValueError("these two results are of different suites or sizes: a paired difference needs the same images")
     return summarise([x | {key: x[key] - y[key]} for x, y in zip(a, b, strict=True)], key)["overall"]

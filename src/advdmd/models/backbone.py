@@ -1,7 +1,7 @@
 """What a family of models must offer; everything above this file is the same for all of them."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -29,4 +29,3 @@ class Backbone(Protocol):
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]: ...
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]: ...
-    def save_student(self, net: nn.Module, folder: Any) -> None: ...

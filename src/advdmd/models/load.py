@@ -37,22 +37,38 @@ def load_pipeline(path: Path) -> Any:
     logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     index = json.loads((path / "model_index.json").read_text())
+    if not isinstance(index, dict):
+        raise ValueError(f"{path / 'model_index.json'} is not a pipeline's index")
     if index.get("_class_name") != "StableDiffusion3Pipeline":
         raise ValueError(f"{path} holds a {index.get('_class_name')}: StableDiffusion3Pipeline is supported")
     # A pipeline saved without its third encoder must be told so again when it is loaded.
     absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [None])[0] is None}
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **absent)
+    try:
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **absent)
+    except Exception as e:  # whatever a broken folder makes the library raise
+        raise ValueError(f"{path} cannot be loaded as a pipeline: {e}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def write_note(path: Path, note: dict[str, Any]) -> None:
+    (path / NOTE).write_text(json.dumps(note, indent=1))
+
+
+def sampling_of(path: Path) -> Sampling:
+    """A folder's own way of sampling; a teacher without a note: 40 steps, guidance 4."""
+    try:
+        return Sampling(**read_note(path).get("sampling", {"steps": 40, "guidance": 4.0}))
+    except TypeError as e:
+        raise ValueError(f"{path / NOTE}: {e}") from None
+
+
 def load(name: str) -> tuple[SD3, Sampling]:
-    """Backbone and its own way of sampling (a teacher without a note: 40 steps, guidance 4)."""
+    """Backbone and its own way of sampling."""
     path = folder_of(name)
-    note = read_note(path)
-    backbone = SD3(load_pipeline(path), t5_length=note.get("t5_length", 256))
+    backbone = SD3(load_pipeline(path), t5_length=read_note(path).get("t5_length", 256))
     backbone.net.requires_grad_(False).eval()
-    return backbone, Sampling(**note.get("sampling", {"steps": 40, "guidance": 4.0}))
+    return backbone, sampling_of(path)
 
 
 def in_miniature(backbone: SD3) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch
+from advdmd.models.critic import CriticConfig
 from advdmd.recipe import Recipe
 from advdmd.train.learner import Optim
 from advdmd.train.pretraining import GUIDANCE, Stage
@@ -60,7 +61,7 @@ def advdmd(name: str) -> Recipe:
 
 
 def dmd2(name: str) -> Recipe:
-    return Recipe(teacher=name, algorithm=DMD2(), guidance=GUIDANCE, iterations=160)
+    return Recipe(teacher=name, algorithm=DMD2(), guidance=GUIDANCE, iterations=160, critic=CriticConfig(trunk_weight=1e-2))
 
 
 RECIPES = {

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from advdmd.train.checkpoint import write_text
 from advdmd.types import Log
 
 
@@ -48,7 +49,7 @@ class Book:
         if self.path.exists():
             lines = self.path.read_text().splitlines()
             keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-            self.path.write_text("".join(line + "\n" for line in keep))
+            write_text(self.path, "".join(line + "\n" for line in keep))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - held open for the run
         self.progress = Progress(label, steps, start)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `path`, then put it in its place; a stop before that leaves the old one whole."""
+    making, old = (path.with_name(f".{path.name}.{w}") for w in ("making", "old"))
+    for leftover in (making, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(making)
+    if path.exists():
+        path.rename(old)
+    making.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda p: p.write_text(text))
 
@@ -36,8 +50,10 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def save(folder: Path, step: int, players: Mapping[str, Learner], extra: Mapping[str, Tensor] | None = None) -> Path:
-    """Write `folder`/step-N.safetensors and its record, then drop all but the newest KEEP."""
+def save(
+    folder: Path, step: int, players: Mapping[str, Learner], extra: Mapping[str, Tensor] | None = None, run: str = ""
+) -> Path:
+    """Write `folder`/step-N.safetensors and its record, then drop all but the newest KEEP. `run` tells runs apart."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +64,7 @@ def save(folder: Path, step: int, players: Mapping[str, Learner], extra: Mapping
         tensors |= {f"{name}/{k}": v.detach().contiguous().clone() for k, v in state.items()}
     path = folder / f"step-{step:07d}.safetensors"
     write_atomically(path, lambda p: save_file(tensors, p))
-    record = {"step": step, "sha256": file_hash(path), "counters": counters}
+    record = {"step": step, "sha256": file_hash(path), "run": run, "counters": counters}
     write_text(path.with_suffix(".json"), json.dumps(record))
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
@@ -70,14 +86,23 @@ def newest(folder: Path, say: Callable[[str], object] = print) -> tuple[Path, di
     return None
 
 
-def resume(folder: Path, players: Mapping[str, Learner], extra: Mapping[str, Tensor] | None = None) -> int:
-    """Load the newest good checkpoint into the players and `extra`, in place; returns the step to go on from (0: none)."""
+def resume(
+    folder: Path, players: Mapping[str, Learner], extra: Mapping[str, Tensor] | None = None, run: str | None = None
+) -> int:
+    """Load the newest good checkpoint into the players and `extra`, in place; returns the step to go on from (0: none).
+
+    Raises ValueError if there are checkpoints but none is good, or if they are of another run.
+    """
     from safetensors.torch import load_file
 
     found = newest(folder)
     if found is None:
+        if any(folder.glob("step-*")):
+            raise ValueError(f"{folder}: every checkpoint is damaged; remove the folder to start again")
         return 0
     tensors, record = load_file(found[0]), found[1]
+    if run is not None and record["run"] != run:
+        raise ValueError(f"{found[0]} is a checkpoint of another recipe: choose another --out")
     if set(record["counters"]) != set(players):
         raise ValueError(f"{found[0]}: holds {sorted(record['counters'])}, this run needs {sorted(players)}")
     for name, player in players.items():

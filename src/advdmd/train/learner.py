@@ -1,7 +1,8 @@
 """Where losses meet an optimizer: the only file that calls backward."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Optim:
     decay: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"Optim(lr={self.lr}): the learning rate must be positive")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"Optim(betas={self.betas}): both lie in [0, 1)")
@@ -116,6 +117,16 @@ class Learner:
         """The state dict to sample from: buffers as they are, parameters averaged where an average is kept."""
         return {**self.net.state_dict(), **self.ema}
 
+    @contextmanager
+    def averaging(self) -> Iterator[nn.Module]:
+        """The network with its averaged weights inside; its own again outside."""
+        own = {k: v.clone() for k, v in self.net.state_dict().items()}
+        self.net.load_state_dict(self.averaged())
+        try:
+            yield self.net
+        finally:
+            self.net.load_state_dict(own)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that must survive a stop: tensors by name, and counters."""
         tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()}
@@ -139,3 +150,5 @@ class Learner:
             for i, p in enumerate(q for group, _ in t.groups for q in group):
                 if saved := part(f"adam/{key}/{i}/"):
                     t.adam.state[p] = {k: v.clone() for k, v in saved.items()}
+                elif t.updates and p.requires_grad:
+                    raise ValueError(f"{self.name}/{key}: the optimizer state of parameter {i} is missing")

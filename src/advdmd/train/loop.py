@@ -30,16 +30,20 @@ def run(
     look_every: int = 0,
     look: Callable[[int], object] | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    fingerprint: str = "",
     show: tuple[str, ...] = (),
     label: str = "train",
 ) -> None:
     """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
 
-    deal(step) -> (batch, sample ids), pure. `extra` are tensors changed in place that belong to the run's state.
+    deal(step) -> (batch, sample ids), pure. `extra` are tensors changed in place that belong to the run's state; `fingerprint`
+    names the recipe, so that a checkpoint of another one is refused.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
     """
     players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
-    start = checkpoint.resume(folder / "checkpoints", players, extra)
+    start = checkpoint.resume(folder / "checkpoints", players, extra, fingerprint)
+    if start > steps:
+        raise ValueError(f"{folder} has already run {start} steps, more than the {steps} asked for: choose another --out")
     book = Book(folder, label, steps, start, show)
     try:
         for step in range(start, steps):
@@ -52,6 +56,6 @@ def run(
             if look and due(step + 1, look_every, steps):
                 look(step + 1)
             if due(step + 1, save_every, steps):
-                checkpoint.save(folder / "checkpoints", step + 1, players, extra)
+                checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint)
     finally:
         book.close()

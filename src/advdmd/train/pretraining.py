@@ -1,6 +1,5 @@
 """The stages that make the miniature teachers, each a resumable run in its own folder."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
 from advdmd.data import shapes
 from advdmd.models import mini
-from advdmd.models.load import NOTE
+from advdmd.models.load import write_note
 from advdmd.models.sd3 import SD3
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress
@@ -39,6 +38,11 @@ class Stage:
     seed: int = 0
     save_every: int = 1000
     look_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "pool"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Stage({name}={getattr(self, name)}): must be at least 1")
 
 
 def scenes(stage: Stage) -> shapes.Pool:
@@ -91,21 +95,12 @@ class Captioned(torch.nn.Module):
         self.encoders = torch.nn.ModuleList(backbone.encoders)
 
 
-@torch.no_grad()
-def encode_pool(backbone: SD3, pool: shapes.Pool, size: int = 256) -> Tensor:
-    """Latents [n, C, h, w] of all images of a pool."""
-    progress, out = Progress("encoding images", len(pool.prompts)), []
-    for i in torch.arange(len(pool.prompts)).split(size):
-        out.append(backbone.encode(pool.pixels(i)))
-        progress(int(i[-1]) + 1)
-    return torch.cat(out)
-
-
 def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int], object] | None = None) -> Any:
     """Train transformer and text encoders of an SD3 pipeline in place; leaves their averages in it and saves it."""
     backbone = SD3(pipe, t5_length=0)
     pool = scenes(stage)
-    latents, ids = encode_pool(backbone, pool), backbone.tokenize(pool.prompts)
+    latents = shapes.encode(backbone, pool, Progress("encoding images", stage.pool))[:, 0]
+    ids = backbone.tokenize(pool.prompts)
     null, net = backbone.tokenize([""]), Captioned(backbone)
 
     def call(x: Tensor, t: Tensor, cond: Tensor, keep: Tensor) -> Tensor:
@@ -118,10 +113,8 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
     learner = Learner("flow", net, call, {"main": (stage.optim, [(net.parameters(), 1.0)])}, ema=stage.ema)
 
     def look_averaged(step: int) -> None:
-        own = {k: v.clone() for k, v in net.state_dict().items()}
-        net.load_state_dict(learner.averaged())
-        look(backbone, step)  # type: ignore[misc]
-        net.load_state_dict(own)
+        with learner.averaging():
+            look(backbone, step)  # type: ignore[misc]
 
     net.train()
     loop.run(
@@ -139,7 +132,6 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
     )
     net.load_state_dict(learner.averaged())
     net.eval()
-    pipe.save_pretrained(folder / "pipeline")
     note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, "t5_length": 0}
-    checkpoint.write_text(folder / "pipeline" / NOTE, json.dumps(note, indent=1))
+    checkpoint.write_folder(folder / "pipeline", lambda p: (pipe.save_pretrained(p), write_note(p, note)))
     return pipe
