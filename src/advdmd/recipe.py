@@ -45,8 +45,8 @@ class Recipe:
     ema: float = 0.95
     seed: int = 0
     threads: int = 2
-    save_every: int = 50
-    look_every: int = 50
+    save_every: int = 60
+    look_every: int = 60
 
     def __post_init__(self) -> None:
         if self.guidance < 1:

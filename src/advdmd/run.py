@@ -241,9 +241,7 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     text = (run / "recipe.yaml").read_text()
     name, r = recipes.resolve(str(run / "recipe.yaml"))
     if student_sampling(r).eta != 1:
-        raise ValueError(
-            f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1"
-        )
+        raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
     backbone, _ = load.load(r.teacher)
     players = make_cast(r, backbone)
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}

@@ -19,7 +19,7 @@ from advdmd.train.learner import Learner, Optim
 from advdmd.types import Batch
 from advdmd.world.scene import WORLDS
 
-GUIDANCE = 4.0  # the teachers' best guidance scale at 40 steps (docs/log.md)
+GUIDANCE = 5.0  # the teachers' best guidance scale at 40 steps (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
