@@ -23,7 +23,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "advdmd needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and by exact version: a bare requirement would fetch the largest build there is.
+# torch first and alone, so that what follows finds the pinned version there and fetches no other build.
 $(VENV)/ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e .

@@ -44,7 +44,7 @@ class Recipe:
     data: Data = Data()
     ema: float = 0.95
     seed: int = 0
-    threads: int = 2
+    threads: int = 1  # two share the work of these small networks badly: 1.35 times slower than one (docs/log.md)
     save_every: int = 60
     look_every: int = 60
 

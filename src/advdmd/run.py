@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -303,7 +305,18 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
         for place in places:
             if (place / "manifest.json").is_file():
                 shutil.rmtree(place)
-    student = train(name, r, folder / "run", overwrite)
+    # The teacher's many steps are drawn by a second process on another core, while this one trains.
+    reference = subprocess.Popen(
+        [sys.executable, "-m", "advdmd", "eval", r.teacher, suite.name, "--out", str(places[0]), "--threads", "1"]
+        + ["--images", str(images), "--world", suite.world],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        student = train(name, r, folder / "run", overwrite)
+        reference.wait()  # should it have failed, its images are drawn below, where an error is heard
+    finally:
+        reference.kill()
     models = [(r.teacher, guided), (r.teacher, replace(guided, steps=steps)), (str(student), student_sampling(r))]
     out = {x: evaluate(m, suite, p, how) for x, p, (m, how) in zip(labels, places, models, strict=True)}
     means = [s["strict"]["overall"]["mean"] for s in out.values()]

@@ -57,8 +57,8 @@ STAGES = {
 
 
 # Rates of tiny full networks: at a third of them the student needs three times as long, at a policy rate of 1e-4 it gets
-# worse with every turn (docs/log.md). `decay` counts updates; the iterations below make about 120 of distribution matching.
-MATCH = Optim(lr=6e-4, decay=130)
+# worse with every turn (docs/log.md). `decay` counts updates; the iterations below make about 90 of distribution matching.
+MATCH = Optim(lr=6e-4, decay=100)
 FAKE = Optim(lr=1e-3, betas=(0.0, 0.999))
 POLICY = Optim(lr=2e-5)
 
@@ -66,18 +66,18 @@ POLICY = Optim(lr=2e-5)
 def advdmd(name: str) -> Recipe:
     """A result in minutes on two cores."""
     algorithm = AdvDMD(warmup=30, ramp=30)
-    return Recipe(teacher=name, algorithm=algorithm, guidance=GUIDANCE, iterations=180, match=MATCH, fake=FAKE, policy=POLICY)
+    return Recipe(teacher=name, algorithm=algorithm, guidance=GUIDANCE, iterations=120, match=MATCH, fake=FAKE, policy=POLICY)
 
 
 def dmd2(name: str) -> Recipe:
-    """The baseline on the same batches; about as many forwards as `advdmd` in 240 iterations."""
+    """The baseline on the same batches; about as many forwards as `advdmd` in 160 iterations."""
     critic = CriticConfig(trunk_weight=1e-2)
     return Recipe(
         teacher=name,
         algorithm=DMD2(),
         guidance=GUIDANCE,
-        iterations=240,
-        match=Optim(lr=6e-4, decay=240),
+        iterations=160,
+        match=Optim(lr=6e-4, decay=160),
         fake=FAKE,
         critic=critic,
     )
