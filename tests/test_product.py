@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from advdmd import pretrain, run
 from advdmd import recipe as recipes
-from advdmd import run
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import sigmas
 from advdmd.models import load
@@ -242,17 +242,19 @@ def test_prompts_that_would_be_cut_are_refused(tiny_folder, tmp_path):
 
 
 def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "STAGES", {k: lambda k=k: small_stage(k) for k in ("autoencoder", "mini-sd3", "mini-sd3-again")})
-    run.pretrain("autoencoder", tmp_path / "ae", None, None, 1)
-    run.pretrain("mini-sd3", tmp_path / "t", tmp_path / "ae/vae", None, 1)
+    monkeypatch.setattr(
+        pretrain, "STAGES", {k: lambda k=k: small_stage(k) for k in ("autoencoder", "mini-sd3", "mini-sd3-again")}
+    )
+    pretrain.pretrain("autoencoder", tmp_path / "ae", None, None, 1)
+    pretrain.pretrain("mini-sd3", tmp_path / "t", tmp_path / "ae/vae", None, 1)
     with pytest.raises(ValueError, match="another stage"):
-        run.pretrain("mini-sd3-again", tmp_path / "t", tmp_path / "t/pipeline", None, 1)
-    run.pretrain("mini-sd3-again", tmp_path / "t2", tmp_path / "t/pipeline", None, 1)
+        pretrain.pretrain("mini-sd3-again", tmp_path / "t", tmp_path / "t/pipeline", None, 1)
+    pretrain.pretrain("mini-sd3-again", tmp_path / "t2", tmp_path / "t/pipeline", None, 1)
     assert load.load(str(tmp_path / "t2/pipeline"))[0].t5_length == 0
     with pytest.raises(ValueError, match="holds no diffusion"):
-        run.pretrain("mini-sd3", tmp_path / "t3", tmp_path, None, 1)
+        pretrain.pretrain("mini-sd3", tmp_path / "t3", tmp_path, None, 1)
     with pytest.raises(ValueError, match="steps=0"):
-        run.pretrain("autoencoder", tmp_path / "ae2", None, 0, 1)
+        pretrain.pretrain("autoencoder", tmp_path / "ae2", None, 0, 1)
 
 
 def small_stage(name):

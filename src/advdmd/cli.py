@@ -70,7 +70,7 @@ def pretrain(
     threads: Threads = 1,
 ) -> None:
     """Train a stage of the miniature's teachers from scratch; rerun to resume."""
-    from advdmd.run import pretrain as go
+    from advdmd.pretrain import pretrain as go
 
     go(stage, out, start, steps, threads)
 

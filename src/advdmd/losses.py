@@ -51,7 +51,8 @@ def advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
     """Group-relative advantage: reward minus its group's mean, over the std of *all* groups, clipped to +-limit.
 
     reward [K, P * group], groups contiguous -> same shape. A std per group would blow a group without a signal up to
-    unit size (the bias Dr. GRPO, 2503.20783, describes), so the spread is pooled per hop. Raises ValueError if the groups do not fit.
+    unit size (the bias Dr. GRPO, 2503.20783, describes), so the spread is pooled per hop.
+    Raises ValueError if the groups do not fit.
     """
     if reward.shape[-1] % group:
         raise ValueError(f"group={group}: {reward.shape[-1]} samples are not a multiple of it")

@@ -1,4 +1,4 @@
-"""The verbs of the product as functions: pretrain, train, paint, evaluate, export, and the main job of the miniature."""
+"""The verbs of the product as functions: train, paint, evaluate, export, and the main job of the miniature."""
 
 import hashlib
 import json
@@ -25,15 +25,13 @@ from advdmd.evaluation.generate import Painter, generate, jobs, read_images
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
 from advdmd.models import cast, load
-from advdmd.models import mini as mini_models
 from advdmd.models.sampler import Sampling, draw_noise, sample
 from advdmd.recipe import Recipe
-from advdmd.recipes.mini import STAGES
-from advdmd.train import checkpoint, loop, pretraining
+from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress, duration
 from advdmd.train.learner import Learner
 from advdmd.types import Batch
-from advdmd.world.caption import VOCABULARY, check_prompt
+from advdmd.world.caption import check_prompt
 from advdmd.world.scene import WORLDS
 
 LOOK_PROMPTS = (
@@ -125,55 +123,6 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
     )
 
 
-def _weights(folder: Path) -> Path:
-    """The weights that tell a pipeline or an autoencoder from another."""
-    found = [f for f in (folder / "transformer", folder) if (f / "diffusion_pytorch_model.safetensors").is_file()]
-    if not found:
-        raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors: name a pipeline or a vae folder")
-    return found[0] / "diffusion_pytorch_model.safetensors"
-
-
-def _claim_stage(folder: Path, plan: pretraining.Stage, origin: str) -> None:
-    """A stage's folder is its own: another stage, setting or starting point is refused."""
-    record, text = folder / "stage.json", json.dumps(asdict(plan) | {"start": origin}, indent=1)
-    if record.exists() and record.read_text() != text:
-        raise ValueError(f"{folder} holds another stage, or one with other settings: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(record, text)
-
-
-def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
-    """Run one stage by name into `folder`, or go on where it stopped.
-
-    `start`: for a teacher the autoencoder's vae folder, for a second cycle ("...-again") the pipeline it goes on from.
-    """
-    if stage not in STAGES:
-        raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
-    plan = STAGES[stage]()
-    if steps is not None:
-        plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
-    torch.set_num_threads(threads)
-    origin = checkpoint.file_hash(_weights(start)) if start is not None else "nothing"
-    if stage == "autoencoder":
-        torch.manual_seed(plan.seed)
-        _claim_stage(folder, plan, origin)
-        return pretraining.train_autoencoder(plan, folder, mini_models.autoencoder(plan.size))
-    if stage.endswith("-again"):
-        if start is None:
-            raise ValueError(f"{stage} needs --start FOLDER, the pipeline that advdmd pretrain {plan.model} made")
-        pipe = load.load_pipeline(load.folder_of(str(start)))
-        _claim_stage(folder, plan, origin)
-        return pretraining.train_flow(plan, folder, pipe)
-    if start is None or not (start / "config.json").is_file():
-        raise ValueError(f"{stage} needs --start FOLDER, DIR/vae of: advdmd pretrain autoencoder --out DIR")
-    _claim_stage(folder, plan, origin)
-    from diffusers import AutoencoderKL
-
-    codec = AutoencoderKL.from_pretrained(start, local_files_only=True).eval()
-    pipe = mini_models.sd3(VOCABULARY, plan.size, sd35=plan.model == "mini-sd35", seed=plan.seed, vae=codec)
-    return pretraining.train_flow(plan, folder, pipe)
-
-
 def student_sampling(r: Recipe) -> Sampling:
     a = r.algorithm
     return Sampling(steps=a.steps, shift=a.shift, eta=getattr(a, "eta", 1.0))
@@ -259,7 +208,7 @@ def evaluate(
     backbone, own = load.load(model)
     how = how or own
     about = {
-        "weights": checkpoint.file_hash(_weights(load.folder_of(model))),
+        "weights": checkpoint.file_hash(load.weights_file(load.folder_of(model))),
         "sampling": asdict(how),
         "sizes": [suite.images_per_task, suite.prompts_per_task, suite.split, suite.world],
     }
@@ -307,8 +256,10 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
                 shutil.rmtree(place)
     # The teacher's many steps are drawn by a second process on another core, while this one trains.
     reference = subprocess.Popen(
-        [sys.executable, "-m", "advdmd", "eval", r.teacher, suite.name, "--out", str(places[0]), "--threads", "1"]
-        + ["--images", str(images), "--world", suite.world],
+        [
+            *(sys.executable, "-m", "advdmd", "eval", r.teacher, suite.name, "--out", str(places[0])),
+            *("--images", str(images), "--world", suite.world, "--threads", "1"),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

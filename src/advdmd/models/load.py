@@ -22,6 +22,14 @@ def folder_of(name: str) -> Path:
     return path
 
 
+def weights_file(folder: Path) -> Path:
+    """The weights that tell a pipeline or an autoencoder from another."""
+    found = [f for f in (folder / "transformer", folder) if (f / "diffusion_pytorch_model.safetensors").is_file()]
+    if not found:
+        raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors: name a pipeline or a vae folder")
+    return found[0] / "diffusion_pytorch_model.safetensors"
+
+
 def read_note(path: Path) -> dict[str, Any]:
     return json.loads((path / NOTE).read_text()) if (path / NOTE).is_file() else {}
 
