@@ -25,7 +25,7 @@ def _claim_stage(folder: Path, plan: pretraining.Stage, origin: str) -> None:
 def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
     """Run one stage by name into `folder`, or go on where it stopped.
 
-    `start`: for a teacher the autoencoder's vae folder, for a second cycle ("...-again") the pipeline it goes on from.
+    `start`: what the stage goes on from: nothing, the autoencoder's vae folder, or a mini-sd35 pipeline (a shipped name will do).
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
@@ -33,22 +33,24 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
     if steps is not None:
         plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
     torch.set_num_threads(threads)
-    origin = checkpoint.file_hash(load.weights_file(start)) if start is not None else "nothing"
-    if stage == "autoencoder":
+    needed = {"autoencoder": "config.json", "mini-sd35": "model_index.json"}.get(plan.origin)
+    if needed and (start is None or not (load.located(start) / needed).is_file()):
+        made = {"autoencoder": "the vae folder", "mini-sd35": "the pipeline folder"}[plan.origin]
+        raise ValueError(f"{stage} needs --start FOLDER, {made} of: advdmd pretrain {plan.origin} --out DIR")
+    source = load.located(start) if start is not None and needed else None
+    _claim_stage(folder, plan, checkpoint.file_hash(load.weights_file(source)) if source else "nothing")
+    if source is None:
         torch.manual_seed(plan.seed)
-        _claim_stage(folder, plan, origin)
         return pretraining.train_autoencoder(plan, folder, mini.autoencoder(plan.size))
-    if stage.endswith("-again"):
-        if start is None:
-            raise ValueError(f"{stage} needs --start FOLDER, the pipeline that advdmd pretrain {plan.model} made")
-        pipe = load.load_pipeline(load.folder_of(str(start)))
-        _claim_stage(folder, plan, origin)
-        return pretraining.train_flow(plan, folder, pipe)
-    if start is None or not (start / "config.json").is_file():
-        raise ValueError(f"{stage} needs --start FOLDER, DIR/vae of: advdmd pretrain autoencoder --out DIR")
-    _claim_stage(folder, plan, origin)
-    from diffusers import AutoencoderKL
+    if plan.origin == "autoencoder":
+        from diffusers import AutoencoderKL
 
-    codec = AutoencoderKL.from_pretrained(start, local_files_only=True).eval()
-    pipe = mini.sd3(VOCABULARY, plan.size, sd35=plan.model == "mini-sd35", seed=plan.seed, vae=codec)
+        codec = AutoencoderKL.from_pretrained(source, local_files_only=True).eval()
+        pipe = mini.sd3(VOCABULARY, plan.size, sd35=True, seed=plan.seed, vae=codec)
+    else:
+        pipe = load.load_pipeline(source)
+        if plan.deepen:
+            mini.deepen(pipe)
+        if plan.model == "mini-sd3":
+            mini.as_sd3(pipe, plan.seed)
     return pretraining.train_flow(plan, folder, pipe)

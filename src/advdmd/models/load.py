@@ -12,9 +12,14 @@ SHIPPED = ("mini-sd3", "mini-sd35")
 NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled and the text length it was trained with
 
 
+def located(name: str | Path) -> Path:
+    """The folder of a shipped teacher, or a path as it is."""
+    return Path(str(files("advdmd") / "teachers" / str(name))) if str(name) in SHIPPED else Path(name)
+
+
 def folder_of(name: str) -> Path:
-    """The folder of a shipped teacher, or a path as it is. Raises ValueError if it is not a pipeline."""
-    path = Path(str(files("advdmd") / "teachers" / name)) if name in SHIPPED else Path(name)
+    """`located`, checked: raises ValueError if it is not a pipeline."""
+    path = located(name)
     if not (path / "model_index.json").is_file():
         raise ValueError(
             f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no model_index.json)"

@@ -3,6 +3,7 @@
 The same builders make the shipped teachers and the smaller ones in the tests.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,3 +134,44 @@ def sd3(corpus: Sequence[str], size: Size, *, sd35: bool, seed: int = 0, vae: An
         image_encoder=None,
         feature_extractor=None,
     )
+
+
+def deepen(pipe: Any) -> Any:
+    """One more layer at the bottom of both text encoders, in place; it starts as the identity, so nothing changes yet.
+
+    SD3 reads the second to last hidden states: with one layer those are words and places, with two words in context.
+    """
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        layers = encoder.text_model.encoder.layers
+        new = copy.deepcopy(layers[0])
+        for out in (new.self_attn.out_proj, new.mlp.fc2):
+            torch.nn.init.zeros_(out.weight)
+            torch.nn.init.zeros_(out.bias)
+        layers.insert(0, new)
+        encoder.config.num_hidden_layers = len(layers)
+    return pipe
+
+
+def as_sd3(pipe: Any, seed: int = 0) -> Any:
+    """A miniature SD3 that begins where a miniature SD3.5 is: its weights without dual attention and without the norms of
+    queries and keys, whose scale goes into the projections as far as a constant can stand in for it."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(seed)
+    old = pipe.transformer
+    make: Any = SD3Transformer2DModel
+    new = make(**{**old.config, "qk_norm": None, "dual_attention_layers": ()}).eval()
+    kept = {k: v.clone() for k, v in old.state_dict().items() if ".attn2." not in k and ".attn.norm_" not in k}
+    for name, wanted in new.state_dict().items():
+        kept[name] = kept[name][: len(wanted)]  # dual attention's share of the modulation comes last
+    for i, block in enumerate(old.transformer_blocks):
+        for norm, projection in (("q", "to_q"), ("k", "to_k"), ("added_q", "add_q_proj"), ("added_k", "add_k_proj")):
+            scale = getattr(block.attn, f"norm_{norm}").weight.detach()
+            key = f"transformer_blocks.{i}.attn.{projection}"
+            heads = kept[f"{key}.weight"].unflatten(0, (-1, len(scale)))  # normalised tokens have unit variance
+            typical = heads.square().sum((1, 2), keepdim=True).div(len(scale)).sqrt()
+            kept[f"{key}.weight"] = (heads / typical * scale[:, None]).flatten(0, 1)
+            kept[f"{key}.bias"] = (kept[f"{key}.bias"].unflatten(0, (-1, len(scale))) / typical[..., 0] * scale).flatten()
+    new.load_state_dict(kept)
+    pipe.register_modules(transformer=new)
+    return pipe

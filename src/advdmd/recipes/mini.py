@@ -1,6 +1,7 @@
 """Recipes of the miniature: how its teachers were made, and how they are distilled."""
 
 from dataclasses import replace
+from typing import Any
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
@@ -26,13 +27,13 @@ def autoencoder() -> Stage:
     )
 
 
-def teacher(model: str) -> Stage:
-    """45 minutes of one thread each. Small batches: at this budget more updates beat cleaner ones (docs/log.md)."""
+def teacher() -> Stage:
+    """45 minutes of one thread. Small batches: at this budget more updates beat cleaner ones (docs/log.md)."""
     return Stage(
-        model=model,  # type: ignore[arg-type]
+        model="mini-sd35",
+        origin="autoencoder",
         algorithm=FlowMatch(),
         optim=Optim(lr=3e-3, betas=(0.9, 0.99), warmup=200, decay=16000),
-        world="half",
         batch=32,
         steps=16000,
         pool=50000,
@@ -41,18 +42,18 @@ def teacher(model: str) -> Stage:
     )
 
 
-def second_cycle(model: str) -> Stage:
-    """The learning rate up once more and down to nothing, on fresh scenes: twenty minutes of one thread."""
-    optim = Optim(lr=2e-3, betas=(0.9, 0.99), warmup=200, decay=5500)
-    return replace(teacher(model), optim=optim, steps=5500, seed=1)
+def cycle(lr: float, steps: int, seed: int, **changes: Any) -> Stage:
+    """The learning rate up once more and down to nothing, on fresh scenes."""
+    optim = Optim(lr=lr, betas=(0.9, 0.99), warmup=200, decay=steps)
+    return replace(teacher(), origin="mini-sd35", optim=optim, steps=steps, seed=seed, **changes)
 
 
 STAGES = {
     "autoencoder": autoencoder,
-    "mini-sd3": lambda: teacher("mini-sd3"),
-    "mini-sd35": lambda: teacher("mini-sd35"),
-    "mini-sd3-again": lambda: second_cycle("mini-sd3"),
-    "mini-sd35-again": lambda: second_cycle("mini-sd35"),
+    "mini-sd35": teacher,
+    "mini-sd35-again": lambda: cycle(2e-3, 5500, seed=1),
+    "mini-sd35-deep": lambda: cycle(2e-3, 10000, seed=2, deepen=True),
+    "mini-sd3": lambda: cycle(1e-3, 12000, seed=3, model="mini-sd3"),
 }
 
 

@@ -27,6 +27,7 @@ class Stage:
     """One stage of pre-training on the miniature world."""
 
     model: Literal["autoencoder", "mini-sd3", "mini-sd35"]
+    origin: Literal["nothing", "autoencoder", "mini-sd35"] = "nothing"  # what it goes on from
     algorithm: Autoencode | FlowMatch
     optim: Optim
     size: mini.Size = mini.Size()
@@ -36,6 +37,7 @@ class Stage:
     pool: int = 20000
     ema: float = 0.999
     seed: int = 0
+    deepen: bool = False  # whether the text encoders get one more layer
     save_every: int = 1000
     look_every: int = 0
 
