@@ -37,16 +37,6 @@ def cps(eta: float) -> Kernel:
     return lambda t, s: (s * math.cos(eta * math.pi / 2), s * math.sin(eta * math.pi / 2))
 
 
-def flow_sde(a: float) -> Kernel:
-    """Euler-Maruyama step of Flow-GRPO (2505.05470, Eq. 9): keeps the marginal only as t - s -> 0."""
-
-    def coefficients(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        g2 = a**2 * t / (1 - t.clamp(max=0.98))
-        return s - g2 * (t - s) / (2 * t), (g2 * (t - s)).sqrt()
-
-    return coefficients
-
-
 class Gaussian(NamedTuple):
     """Where a hop may land: mean [N, ...], std [N, 1, ...]."""
 

@@ -42,11 +42,6 @@ def realism(fake: Tensor) -> Tensor:
     return F.softplus(-fake.float())
 
 
-def approximate_r1(real: Tensor, perturbed: Tensor) -> Tensor:
-    """Finite-difference R1 (APT, 2501.08316, Eq. 4): (D(x) - D(x + small noise))^2. -> [N]"""
-    return (real.float() - perturbed.float()).square()
-
-
 def advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
     """Group-relative advantage: reward minus its group's mean, over the std of *all* groups, clipped to +-limit.
 

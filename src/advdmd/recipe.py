@@ -66,13 +66,9 @@ class Recipe:
             raise ValueError("save_every and look_every count iterations: 0 means only at the end")
 
     @property
-    def group(self) -> int:
-        """Samples per prompt: the advantage's group; DMD2 has no use for groups but takes the same batches."""
-        return self.algorithm.group if isinstance(self.algorithm, AdvDMD) else 8
-
-    @property
     def batch(self) -> int:
-        return self.prompts_per_step * self.group
+        """Samples an iteration: prompts x samples per prompt."""
+        return self.prompts_per_step * self.algorithm.group
 
 
 def known() -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[]
 
 def make_deal(r: Recipe, backbone: Any) -> Callable[[int], tuple[Batch, list[int]]]:
     """step -> groups of one prompt each, with real latents of the same prompt. Pure in (recipe, step)."""
-    d, G = r.data, r.group
+    d, G = r.data, r.algorithm.group
     pool = shapes.make_pool(d.prompts, r.seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
     latents, ids = shapes.encode(backbone, pool, Progress("encoding images", d.prompts)), backbone.tokenize(pool.prompts)
 

@@ -43,6 +43,12 @@ class Cond(_Columns):
     mask: Tensor | None = None
 
 
+def differ(a: Any, b: Any) -> Tensor:
+    """[N] 1 where two conditions differ, 0 where they are the same; a toy world's conditions are plain tensors [N, ...]."""
+    a, b = (c.embeds if isinstance(c, Cond) else c for c in (a, b))
+    return (a != b).reshape(len(a), -1).any(1).float()
+
+
 @dataclass(frozen=True)
 class Batch(_Columns):
     """What one step is given: `cond` of every sample, and a clean latent of a real image of the same prompt."""

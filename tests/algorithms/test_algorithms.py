@@ -181,6 +181,20 @@ def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, misma
         assert sum(algorithm.forwards(turn, depth, backward=1.0).values()) <= 22
 
 
+def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone):
+    """With one prompt twice in the batch, mismatch changes nothing; with two prompts it does."""
+
+    def moved(mismatch, prompts):
+        algorithm = AdvDMD(group=4, mismatch=mismatch, warmup=9)
+        cast, b = make_cast(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+        cond = b.cond if prompts == 2 else b.cond[torch.arange(8) % 4]
+        algorithm.iteration(cast, Batch(cond, b.real), 0, Rng(0, 0, range(8)))
+        return flat(cast.fake.net.heads)
+
+    assert torch.equal(moved(0.0, 1), moved(0.5, 1))
+    assert not torch.equal(moved(0.0, 2), moved(0.5, 2))
+
+
 @pytest.mark.parametrize("gan", [0.0, 5e-3])
 def test_dmd2_forwards_are_as_counted(tiny_folder, backbone, gan):
     algorithm = DMD2(gan=gan)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from advdmd import flow, losses
+from advdmd.algorithms import turns
 from advdmd.algorithms.base import Cast
-from advdmd.algorithms.objectives import match_teacher, pay_end, pay_hops, prefer_paid_hops, tell_apart, track_student
+from advdmd.algorithms.objectives import pay_end, pay_hops, prefer_paid_hops, tell_apart
 from advdmd.kernels import cps
 from advdmd.rng import Rng
-from advdmd.rollout import Path, late_exits, rollout
-from advdmd.types import Batch, Log
+from advdmd.rollout import Path, rollout
+from advdmd.types import Batch, Log, differ
 
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means the path is not the policy's own
 
@@ -133,34 +134,30 @@ class AdvDMD:
 
         # Distribution-matching turn. Gradient flows through one hop of the same path.
         if turn.match:
-            x, t = path.at(late_exits(rng, "match.k", K))
-            u, e = rng.uniform("match.u", *self.u_range), rng.normal("match.e", shape)
-            log |= cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i]) for i in parts), turn="match")
+            log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range)
         return log
 
     def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
-        """Fake score and critic, `critic_steps` minibatches, one descent each; updates the running AUC per level."""
-        (N, *shape), K = batch.real.shape, path.hops
-        exits = late_exits(rng, "fake.k", K)  # the fake score tracks what distribution matching looks at: random exits
-        x0, u, e = path.x0[exits, torch.arange(N)], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
+        """Fake score and critic learn from the path; updates the running AUC per level."""
+        (N, *shape), K, cond = batch.real.shape, path.hops, batch.cond
         x, t, k = self.critic_states(path, rng, shape)
-        noise, order = rng.normal("critic.real", shape), rng.permutation("critic.order")
-        wrong = torch.arange(N).roll(self.group)  # the same real image under the next prompt of the batch
+        noise = rng.normal("critic.real", shape)
+        wrong = cond[torch.arange(N).roll(self.group)]  # the same real image under the next prompt of the batch
+        other = differ(wrong, cond)  # two prompts of a batch may be the same words
         real_logits, fake_logits = torch.empty(N), torch.empty(N)
 
-        def learn(i: Tensor) -> Tensor:
-            cond = batch.cond[i]
-            real, fake = tell_apart(cast, batch.real[i], x[i], cond, t[i], noise[i])
+        def judge(i: Tensor) -> Tensor:
+            real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
             real_logits[i], fake_logits[i] = real.detach().float(), fake.detach().float()
-            loss = track_student(cast, x0[i], cond, u[i], e[i]) + losses.critic(real, fake)
+            loss = losses.critic(real, fake)
             if self.mismatch:
                 shown = flow.interpolate(batch.real[i], noise[i], t[i])
-                loss = loss + self.mismatch * losses.mismatch(cast.critic(shown, t[i], batch.cond[wrong[i]]))
+                loss = loss + self.mismatch * other[i] * losses.mismatch(cast.critic(shown, t[i], wrong[i]))
             return loss
 
-        log: Log = {}
-        for minibatch in order.chunk(self.critic_steps):
-            log = cast.fake.descend(learn(i) for i in minibatch.split(self.micro))
+        log = turns.catch_up(
+            cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range
+        )
         for level in range(1, K + 1):
             at = k == level
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from advdmd import flow, losses
+from advdmd.algorithms import turns
 from advdmd.algorithms.base import Cast
-from advdmd.algorithms.objectives import match_teacher, tell_apart, track_student
+from advdmd.algorithms.objectives import tell_apart
 from advdmd.kernels import renoise
 from advdmd.rng import Rng
-from advdmd.rollout import late_exits, rollout
+from advdmd.rollout import rollout
 from advdmd.types import Batch, Log
 
 
@@ -19,6 +21,7 @@ class DMD2:
 
     steps: int = 4
     shift: float = 3.0
+    group: int = 8  # samples per prompt: only the dealing of batches looks at it
     critic_steps: int = 5  # minibatches in which fake score and critic catch up (two time-scale rule)
     micro: int = 64
     gan: float = 5e-3  # weight of the generator's GAN loss
@@ -26,7 +29,7 @@ class DMD2:
     auc_memory: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("steps", "critic_steps", "micro"):
+        for name in ("steps", "group", "critic_steps", "micro"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DMD2({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
@@ -55,29 +58,21 @@ class DMD2:
         noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
         path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), renoise)
 
-        exits = late_exits(rng, "fake.k", K)  # the fake score tracks what distribution matching looks at: random exits
-        x0, u, e = path.x0[exits, torch.arange(N)], rng.uniform("fake.u", *self.u_range), rng.normal("fake.e", shape)
+        # The critic sees what the student would leave at a random hop, re-noised to a random level.
+        x0 = path.x0[rng.index("critic.k", 0, K), torch.arange(N)]
         t, seen = rng.uniform("critic.u", *self.u_range), rng.normal("critic.real", shape)
         x = flow.interpolate(x0, rng.normal("critic.fake", shape), t)
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
 
-        def learn(i: torch.Tensor) -> torch.Tensor:
-            loss = track_student(cast, x0[i], cond[i], u[i], e[i])
+        def judge(i: Tensor) -> Tensor:
             if not self.gan:
-                return loss
-            a, b = tell_apart(cast, real[i], x[i], cond[i], t[i], seen[i])
-            real_logits[i], fake_logits[i] = a.detach().float(), b.detach().float()
-            return loss + losses.critic(a, b)
+                return torch.zeros(len(i))
+            real_, fake = tell_apart(cast, real[i], x[i], cond[i], t[i], seen[i])
+            real_logits[i], fake_logits[i] = real_.detach().float(), fake.detach().float()
+            return losses.critic(real_, fake)
 
-        log: Log = {}
-        for minibatch in rng.permutation("critic.order").chunk(self.critic_steps):
-            log = cast.fake.descend(learn(i) for i in minibatch.split(self.micro))
+        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         now = losses.auc(real_logits, fake_logits)
         cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
         log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}
-
-        x, t = path.at(late_exits(rng, "match.k", K))
-        u, e = rng.uniform("match.u", *self.u_range), rng.normal("match.e", shape)
-        parts = torch.arange(N).split(self.micro)
-        log |= cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], self.gan) for i in parts), "match")
-        return log
+        return log | turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan)
