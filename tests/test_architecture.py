@@ -15,7 +15,7 @@ FLOORS = [
     {"train"},
     {"evaluation"},
     {"recipe", "recipes", "export"},
-    {"run", "pretrain"},
+    {"look", "run", "pretrain"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

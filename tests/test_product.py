@@ -242,17 +242,17 @@ def test_prompts_that_would_be_cut_are_refused(tiny_folder, tmp_path):
 
 
 def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        pretrain, "STAGES", {k: lambda k=k: small_stage(k) for k in ("autoencoder", "mini-sd3", "mini-sd3-again")}
-    )
+    monkeypatch.setattr(pretrain, "STAGES", {k: lambda k=k: small_stage(k) for k in pretrain.STAGES})
     pretrain.pretrain("autoencoder", tmp_path / "ae", None, None, 1)
-    pretrain.pretrain("mini-sd3", tmp_path / "t", tmp_path / "ae/vae", None, 1)
+    pretrain.pretrain("mini-sd35", tmp_path / "t", tmp_path / "ae/vae", None, 1)
     with pytest.raises(ValueError, match="another stage"):
-        pretrain.pretrain("mini-sd3-again", tmp_path / "t", tmp_path / "t/pipeline", None, 1)
-    pretrain.pretrain("mini-sd3-again", tmp_path / "t2", tmp_path / "t/pipeline", None, 1)
-    assert load.load(str(tmp_path / "t2/pipeline"))[0].t5_length == 0
-    with pytest.raises(ValueError, match="holds no diffusion"):
-        pretrain.pretrain("mini-sd3", tmp_path / "t3", tmp_path, None, 1)
+        pretrain.pretrain("mini-sd35-again", tmp_path / "t", tmp_path / "t/pipeline", None, 1)
+    for stage in ("mini-sd35-again", "mini-sd35-deep", "mini-sd3"):
+        pretrain.pretrain(stage, tmp_path / stage, tmp_path / "t/pipeline", None, 1)
+        assert load.load(str(tmp_path / stage / "pipeline"))[0].t5_length == 0
+        assert list((tmp_path / stage / "samples").glob("*.png"))
+    with pytest.raises(ValueError, match="needs --start"):
+        pretrain.pretrain("mini-sd35", tmp_path / "t3", tmp_path, None, 1)
     with pytest.raises(ValueError, match="steps=0"):
         pretrain.pretrain("autoencoder", tmp_path / "ae2", None, 0, 1)
 
@@ -308,7 +308,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         (("export", "/nowhere"), "not a training run"),
         (("pretrain", "mini-sd4"), "stage 'mini-sd4'"),
         (("pretrain", "mini-sd3"), "needs --start"),
-        (("pretrain", "mini-sd3-again"), "needs --start"),
+        (("pretrain", "mini-sd35-again"), "needs --start"),
     ],
 )
 def test_user_mistakes_get_one_line_and_exit_code_two(words, says, tiny_folder, tmp_path):

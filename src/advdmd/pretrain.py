@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from advdmd.look import watch
 from advdmd.models import load, mini
+from advdmd.models.sampler import Sampling
 from advdmd.recipes.mini import STAGES
 from advdmd.train import checkpoint, pretraining
 from advdmd.world.caption import VOCABULARY
@@ -25,7 +27,7 @@ def _claim_stage(folder: Path, plan: pretraining.Stage, origin: str) -> None:
 def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
     """Run one stage by name into `folder`, or go on where it stopped.
 
-    `start`: what the stage goes on from: nothing, the autoencoder's vae folder, or a mini-sd35 pipeline (a shipped name will do).
+    `start`: what it goes on from: nothing, the autoencoder's vae folder, or a mini-sd35 pipeline (a shipped name will do).
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
@@ -53,4 +55,5 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
             mini.deepen(pipe)
         if plan.model == "mini-sd3":
             mini.as_sd3(pipe, plan.seed)
-    return pretraining.train_flow(plan, folder, pipe)
+    how = Sampling(steps=20, guidance=pretraining.GUIDANCE)
+    return pretraining.train_flow(plan, folder, pipe, lambda b, step: watch(b, b.net, how, folder, step))

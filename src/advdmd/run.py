@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from advdmd import recipe as recipes
 from advdmd.algorithms.base import Cast
 from advdmd.data import shapes
 from advdmd.evaluation import report
 from advdmd.evaluation.diversity import diversity
-from advdmd.evaluation.generate import Painter, generate, jobs, read_images
+from advdmd.evaluation.generate import generate, jobs, read_images
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
+from advdmd.look import LOOK_PROMPTS, grid_image, painter, watch
 from advdmd.models import cast, load
-from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd.models.sampler import Sampling
 from advdmd.recipe import Recipe
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress, duration
@@ -33,39 +33,6 @@ from advdmd.train.learner import Learner
 from advdmd.types import Batch
 from advdmd.world.caption import check_prompt
 from advdmd.world.scene import WORLDS
-
-LOOK_PROMPTS = (
-    "a picture of a red circle",
-    "a picture of three squares",
-    "a picture of a blue triangle and a yellow cross",
-    "a picture of a circle left of a square",
-    "A small yellow square. A large blue circle. Square above circle. Black background.",
-    "Two small red triangles. A small green cross. Triangles left of cross. White background.",
-)
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] -> [N, H, W, 3] uint8."""
-    return ((images.permute(0, 2, 3, 1).float().numpy() + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
-
-
-def painter(backbone: Any, net: torch.nn.Module, how: Sampling, say: Callable[[int], object] | None = None) -> Painter:
-    """What evaluation calls to draw: prompts and keys to images."""
-
-    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
-        noise = draw_noise(keys, backbone.latent_shape, how.steps if how.eta is not None else 1)
-        return to_bytes(sample(backbone, net, prompts, noise, how, say=say))
-
-    return paint
-
-
-def grid_image(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
-    """Rows of images [n, H, W, 3] as one picture, enlarged without smoothing, with a thin gap."""
-    gap = np.pad(np.stack(rows), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    r, n, h, w, c = gap.shape
-    sheet = Image.fromarray(gap.transpose(0, 2, 1, 3, 4).reshape(r * h, n * w, c))
-    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-
 
 OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student")  # what a run writes, and --overwrite may lose
 
@@ -145,13 +112,10 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
     if not load.in_miniature(backbone):
         raise ValueError(f"teacher={r.teacher}: only pipelines of the miniature can be distilled so far")
     players, how = make_cast(r, backbone), student_sampling(r)
-    prompts = [p for p in LOOK_PROMPTS for _ in range(3)]
 
     def look(step: int) -> None:
         with players.student.averaging() as net:
-            images = painter(backbone, net, how)(prompts, [("look", k) for k in range(len(prompts))])
-        (folder / "samples").mkdir(exist_ok=True)
-        grid_image([images[i : i + 9] for i in (0, 9)]).save(folder / "samples" / f"step-{step:06d}.png")
+            watch(backbone, net, how, folder, step)
 
     loop.run(
         r.algorithm,

@@ -1,5 +1,7 @@
 """The backbone against the stock pipeline, and the cast's rules."""
 
+import copy
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from advdmd.models import load, mini
 from advdmd.models.cast import Teacher, frozen
 from advdmd.models.critic import CriticConfig, Heads, scale_gradient
 from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd.models.sd3 import SD3
 from advdmd.rollout import rollout
 from advdmd.types import Batch, Cond
 from advdmd.world.caption import VOCABULARY
+from tests.conftest import TINY
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
 
@@ -113,6 +117,34 @@ def test_both_generations_of_sd3_are_built_with_their_own_parts(sd35):
     names = [n for n, _ in net.named_parameters()]
     assert any("attn2" in n for n in names) == sd35
     assert any("norm_q" in n for n in names) == sd35
+
+
+def test_a_deeper_text_encoder_says_the_same_until_it_is_trained(backbone, tmp_path):
+    ids = backbone.tokenize(["a picture of a red circle", ""])
+    before = backbone.embed(ids)
+    mini.deepen(backbone.pipe)
+    after = backbone.embed(ids)
+    assert torch.equal(before.embeds, after.embeds)
+    assert torch.equal(before.pooled, after.pooled)
+    backbone.pipe.save_pretrained(tmp_path)
+    assert torch.equal(SD3(load.load_pipeline(tmp_path), 0).embed(ids).embeds, after.embeds)
+
+
+def test_an_sd3_begins_near_the_sd35_it_is_made_from(backbone):
+    """Without dual attention the two differ only by the norms of queries and keys, for which a constant stands in."""
+    net = copy.deepcopy(backbone.net)
+    for block in net.transformer_blocks:
+        if block.use_dual_attention:
+            torch.nn.init.zeros_(block.attn2.to_out[0].weight)
+            torch.nn.init.zeros_(block.attn2.to_out[0].bias)
+    x, t, cond = torch.randn(4, *backbone.latent_shape), torch.rand(4), backbone.embed(backbone.tokenize(["a red circle"] * 4))
+    expected = backbone.velocity(net, x, t, cond)
+    new = mini.as_sd3(backbone.pipe).transformer
+    assert new.config.qk_norm is None
+    assert not any(b.use_dual_attention for b in new.transformer_blocks)
+    fresh = mini.sd3(VOCABULARY, TINY, sd35=False, seed=5).transformer
+    off, far = ((backbone.velocity(n, x, t, cond) - expected).square().mean() for n in (new, fresh))
+    assert off < 0.05 * far
 
 
 @pytest.mark.parametrize("bad", [{"width": 40}, {"text_width": 0}, {"patch": 3}])

@@ -155,9 +155,7 @@ class AdvDMD:
                 loss = loss + self.mismatch * other[i] * losses.mismatch(cast.critic(shown, t[i], wrong[i]))
             return loss
 
-        log = turns.catch_up(
-            cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range
-        )
+        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         for level in range(1, K + 1):
             at = k == level
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]

@@ -38,9 +38,7 @@ def catch_up(
     return log
 
 
-def match(
-    cast: Cast, path: Path, cond: Cond, rng: Rng, *, micro: int, u_range: tuple[float, float], gan: float = 0.0
-) -> Log:
+def match(cast: Cast, path: Path, cond: Cond, rng: Rng, *, micro: int, u_range: tuple[float, float], gan: float = 0.0) -> Log:
     """One descent of the student on distribution matching: gradient flows through one random hop of the path."""
     x, t = path.at(late_exits(rng, "match.k", path.hops))
     u, e = rng.uniform("match.u", *u_range), rng.normal("match.e", path.x.shape[2:])

@@ -39,6 +39,7 @@ def teacher() -> Stage:
         pool=50000,
         ema=0.999,
         save_every=1000,
+        look_every=2000,
     )
 
 

@@ -58,7 +58,7 @@ def _measure_latents(vae: Any, pixels: Tensor) -> None:
     vae.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
 
 
-def train_autoencoder(stage: Stage, folder: Path, vae: Any, look: Callable[[Any, int], object] | None = None) -> Any:
+def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
     """Train an AutoencoderKL in place and return its average, latents normalised by its config."""
     pool = scenes(stage)
     learner = Learner("vae", vae, vae, {"main": (stage.optim, [(vae.parameters(), 1.0)])}, ema=stage.ema)
@@ -76,8 +76,6 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any, look: Callable[[Any,
         seed=stage.seed,
         steps=stage.steps,
         save_every=stage.save_every,
-        look_every=stage.look_every,
-        look=(lambda step: look(learner, step)) if look else None,
         show=("vae/loss",),
         label=stage.model,
     )
@@ -97,7 +95,7 @@ class Captioned(torch.nn.Module):
         self.encoders = torch.nn.ModuleList(backbone.encoders)
 
 
-def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int], object] | None = None) -> Any:
+def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int], object]) -> Any:
     """Train transformer and text encoders of an SD3 pipeline in place; leaves their averages in it and saves it."""
     backbone = SD3(pipe, t5_length=0)
     pool = scenes(stage)
@@ -116,7 +114,7 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
 
     def look_averaged(step: int) -> None:
         with learner.averaging():
-            look(backbone, step)  # type: ignore[misc]
+            look(backbone, step)
 
     net.train()
     loop.run(
@@ -128,7 +126,7 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
         steps=stage.steps,
         save_every=stage.save_every,
         look_every=stage.look_every,
-        look=look_averaged if look else None,
+        look=look_averaged,
         show=("flow/loss",),
         label=stage.model,
     )

@@ -1,0 +1,53 @@
+"""Pictures to look at: prompts to bytes, rows of images as one sheet, the same prompts and noise over a run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from advdmd.evaluation.generate import Painter
+from advdmd.models.sampler import Sampling, draw_noise, sample
+
+LOOK_PROMPTS = (
+    "a picture of a red circle",
+    "a picture of three squares",
+    "a picture of a blue triangle and a yellow cross",
+    "a picture of a circle left of a square",
+    "A small yellow square. A large blue circle. Square above circle. Black background.",
+    "Two small red triangles. A small green cross. Triangles left of cross. White background.",
+)
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] -> [N, H, W, 3] uint8."""
+    return ((images.permute(0, 2, 3, 1).float().numpy() + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def painter(backbone: Any, net: torch.nn.Module, how: Sampling, say: Callable[[int], object] | None = None) -> Painter:
+    """What evaluation calls to draw: prompts and keys to images."""
+
+    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        noise = draw_noise(keys, backbone.latent_shape, how.steps if how.eta is not None else 1)
+        return to_bytes(sample(backbone, net, prompts, noise, how, say=say))
+
+    return paint
+
+
+def grid_image(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
+    """Rows of images [n, H, W, 3] as one picture, enlarged without smoothing, with a thin gap."""
+    gap = np.pad(np.stack(rows), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    r, n, h, w, c = gap.shape
+    sheet = Image.fromarray(gap.transpose(0, 2, 1, 3, 4).reshape(r * h, n * w, c))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+def watch(backbone: Any, net: torch.nn.Module, how: Sampling, folder: Path, step: int) -> None:
+    """samples/step-NNNNNN.png in a run's folder: three images of each prompt to look at, the same noise every time."""
+    prompts = [p for p in LOOK_PROMPTS for _ in range(3)]
+    images = painter(backbone, net, how)(prompts, [("look", k) for k in range(len(prompts))])
+    (folder / "samples").mkdir(exist_ok=True)
+    grid_image([images[i : i + 9] for i in (0, 9)]).save(folder / "samples" / f"step-{step:06d}.png")
