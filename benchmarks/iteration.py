@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from advdmd import recipe as recipes
-from advdmd.algorithms.advdmd import AdvDMD, Turn
 from advdmd.models import load
 from advdmd.rng import Rng
 from advdmd.run import make_cast, make_deal
@@ -31,12 +30,8 @@ def measure(name: str, rounds: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     backbone, _ = load.load(r.teacher)
     cast, deal, a = make_cast(r, backbone), make_deal(r, backbone), r.algorithm
-    depth = max(r.critic.blocks)
-    if isinstance(a, AdvDMD):
-        step = next(i for i in range(10**6) if a.turn(i) == Turn(True, True) and i >= a.warmup + a.ramp)
-        counted = sum(a.forwards(Turn(True, True), depth, trunk=r.critic.trunk_weight > 0).values())
-    else:
-        step, counted = 0, sum(a.forwards(depth, trunk=r.critic.trunk_weight > 0).values())
+    step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
+    counted = sum(r.forwards(step).values())
     batch, ids = deal(0)
     t = torch.full((len(batch),), 0.5)
 

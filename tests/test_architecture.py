@@ -15,7 +15,7 @@ FLOORS = [
     {"train"},
     {"evaluation"},
     {"recipe", "recipes", "export"},
-    {"look", "run", "pretrain"},
+    {"look", "exam", "run", "pretrain"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from advdmd import pretrain, run
+from advdmd import exam, pretrain, run
 from advdmd import recipe as recipes
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import sigmas
@@ -41,6 +41,24 @@ def trained(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adv"
     run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), folder)
     return folder
+
+
+def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, trained, tmp_path):
+    """The tiny teacher's scores are all alike, so the first average stays the best: one that the last has left behind."""
+    from safetensors.torch import load_file
+
+    name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2"])
+    student = run.train(name, r, tmp_path / "a")
+    metrics = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    scores = [m["exam/strict"] for m in metrics]
+    assert [m["exam/forwards"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
+    assert exam.best(tmp_path / "a") == {"step": scores.index(max(scores)) + 1, "strict": max(scores)}
+    kept, sent, last = (
+        load_file(f) for f in (tmp_path / "a/best.safetensors", *map(load.weights_file, (student, trained / "student")))
+    )
+    assert all(torch.equal(kept[k], sent[k]) for k in kept)
+    assert not all(torch.equal(kept[k], last[k]) for k in kept)
+    assert json.loads((student / "advdmd.json").read_text())["iterations"] == scores.index(max(scores)) + 1
 
 
 def test_overrides_are_typed_and_reach_every_level():

@@ -38,26 +38,19 @@ def show(
 ) -> None:
     """Print a resolved recipe and what one of its iterations costs."""
     from advdmd import recipe as recipes
-    from advdmd.algorithms.advdmd import AdvDMD
 
     if recipe is None:
         print("\n".join(recipes.known()))
         return
     name, r = recipes.resolve(recipe, changes or [])
     print(recipes.dump(name, r))
-    depth, trunk = max(r.critic.blocks), r.critic.trunk_weight > 0
-    if isinstance(r.algorithm, AdvDMD):
-        turns = [r.algorithm.turn(i) for i in range(r.iterations)]
-        mean = sum(sum(r.algorithm.forwards(t, depth, trunk=trunk).values()) for t in turns) / len(turns)
-        parts = r.algorithm.forwards(type(turns[0])(True, True), depth, trunk=trunk)
-    else:
-        parts = r.algorithm.forwards(depth, trunk=trunk)
-        mean = sum(parts.values())
+    parts = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
     print(
         "forwards per sample, a full iteration: "
         + ", ".join(f"{k} {v:g}" for k, v in parts.items())
         + f" = {sum(parts.values()):g}"
     )
+    mean = r.forwards_until(r.iterations) / r.iterations
     print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
 
 

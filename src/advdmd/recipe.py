@@ -47,6 +47,8 @@ class Recipe:
     threads: int = 1  # two share the work of these small networks badly: 1.35 times slower than one (docs/log.md)
     save_every: int = 60
     look_every: int = 60
+    exam_every: int = 0  # iterations between scores on the miniature's held-out images; the best average is then the student
+    exam_images: int = 96  # per task
 
     def __post_init__(self) -> None:
         if self.guidance < 1:
@@ -62,13 +64,24 @@ class Recipe:
             raise ValueError("algorithm.mismatch needs prompts_per_step of at least 2: a wrong caption is another prompt's")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema}: a decay lies in [0, 1)")
-        if self.save_every < 0 or self.look_every < 0:
-            raise ValueError("save_every and look_every count iterations: 0 means only at the end")
+        if self.save_every < 0 or self.look_every < 0 or self.exam_every < 0 or self.exam_images < 1:
+            raise ValueError(
+                f"save_every={self.save_every}, look_every={self.look_every}, exam_every={self.exam_every} count iterations "
+                f"(0: only at the end, no exam); exam_images={self.exam_images} must be at least 1"
+            )
 
     @property
     def batch(self) -> int:
         """Samples an iteration: prompts x samples per prompt."""
         return self.prompts_per_step * self.algorithm.group
+
+    def forwards(self, step: int) -> dict[str, float]:
+        """Forwards per sample of iteration `step` by part, all networks trained in full."""
+        return self.algorithm.forwards(step, max(self.critic.blocks), trunk=self.critic.trunk_weight > 0)
+
+    def forwards_until(self, step: int) -> float:
+        """Forwards per sample of all iterations before `step`: the compute by which runs are compared."""
+        return sum(sum(self.forwards(i).values()) for i in range(step))
 
 
 def known() -> dict[str, Any]:

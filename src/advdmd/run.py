@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from advdmd import exam
 from advdmd import recipe as recipes
 from advdmd.algorithms.base import Cast
 from advdmd.data import shapes
@@ -34,7 +35,9 @@ from advdmd.types import Batch
 from advdmd.world.caption import check_prompt
 from advdmd.world.scene import WORLDS
 
-OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student")  # what a run writes, and --overwrite may lose
+# What a run writes, and --overwrite may lose.
+# What a run writes, and --overwrite may lose.
+OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student", "best.safetensors", "best.json")
 
 
 def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[], str] = lambda: "another recipe") -> None:
@@ -127,21 +130,25 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         save_every=r.save_every,
         look_every=r.look_every,
         look=look,
+        exam_every=r.exam_every,
+        exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step),
         extra={"auc": players.auc},
         fingerprint=_fingerprint(text),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
     )
-    return _export(r, name, backbone, players, folder / "student")
+    return _export(r, name, backbone, players, folder, folder / "student")
 
 
 def _fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _export(r: Recipe, name: str, backbone: Any, players: Cast, out: Path) -> Path:
+def _export(r: Recipe, name: str, backbone: Any, players: Cast, run: Path, out: Path) -> Path:
+    """Write the averaged student as it is now or, where exams were sat, as it was at its best."""
     with players.student.averaging() as net:
-        note = {"recipe": name, "seed": r.seed}
+        step = exam.load_best(run, net) if r.exam_every else 0
+        note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
         return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)
 
 
@@ -162,7 +169,7 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
     if not checkpoint.resume(run / "checkpoints", learners, {"auc": players.auc}, _fingerprint(text)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
-    return _export(r, name, backbone, players, out)
+    return _export(r, name, backbone, players, run, out)
 
 
 def evaluate(

@@ -172,13 +172,13 @@ def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, misma
     monkeypatch.setattr(AdvDMD, "turn", lambda self, step: turn)
     depth = 0.5
     counted = count_passes(tiny_folder, backbone, algorithm)
-    declared = algorithm.forwards(turn, depth, backward=0.0)
+    declared = algorithm.forwards(0, depth, backward=0.0)
     assert counted == pytest.approx(sum(declared.values()))
     if turn == Turn(True, True) and not mismatch:
-        parts = algorithm.forwards(turn, depth)
+        parts = algorithm.forwards(0, depth)
         # The table for one shared rollout: 21 with all hops, and the critic's half-depth passes on top.
         assert parts["rollout"] + parts["policy"] + parts["match"] == 19
-        assert sum(algorithm.forwards(turn, depth, backward=1.0).values()) <= 22
+        assert sum(algorithm.forwards(0, depth, backward=1.0).values()) <= 22
 
 
 def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone):
@@ -198,7 +198,7 @@ def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone
 @pytest.mark.parametrize("gan", [0.0, 5e-3])
 def test_dmd2_forwards_are_as_counted(tiny_folder, backbone, gan):
     algorithm = DMD2(gan=gan)
-    declared = algorithm.forwards(0.5, backward=0.0)
+    declared = algorithm.forwards(0, 0.5, backward=0.0)
     passes = sum(declared.values()) - bool(gan) * 0.5  # the pass back through the trunk is no pass forward
     assert count_passes(tiny_folder, backbone, algorithm) == pytest.approx(passes)
 

@@ -86,13 +86,13 @@ class AdvDMD:
             return Turn(policy=since % every == 0, match=True)
         return Turn(policy=True, match=since % self.match_every == 0)
 
-    def forwards(self, turn: Turn, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
-        """Forwards per sample of one iteration by part, in units of one forward without gradient.
+    def forwards(self, step: int, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
+        """Forwards per sample of iteration `step` by part, in units of one forward without gradient.
 
         depth: share of the network that the critic runs; backward: 2 for full fine-tuning, about 1 with adapters;
         trunk: whether the critic's gradient enters the trunk (CriticConfig.trunk_weight > 0).
         """
-        grad = 1 + backward
+        grad, turn = 1 + backward, self.turn(step)
         return {
             "rollout": self.steps,
             "fake": grad,

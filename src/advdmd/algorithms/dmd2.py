@@ -41,8 +41,8 @@ class DMD2:
         if not 0 < low < high < 1:
             raise ValueError(f"DMD2(u_range={self.u_range}): needs 0 < low < high < 1")
 
-    def forwards(self, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
-        """Forwards per sample of one iteration by part (see AdvDMD.forwards)."""
+    def forwards(self, step: int, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
+        """Forwards per sample of any iteration by part (see AdvDMD.forwards)."""
         grad, gan = 1 + backward, bool(self.gan)
         return {
             "rollout": self.steps,

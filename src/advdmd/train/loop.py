@@ -10,7 +10,7 @@ from advdmd.rng import Rng
 from advdmd.train import checkpoint
 from advdmd.train.book import Book
 from advdmd.train.learner import Learner
-from advdmd.types import Batch
+from advdmd.types import Batch, Log
 
 
 def due(done: int, every: int, total: int) -> bool:
@@ -29,6 +29,8 @@ def run(
     save_every: int,
     look_every: int = 0,
     look: Callable[[int], object] | None = None,
+    exam_every: int = 0,
+    exam: Callable[[int], Log] | None = None,
     extra: Mapping[str, Tensor] | None = None,
     fingerprint: str = "",
     show: tuple[str, ...] = (),
@@ -36,7 +38,8 @@ def run(
 ) -> None:
     """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
 
-    deal(step) -> (batch, sample ids), pure. `extra` are tensors changed in place that belong to the run's state; `fingerprint`
+    deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end; what an exam
+    finds is written with the step's metrics. `extra` are tensors changed in place that belong to the run's state; `fingerprint`
     names the recipe, so that a checkpoint of another one is refused.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
     """
@@ -52,6 +55,8 @@ def run(
                 log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples))
             except FloatingPointError as e:
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
+            if exam and exam_every and due(step + 1, exam_every, steps):
+                log |= exam(step + 1)
             book.write(step, log)
             if look and due(step + 1, look_every, steps):
                 look(step + 1)
