@@ -289,7 +289,7 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
     assert a["images"] == 36
     assert a["nfe"] == 4
     assert set(a["strict"]) == {"overall", *suite.tasks}
-    again = run.score(suite, tmp_path / "a", 4)
+    again = run.score(suite, tmp_path / "a", 4, a["model"])
     assert again == a
     done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr

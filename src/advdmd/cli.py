@@ -126,8 +126,33 @@ def evaluate(
     summary = go(model, bench, out, _how(model, steps, guidance), seed)
     print(report.markdown({Path(model).name: summary}))
     if against is not None:
-        d = report.paired(report.read_rows(out), report.read_rows(against))
-        print(f"paired difference to {against}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
+        print(_difference(report.compare([out], [against])))
+
+
+def _difference(result: dict[str, Any]) -> str:
+    d = result["difference"]["strict"]["overall"]
+    low, high = d["interval"]
+    return f"paired difference, strict: {d['mean']:+.3f} [{low:+.3f}, {high:+.3f}] to {d['against']:.3f}"
+
+
+@app.command()
+def compare(
+    ours: Annotated[list[Path], typer.Argument(help="Folders of results, one per training seed.")],
+    against: Annotated[list[Path], typer.Option(help="The other side: one folder, or as many, in the same order.")],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the whole comparison.")] = None,
+    commit: Annotated[str, typer.Option(help="What to note as the code's version.")] = "",
+) -> None:
+    """Compare scored results over training seeds, images paired by prompt and noise."""
+    import json
+
+    from advdmd.evaluation import report
+    from advdmd.train.checkpoint import write_text
+
+    result = report.compare(ours, against) | {"commit": commit}
+    print(_difference(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, json.dumps(result, indent=1))
 
 
 @app.command()

@@ -149,6 +149,7 @@ def _export(r: Recipe, name: str, backbone: Any, players: Cast, run: Path, out: 
     with players.student.averaging() as net:
         step = exam.load_best(run, net) if r.exam_every else 0
         note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
+        note["forwards"] = r.forwards_until(note["iterations"]) * r.batch
         return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)
 
 
@@ -192,11 +193,11 @@ def evaluate(
         return images
 
     generate(suite, paint, folder, seed, about, batch)
-    return score(suite, folder, how.nfe)
+    return score(suite, folder, how.nfe, {"name": Path(model).name, **load.read_note(load.folder_of(model)), **asdict(how)})
 
 
-def score(suite: Shapes, folder: Path, nfe: int | None = None) -> dict[str, Any]:
-    """Score a folder of images; complete or no headline."""
+def score(suite: Shapes, folder: Path, nfe: int | None = None, about: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Score a folder of images; complete or no headline. `about` the model goes into the record."""
     images, wanted = read_images(suite, folder), jobs(suite)
     table = report.rows(suite, suite.judge([i for i, _ in wanted], images))
     summary = {
@@ -204,6 +205,7 @@ def score(suite: Shapes, folder: Path, nfe: int | None = None) -> dict[str, Any]
         "split": suite.split,
         "images": len(table),
         "nfe": nfe,
+        "model": about,
         "strict": report.summarise(table, "strict"),
         "loose": report.summarise(table, "loose"),
         "diversity": diversity(suite, images, [i.id for i, _ in wanted]),

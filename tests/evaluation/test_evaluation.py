@@ -171,14 +171,30 @@ def test_intervals_cluster_by_prompt():
 
 
 def test_paired_differences_cancel_what_is_common():
-    rng = np.random.default_rng(0)
-    common = rng.integers(0, 2, 200).astype(float)
-    a, b = table(common.tolist()), table((common * (np.arange(200) % 10 > 0)).tolist())
-    d = report.paired(a, b)
+    g = np.random.default_rng(1)
+    hard = g.random(200)
+    a = [{"task": "t", "item": f"{i // 2}", "k": i % 2, "prompt": "", "strict": float(h > 0.3)} for i, h in enumerate(hard)]
+    b = [r | {"strict": float(h > 0.4)} for r, h in zip(a, hard)]
+    d = report.paired([a], [b])["overall"]
     assert d["mean"] == pytest.approx(np.mean([x["strict"] - y["strict"] for x, y in zip(a, b)]))
-    assert d["interval"][0] > 0
-    with pytest.raises(ValueError, match="different suites"):
-        report.paired(a, b[:-2])
+    assert 0 < d["interval"][0] < d["mean"] < d["interval"][1] < 0.25
+    with pytest.raises(ValueError, match="same images"):
+        report.paired([a], [b[:-2]])
+    with pytest.raises(ValueError, match="seeds"):
+        report.paired([a], [[r | {"seed": 1} for r in b]])
+
+
+def test_training_seeds_widen_the_interval_as_far_as_they_disagree():
+    table = [{"task": "t", "item": f"{i}", "k": 0, "prompt": "", "strict": 0.5} for i in range(100)]
+    up = lambda by: [r | {"strict": 0.5 + by} for r in table]  # noqa: E731
+    alike, apart = report.paired([up(0.1)] * 3, [table])["t"], report.paired([up(-0.2), up(0.1), up(0.4)], [table])["t"]
+    assert alike["mean"] == pytest.approx(apart["mean"]) == pytest.approx(0.1)
+    assert alike["interval"] == pytest.approx((0.1, 0.1))
+    assert apart["interval"][0] < -0.1
+    assert apart["interval"][1] > 0.3
+    assert report.paired([up(0.1), up(0.2)], [up(0.0), up(0.1)])["t"]["interval"] == pytest.approx((0.1, 0.1))
+    with pytest.raises(ValueError, match="3 results against 2"):
+        report.paired([table] * 3, [table] * 2)
 
 
 def test_results_are_written_and_read_back(tmp_path):

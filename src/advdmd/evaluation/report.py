@@ -51,15 +51,38 @@ def summarise(table: Rows, key: str) -> dict[str, Any]:
     return {"overall": {"mean": float(np.mean(list(means.values()))), "interval": interval(overall)}, **out}
 
 
-def paired(a: Rows, b: Rows, key: str = "strict") -> dict[str, Any]:
-    """Overall difference a - b with its interval, images paired by prompt and index.
+def _check_same_images(tables: Sequence[Rows]) -> None:
+    """Raise ValueError unless all tables are about the same prompts, image indices and evaluation seed."""
+    names = [[(r["item"], r["k"], r["prompt"], r.get("seed")) for r in t] for t in tables]
+    if any(n != names[0] for n in names):
+        raise ValueError("these results are of different suites, sizes or seeds: a paired difference needs the same images")
 
-    Raises ValueError if the two were not scored on the same images' keys.
+
+def paired(ours: Sequence[Rows], theirs: Sequence[Rows], key: str = "strict") -> dict[str, Any]:
+    """Mean difference ours - theirs, overall and per task, images paired by prompt and index; also relative to theirs.
+
+    One table per training seed; `theirs` may be a single one, for a model that was not trained here. The interval resamples
+    prompts and training seeds together. Raises ValueError if the tables were not scored on the same images' keys.
     """
-    names = lambda t: [(r["item"], r["k"], r["prompt"]) for r in t]  # noqa: E731
-    if names(a) != names(b):
-        raise ValueError("these two results are of different suites or sizes: a paired difference needs the same images")
-    return summarise([x | {key: x[key] - y[key]} for x, y in zip(a, b, strict=True)], key)["overall"]
+    if len(theirs) not in (1, len(ours)):
+        raise ValueError(f"{len(ours)} results against {len(theirs)}: as many on both sides, or one to compare all with")
+    _check_same_images([*ours, *theirs])
+    rng, S = np.random.default_rng(0), len(ours)
+    per_seed = [
+        _by_prompt([x | {key: x[key] - y[key]} for x, y in zip(a, b, strict=True)], key)
+        for a, b in zip(ours, [theirs[0]] * S if len(theirs) == 1 else theirs, strict=True)
+    ]
+    seeds, means, draws = rng.integers(S, size=(RESAMPLES, S)), {}, {}
+    for task, prompts in per_seed[0].items():
+        total = np.array([[p.sum() for p in d[task]] for d in per_seed])  # [S, P]
+        count = np.array([len(p) for p in prompts])
+        i = rng.integers(len(count), size=(RESAMPLES, len(count)))
+        means[task] = float(total.sum() / count.sum() / S)
+        draws[task] = total[seeds[:, :, None], i[:, None, :]].sum((1, 2)) / count[i].sum(1) / S
+    base = {t: float(np.mean([np.concatenate(_by_prompt(b, key)[t]).mean() for b in theirs])) for t in means}
+    base["overall"], means["overall"] = (float(np.mean(list(x.values()))) for x in (base, means))
+    draws["overall"] = np.stack(list(draws.values())).mean(0)
+    return {t: {"mean": means[t], "interval": interval(draws[t]), "against": base[t]} for t in ("overall", *per_seed[0])}
 
 
 def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
@@ -73,7 +96,29 @@ def read_rows(folder: Path) -> Rows:
     path = folder / "verdicts.jsonl"
     if not path.exists():
         raise ValueError(f"{folder} holds no verdicts.jsonl: score it first with advdmd eval")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    seed = json.loads((folder / "manifest.json").read_text())["seed"]
+    return [json.loads(line) | {"seed": seed} for line in path.read_text().splitlines()]
+
+
+def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
+    """Two sides, each one or more evaluation folders (training seeds): their means, and the paired difference."""
+    a, b = ([read_rows(f) for f in side] for side in (ours, theirs))
+
+    def side(folders: Sequence[Path]) -> dict[str, Any]:
+        summaries = [json.loads((f / "table.json").read_text()) for f in folders]
+        spread = [s["diversity"]["mean"] for s in summaries if s["diversity"]]
+        return {
+            "models": [s["model"] for s in summaries],
+            "strict": [s["strict"]["overall"]["mean"] for s in summaries],
+            "loose": [s["loose"]["overall"]["mean"] for s in summaries],
+            "diversity": float(np.mean(spread)) if spread else None,
+            "nfe": summaries[0]["nfe"],
+        }
+
+    first = json.loads((ours[0] / "table.json").read_text())
+    about = {k: first[k] for k in ("suite", "split", "images")}
+    difference = {k: paired(a, b, k) for k in ("strict", "loose")}
+    return {**about, "ours": side(ours), "theirs": side(theirs), "difference": difference}
 
 
 def _cell(x: dict[str, Any]) -> str:
