@@ -80,7 +80,9 @@ def plot(folder: Path, path: Path) -> None:
         if paid:
             at = np.interp([s for s, _ in paid], [m["step"] for m in sat], F)
             axes[2].plot(at, np.convolve(np.pad([r for _, r in paid], 10, mode="edge"), np.ones(21) / 21, "valid"), **how)
-    for ax, title in zip(axes, ("held-out score, strict", "diversity against the renderer", "critic's reward, final image"), strict=True):
+    for ax, title in zip(
+        axes, ("held-out score, strict", "diversity against the renderer", "critic's reward, final image"), strict=True
+    ):
         ax.set(title=title, xlabel="forwards per sample")
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)

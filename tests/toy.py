@@ -99,7 +99,12 @@ def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=
     return Cast(
         teacher=teacher,
         student=Learner("student", student, student, turns, ema=0.99),
-        fake=Learner("fake", both, both.score, {"main": (Optim(lr=fake_lr, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])}),
+        fake=Learner(
+            "fake",
+            both,
+            lambda x, t, c, k: both.score(x, t, c),
+            {"main": (Optim(lr=fake_lr, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])},
+        ),
         critic=ToyCritic(both.critic),
         auc=torch.full((steps,), 0.5),
     )

@@ -40,6 +40,7 @@ class Recipe:
     policy: Optim = Optim(lr=1e-5)
     fake: Optim = Optim(lr=2e-4, betas=(0.0, 0.999))
     heads_rate: float = 3.0  # learning rate of the critic's heads, as a multiple of the fake score's
+    exits_rate: float = 5.0  # the same for the vectors that tell the fake score the hop
     critic: CriticConfig = CriticConfig()
     data: Data = Data()
     ema: float = 0.95
@@ -56,8 +57,10 @@ class Recipe:
         for name in ("iterations", "prompts_per_step", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not self.heads_rate > 0:
-            raise ValueError(f"heads_rate={self.heads_rate}: a multiple of the fake score's learning rate, above 0")
+        if not min(self.heads_rate, self.exits_rate) > 0:
+            raise ValueError(
+                f"heads_rate={self.heads_rate}, exits_rate={self.exits_rate}: multiples of the fake score's rate, above 0"
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.prompts_per_step < 2 and getattr(self.algorithm, "mismatch", 0):

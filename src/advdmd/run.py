@@ -80,14 +80,14 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
     """The players of a recipe: full copies of the teacher as student and fake score, heads on the critic's trunk."""
     with torch.no_grad():
         null = backbone.embed(backbone.tokenize([""]))
-    student, fake = cast.distillation(backbone, r.critic, r.seed)
+    student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, null)
     velocity = backbone.velocity
     turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
-    groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate)]
+    groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
     return Cast(
         teacher=cast.Teacher(backbone, r.guidance, null),
         student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),
-        fake=Learner("fake", fake, lambda x, t, c: velocity(fake.score, x, t, c), {"main": (r.fake, groups)}),
+        fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
         critic=cast.Critic(backbone, fake, r.critic),
         auc=torch.full((r.algorithm.steps,), 0.5),
     )

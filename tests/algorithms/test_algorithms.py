@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from advdmd import flow, losses
 from advdmd.algorithms.advdmd import AdvDMD, Turn
 from advdmd.algorithms.dmd2 import DMD2
-from advdmd.algorithms.objectives import match_teacher, prefer_paid_hops
+from advdmd.algorithms.objectives import match_teacher, prefer_paid_hops, track_student
 from advdmd.kernels import Gaussian, cps
 from advdmd.recipe import Recipe
 from advdmd.recipes.mini import RECIPES
@@ -105,7 +106,7 @@ def test_distribution_matching_is_still_when_the_fake_score_equals_the_teacher()
     net = pretrained(Mixture(), steps=20)
     cast = toy_cast(net, net, 4)
     x, t, c = torch.randn(8, 2), torch.full((8,), 0.75), torch.zeros(8, dtype=torch.long)
-    loss = match_teacher(cast, x, t, c, torch.rand(8), torch.randn(8, 2))
+    loss = match_teacher(cast, x, t, c, torch.rand(8), torch.randn(8, 2), torch.zeros(8, dtype=torch.long))
     grads = torch.autograd.grad(loss.sum(), list(cast.student.net.parameters()), allow_unused=True)
     assert all(g is None or g.abs().max() < 1e-6 for g in grads)
 
@@ -140,10 +141,20 @@ def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder
 def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, backbone):
     cast, b = make_cast(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t = torch.full((8,), 0.75)
-    match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), gan=1.0).sum().backward()
+    match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, gan=1.0).sum().backward()
     assert all(p.grad is None for p in cast.fake.net.parameters())
     assert any(p.grad is not None for p in cast.student.net.parameters())
     assert all(p.requires_grad for p in cast.fake.net.parameters())
+
+
+def test_the_fake_score_is_told_the_hop_and_starts_as_if_it_were_not(tiny_folder, backbone):
+    cast, b = make_cast(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
+    t, k = torch.full((8,), 0.5), torch.arange(8) % 4
+    assert torch.equal(cast.fake(b.real, t, b.cond, k), backbone.velocity(backbone.net, b.real, t, b.cond))
+    track_student(cast, b.real, b.cond, t, torch.randn_like(b.real), k[:4].repeat(2)).sum().backward()
+    assert (cast.fake.net.exits.grad.abs().sum(1) > 0).all()
+    without_pooled = cast.fake.net.told(replace(b.cond, pooled=None, embeds=b.cond.pooled[:, None].expand(-1, 3, -1)), k)
+    assert without_pooled.embeds.shape == (8, 3, b.cond.pooled.shape[1])
 
 
 def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, backbone):

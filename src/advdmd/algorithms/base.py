@@ -29,7 +29,7 @@ class Cast(NamedTuple):
 
     teacher: Velocity
     student: Any  # Player
-    fake: Any  # Player
+    fake: Any  # Player, also told the hops k [N] at which the images were seen
     critic: Judge
     auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
 

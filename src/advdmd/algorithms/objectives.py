@@ -11,9 +11,9 @@ from advdmd.kernels import Kernel
 from advdmd.rollout import Path, hop
 
 
-def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor) -> Tensor:
-    """Flow matching on the student's own samples keeps the fake score honest (DMD2, 2405.14867, Sec. 4.2)."""
-    return losses.velocity(cast.fake(flow.interpolate(x0, e, u), u, cond), x0, e)
+def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
+    """Flow matching on what the student saw at hops k keeps the fake score honest (DMD2, 2405.14867, Sec. 4.2)."""
+    return losses.velocity(cast.fake(flow.interpolate(x0, e, u), u, cond, k), x0, e)
 
 
 def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,13 +23,13 @@ def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Ten
     return logits.chunk(2)  # type: ignore[return-value]
 
 
-def match_teacher(cast: Cast, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, gan: float = 0.0) -> Tensor:
-    """Distribution matching for the x0 the student sees from x (DMD2, Eq. 2), plus gan x realism of it (Eq. 4)."""
+def match_teacher(cast: Cast, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor, gan: float = 0.0) -> Tensor:
+    """Distribution matching for the x0 the student sees from x at hops k (DMD2, Eq. 2), plus gan x realism of it (Eq. 4)."""
     x0 = flow.clean(x, cast.student(x, t, cond), t)
     x_u = flow.interpolate(x0, e, u)
     with torch.no_grad():
         x0_teacher = flow.clean(x_u, cast.teacher(x_u, u, cond), u)
-        x0_fake = flow.clean(x_u, cast.fake(x_u, u, cond), u)
+        x0_fake = flow.clean(x_u, cast.fake(x_u, u, cond, k), u)
     loss = losses.dmd(x0, x0_teacher, x0_fake)
     return loss + gan * losses.realism(cast.critic.follow(x_u, u, cond)) if gan else loss
 

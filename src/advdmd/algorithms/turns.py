@@ -25,8 +25,8 @@ def catch_up(
 ) -> Log:
     """One pass over the path in `steps` minibatches, one descent each, so that the fake score is where the student is.
 
-    It tracks what distribution matching looks at, x0 at random exits. `judge(i)` is the critic's loss on samples i; its
-    heads sit on the fake score's trunk and learn in the same descents.
+    It tracks what distribution matching looks at, x0 at random exits, and is told which of them. `judge(i)` is the critic's
+    loss on samples i, learned in the same descents.
     """
     exits, shape = late_exits(rng, "fake.k", path.hops), path.x.shape[2:]
     x0 = path.x0[exits, torch.arange(len(exits))]
@@ -34,13 +34,14 @@ def catch_up(
     log: Log = {}
     for minibatch in rng.permutation("critic.order").chunk(steps):
         parts = minibatch.split(micro)
-        log = cast.fake.descend(track_student(cast, x0[i], cond[i], u[i], e[i]) + judge(i) for i in parts)
+        log = cast.fake.descend(track_student(cast, x0[i], cond[i], u[i], e[i], exits[i]) + judge(i) for i in parts)
     return log
 
 
 def match(cast: Cast, path: Path, cond: Cond, rng: Rng, *, micro: int, u_range: tuple[float, float], gan: float = 0.0) -> Log:
     """One descent of the student on distribution matching: gradient flows through one random hop of the path."""
-    x, t = path.at(late_exits(rng, "match.k", path.hops))
+    k = late_exits(rng, "match.k", path.hops)
+    x, t = path.at(k)
     u, e = rng.uniform("match.u", *u_range), rng.normal("match.e", path.x.shape[2:])
     parts = torch.arange(len(x)).split(micro)
-    return cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], gan) for i in parts), turn="match")
+    return cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], k[i], gan) for i in parts), turn="match")

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,22 @@ class Teacher:
 
 
 class Networks(nn.Module):
-    """The fake score and the critic's heads: two networks that learn from one loss."""
+    """The fake score and the critic's heads: two networks that learn from one loss.
 
-    def __init__(self, score: nn.Module, heads: Heads):
+    What the student sees at its first hop is blurred, at its last sharp: other distributions. So one fake score serves all
+    hops but is told which, by a learned vector, zero at first, on the pooled text embedding (or on every token without one).
+    """
+
+    def __init__(self, score: nn.Module, heads: Heads, hops: int, width: int):
         super().__init__()
         self.score, self.heads = score, heads
+        self.exits = nn.Parameter(torch.zeros(hops, width))
+
+    def told(self, cond: Cond, k: Tensor) -> Cond:
+        """The condition [N] with the hops k [N] said beside it."""
+        if cond.pooled is None:
+            return replace(cond, embeds=cond.embeds + self.exits[k][:, None])
+        return replace(cond, pooled=cond.pooled + self.exits[k])
 
 
 class Critic:
@@ -76,10 +88,11 @@ def frozen(net: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def distillation(backbone: Backbone, config: CriticConfig, seed: int) -> tuple[nn.Module, Networks]:
+def distillation(backbone: Backbone, config: CriticConfig, seed: int, hops: int, null: Cond) -> tuple[nn.Module, Networks]:
     """Student, and fake score with heads: full copies of the teacher, which is frozen in place."""
     backbone.net.requires_grad_(False).eval()
     student, score = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
     torch.manual_seed(seed)
-    width = backbone.token_width
-    return student, Networks(score, Heads(width, config.taps(len(backbone.blocks(score))), config.hidden))
+    heads = Heads(backbone.token_width, config.taps(len(backbone.blocks(score))), config.hidden)
+    told = null.embeds if null.pooled is None else null.pooled
+    return student, Networks(score, heads, hops, told.shape[-1])
