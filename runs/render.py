@@ -94,9 +94,9 @@ def main() -> None:
     lines = [
         "# Results",
         "",
-        "Made by `runs/render.py` from `results/`; every figure is measured in the miniature. Differences are paired by prompt and",
-        "noise; intervals are 95 %, over prompts and training seeds. Students take 4 evaluations an image, teachers 80. Diversity:",
-        "spread of what prompts leave open against the renderer's, ours / theirs. Methods had equal forwards.",
+        "Made by `runs/render.py` from `results/`; every figure is measured in the miniature. Differences are paired by prompt",
+        "and noise; intervals are 95 %, over prompts and training seeds. Students take 4 evaluations an image, teachers 80.",
+        "Diversity: spread of what prompts leave open against the renderer's, ours / theirs. Methods had equal forwards.",
     ]
     for name, (title, suite) in CLAIMS.items():
         rows = comparisons(RESULTS / name) if (RESULTS / name).is_dir() else []
