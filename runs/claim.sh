@@ -20,18 +20,20 @@ score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on 
   done
 }
 
-equal=$("$bin/python" - "$teacher" "$iterations" <<'PY'
+equal() { # OVERRIDES: iterations of the teacher's DMD2 recipe that cost what AdvDMD's iterations cost
+  "$bin/python" - "$teacher" "$iterations" "$@" <<'PY'
 import sys
 from advdmd.recipe import resolve
-ours, theirs = (resolve(f"{sys.argv[1]}-{m}")[1] for m in ("advdmd", "dmd2"))
-print(round(ours.forwards_until(int(sys.argv[2])) / sum(theirs.forwards(0).values())))
+teacher, iterations, *changes = sys.argv[1:]
+budget = resolve(f"{teacher}-advdmd")[1].forwards_until(int(iterations))
+print(round(budget / sum(resolve(f"{teacher}-dmd2", changes)[1].forwards(0).values())))
 PY
-)
+}
 for seed in $seeds; do
   for method in $methods; do
-    run=$work/$method-$seed n=$equal recipe=$teacher-dmd2 more=()
-    [ "$method" = advdmd ] && n=$iterations recipe=$teacher-advdmd
+    run=$work/$method-$seed recipe=$teacher-dmd2 more=()
     [ "$method" = dmd ] && more=(algorithm.gan=0)
+    if [ "$method" = advdmd ]; then recipe=$teacher-advdmd n=$iterations; else n=$(equal "${more[@]}"); fi
     "$bin/advdmd" train "$recipe" "${more[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=60 --out "$run" >/dev/null
     score "$run/student" "$work/scores/$method-$seed"
     mkdir -p "$kept/$method-$seed"
