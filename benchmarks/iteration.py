@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from advdmd import recipe as recipes
 from advdmd.models import load
+from advdmd.recipes import find
 from advdmd.rng import Rng
 from advdmd.run import make_cast, make_deal
 
@@ -26,7 +26,7 @@ def clock(f) -> float:
 
 def measure(name: str, rounds: int, threads: int) -> dict:
     """Median over rounds of (iteration time / forward time), each iteration bracketed by forwards."""
-    _, r = recipes.resolve(name, ["data.prompts=16", f"threads={threads}"])
+    _, r = find.resolve(name, ["data.prompts=16", f"threads={threads}"])
     torch.set_num_threads(threads)
     backbone, _ = load.load(r.teacher)
     cast, deal, a = make_cast(r, backbone), make_deal(r, backbone), r.algorithm

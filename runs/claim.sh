@@ -23,7 +23,7 @@ score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on 
 equal() { # OVERRIDES: iterations of the teacher's DMD2 recipe that cost what AdvDMD's iterations cost
   "$bin/python" - "$teacher" "$iterations" "$@" <<'PY'
 import sys
-from advdmd.recipe import resolve
+from advdmd.recipes.find import resolve
 teacher, iterations, *changes = sys.argv[1:]
 budget = resolve(f"{teacher}-advdmd")[1].forwards_until(int(iterations))
 print(round(budget / sum(resolve(f"{teacher}-dmd2", changes)[1].forwards(0).values())))

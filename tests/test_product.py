@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from advdmd import exam, pretrain, run
-from advdmd import recipe as recipes
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import sigmas
 from advdmd.models import load
 from advdmd.models.sampler import Sampling
-from advdmd.recipe import differences, dump, override, parse_overrides, resolve
+from advdmd.recipe import differences, dump, override, parse_overrides
+from advdmd.recipes.find import known, resolve
 
 SMALL = [
     "iterations=4", "algorithm.warmup=1", "algorithm.ramp=2", "algorithm.group=4", "prompts_per_step=2",
@@ -106,7 +106,7 @@ def test_unknown_recipes_list_the_known_ones():
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
-    for name in recipes.known():
+    for name in known():
         _, r = resolve(name, ["seed=3", "match.lr=1e-5"])
         (tmp_path / "r.yaml").write_text(dump(name, r))
         assert resolve(str(tmp_path / "r.yaml")) == (name, r)
@@ -357,4 +357,4 @@ def test_show_prints_the_recipe_and_its_cost():
     done = cli("show", "mini-sd35-advdmd", "algorithm.steps=2")
     assert "steps: 2" in done.stdout
     assert "forwards per sample" in done.stdout
-    assert cli("show").stdout.split() == list(recipes.known())
+    assert cli("show").stdout.split() == list(known())

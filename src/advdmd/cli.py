@@ -37,13 +37,14 @@ def show(
     changes: Changes = None,
 ) -> None:
     """Print a resolved recipe and what one of its iterations costs."""
-    from advdmd import recipe as recipes
+    from advdmd.recipe import dump
+    from advdmd.recipes import find
 
     if recipe is None:
-        print("\n".join(recipes.known()))
+        print("\n".join(find.known()))
         return
-    name, r = recipes.resolve(recipe, changes or [])
-    print(recipes.dump(name, r))
+    name, r = find.resolve(recipe, changes or [])
+    print(dump(name, r))
     parts = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
     print(
         "forwards per sample, a full iteration: "
@@ -71,10 +72,10 @@ def pretrain(
 @app.command()
 def train(recipe: str, changes: Changes = None, out: Out = Path("runs/train"), overwrite: Overwrite = False) -> None:
     """Distil a teacher by a recipe; rerun the same command to resume."""
-    from advdmd import recipe as recipes
+    from advdmd.recipes import find
     from advdmd.run import train as go
 
-    name, r = recipes.resolve(recipe, changes or [])
+    name, r = find.resolve(recipe, changes or [])
     print(f"student: {go(name, r, out, overwrite)}")
 
 

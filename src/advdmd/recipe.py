@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from advdmd.algorithms.advdmd import AdvDMD
@@ -87,22 +86,6 @@ class Recipe:
         return sum(sum(self.forwards(i).values()) for i in range(step))
 
 
-def known() -> dict[str, Any]:
-    """Recipe name -> function that makes it."""
-    from advdmd.recipes import mini
-
-    return dict(mini.RECIPES)
-
-
-def named(name: str) -> Recipe:
-    """A recipe by name; raises ValueError that lists the names."""
-    if name not in known():
-        near = difflib.get_close_matches(name, known(), 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"recipe {name!r} is unknown.{hint} There are: {', '.join(known())}")
-    return known()[name]()
-
-
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "="."""
     import yaml
@@ -119,10 +102,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def _flatten(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for k, v in tree.items():
-        out |= _flatten(v, f"{head}{k}.") if isinstance(v, Mapping) else {f"{head}{k}": v}
+        out |= flatten(v, f"{head}{k}.") if isinstance(v, Mapping) else {f"{head}{k}": v}
     return out
 
 
@@ -157,23 +140,6 @@ def override(value: Any, changes: Mapping[str, Any], path: str = "") -> Any:
     return type(value)(**new)
 
 
-def resolve(source: str, words: Sequence[str] = ()) -> tuple[str, Recipe]:
-    """A recipe's name, or a YAML file with `recipe: NAME` and changes, then dotted overrides -> (name, recipe)."""
-    import yaml
-
-    changes: dict[str, Any] = {}
-    if source.endswith((".yaml", ".yml")):
-        try:
-            tree = yaml.safe_load(Path(source).read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ValueError(f"recipe file {source}: {e}") from None
-        if not isinstance(tree, dict) or not isinstance(tree.get("recipe"), str):
-            raise ValueError(f"recipe file {source}: needs a line 'recipe: NAME' with one of {', '.join(known())}")
-        source = tree.pop("recipe")
-        changes = _flatten(tree)
-    return source, override(named(source), changes | parse_overrides(words))
-
-
 def dump(name: str, recipe: Recipe) -> str:
     """The resolved recipe as YAML that `resolve` reads back to an equal value."""
     import yaml
@@ -183,5 +149,5 @@ def dump(name: str, recipe: Recipe) -> str:
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """Lines "key: a -> b" for every setting in which two recipes differ."""
-    fa, fb = _flatten(asdict(a)), _flatten(asdict(b))
+    fa, fb = flatten(asdict(a)), flatten(asdict(b))
     return [f"{k}: {fa.get(k)} -> {fb.get(k)}" for k in fa | fb if fa.get(k) != fb.get(k)]

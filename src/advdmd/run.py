@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from advdmd import exam
-from advdmd import recipe as recipes
 from advdmd.algorithms.base import Cast
 from advdmd.data import shapes
 from advdmd.evaluation import report
@@ -27,7 +26,8 @@ from advdmd.export import export_student
 from advdmd.look import LOOK_PROMPTS, grid_image, painter, watch
 from advdmd.models import cast, load
 from advdmd.models.sampler import Sampling
-from advdmd.recipe import Recipe
+from advdmd.recipe import Recipe, differences, dump
+from advdmd.recipes import find
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress, duration
 from advdmd.train.learner import Learner
@@ -102,10 +102,10 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
     """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student."""
     torch.set_num_threads(r.threads)
     load.folder_of(r.teacher)
-    text = recipes.dump(name, r)
+    text = dump(name, r)
 
     def change() -> str:
-        return "; ".join(recipes.differences(recipes.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
+        return "; ".join(differences(find.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
 
     _claim(folder, text, overwrite, change)
     done = checkpoint.newest(folder / "checkpoints")
@@ -162,7 +162,7 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
         if not (overwrite and ours):
             raise ValueError(f"{out} is not empty: choose another --out" + (", or --overwrite" if ours else ""))
     text = (run / "recipe.yaml").read_text()
-    name, r = recipes.resolve(str(run / "recipe.yaml"))
+    name, r = find.resolve(str(run / "recipe.yaml"))
     if student_sampling(r).eta != 1:
         raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
     backbone, _ = load.load(r.teacher)
@@ -218,7 +218,7 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     """The main job: distil the shipped mini-sd35 to 4 steps, score it beside its teacher, write table, grid, pipeline."""
     began = time.monotonic()
     name = "mini-sd35-advdmd"
-    r = recipes.resolve(name, words)[1]
+    r = find.resolve(name, words)[1]
     suite = Shapes("mini-geneval", images_per_task=images, world=r.data.world)
     steps, guided = r.algorithm.steps, load.sampling_of(load.folder_of(r.teacher))
     labels = [f"teacher, {guided.steps} steps", f"teacher, {steps} steps", f"AdvDMD, {steps} steps"]

@@ -1,0 +1,40 @@
+"""Recipes by name or from a YAML file, with overrides."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from advdmd.recipe import Recipe, flatten, override, parse_overrides
+from advdmd.recipes import mini
+
+
+def known() -> dict[str, Any]:
+    """Recipe name -> function that makes it."""
+    return dict(mini.RECIPES)
+
+
+def named(name: str) -> Recipe:
+    """A recipe by name; raises ValueError that lists the names."""
+    if name not in known():
+        near = difflib.get_close_matches(name, known(), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"recipe {name!r} is unknown.{hint} There are: {', '.join(known())}")
+    return known()[name]()
+
+
+def resolve(source: str, words: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """A recipe's name, or a YAML file with `recipe: NAME` and changes, then dotted overrides -> (name, recipe)."""
+    import yaml
+
+    changes: dict[str, Any] = {}
+    if source.endswith((".yaml", ".yml")):
+        try:
+            tree = yaml.safe_load(Path(source).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ValueError(f"recipe file {source}: {e}") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("recipe"), str):
+            raise ValueError(f"recipe file {source}: needs a line 'recipe: NAME' with one of {', '.join(known())}")
+        source = tree.pop("recipe")
+        changes = flatten(tree)
+    return source, override(named(source), changes | parse_overrides(words))
