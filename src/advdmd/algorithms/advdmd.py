@@ -46,6 +46,7 @@ class AdvDMD:
     credit: Literal["step", "final", "both"] = "both"
     final_levels: tuple[float, ...] = (0.02, 0.1, 0.3)
     mismatch: float = 0.0  # weight of real images under wrong captions as further fakes
+    gan: float = 0.0  # weight of GAN back-propagation beside distribution matching, as in DMD2; the paper's method has none
     gated: bool = True
     clip: float = 1e-5  # at 65,536 latent dimensions; scaled by sqrt(65536 / D)
     u_range: tuple[float, float] = (0.02, 0.98)
@@ -63,10 +64,10 @@ class AdvDMD:
             if getattr(self, name) < 1:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
-        if self.clip <= 0 or self.mismatch < 0 or not 0 <= self.auc_memory < 1:
+        if self.clip <= 0 or min(self.mismatch, self.gan) < 0 or not 0 <= self.auc_memory < 1:
             raise ValueError(
-                f"AdvDMD(clip={self.clip}, mismatch={self.mismatch}, auc_memory={self.auc_memory}): "
-                "needs clip > 0, mismatch >= 0, auc_memory in [0, 1)"
+                f"AdvDMD(clip={self.clip}, mismatch={self.mismatch}, gan={self.gan}, auc_memory={self.auc_memory}): "
+                "needs clip > 0, mismatch >= 0, gan >= 0, auc_memory in [0, 1)"
             )
         if self.warmup < 0 or self.ramp < 0:
             raise ValueError(f"AdvDMD(warmup={self.warmup}, ramp={self.ramp}): counts of iterations cannot be negative")
@@ -99,7 +100,7 @@ class AdvDMD:
             "critic": (2 + bool(self.mismatch)) * depth * (1 + backward * trunk),
             "reward": turn.policy * (self.steps - 1 + len(self.final_levels)) * depth,
             "policy": turn.policy * (self.steps - 1) * grad,
-            "match": turn.match * (grad + 2 + 1),
+            "match": turn.match * (grad + 2 + 1 + bool(self.gan) * 2 * depth),
         }
 
     def iteration(self, cast: Cast, batch: Batch, step: int, rng: Rng) -> Log:
@@ -134,7 +135,7 @@ class AdvDMD:
 
         # Distribution-matching turn. Gradient flows through one hop of the same path.
         if turn.match:
-            log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range)
+            log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan)
         return log
 
     def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
