@@ -74,7 +74,7 @@ POLICY = 5e-5  # at 2e-4 and more the gradient's noise costs more than its direc
 def advdmd(name: str, guidance: float, iterations: int = 360) -> Recipe:
     """A result in minutes on two cores. Matching and critic alone for 240 iterations, then policy turns, denser and denser.
 
-    The critic is also back-propagated, a little: here that pays for itself in score, policy turns so far in diversity alone.
+    The critic is also back-propagated, a little: here that pays for itself in score, as policy turns have not yet (log).
     """
     return Recipe(
         teacher=name,
