@@ -157,7 +157,8 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path, tiny_folder):
 
 def test_export_equals_the_student_of_the_run(trained, tmp_path):
     folder = run.export_run(trained, tmp_path / "out")
-    assert load.load(str(folder))[1] == Sampling(steps=4, shift=3.0, eta=1.0)
+    shift = resolve(str(trained / "recipe.yaml"))[1].algorithm.shift
+    assert load.load(str(folder))[1] == Sampling(steps=4, shift=shift, eta=1.0)
     ours, theirs = (load.load(str(f))[0].net.state_dict() for f in (folder, trained / "student"))
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
     with pytest.raises(ValueError, match="not empty"):
@@ -194,13 +195,13 @@ def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_
     from advdmd.kernels import cps
     from advdmd.rollout import rollout
 
-    backbone, _ = load.load(str(trained / "student"))
+    backbone, how = load.load(str(trained / "student"))
     cond = backbone.embed(backbone.tokenize(["a picture of a red circle"]))
     for n in (4, 2):
         first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         torch.manual_seed(11)
         noise = torch.stack([first, *(torch.randn(1, 4, 8, 8) for _ in range(n - 1))])
-        path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(n, 3.0), cps(1.0))
+        path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(n, how.shift), cps(1.0))
         assert torch.equal(path.x[-1], torch.load(tmp_path / f"{n}.pt", weights_only=True))
 
 
@@ -294,6 +295,16 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
     done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "| **overall** |" in done.stdout
+    done = cli(
+        "compare", tmp_path / "a", tmp_path / "a", "--against", tmp_path / "b", "--out", tmp_path / "c.json", "--commit", "x"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [found[k] for k in ("suite", "split", "images", "commit")] == ["mini-geneval", "test", 36, "x"]
+    assert [m["recipe"] for m in found["ours"]["models"]] == ["mini-sd35-advdmd"] * 2
+    assert found["theirs"]["models"][0]["steps"] == 2
+    gap = a["strict"]["overall"]["mean"] - found["theirs"]["strict"][0]
+    assert found["difference"]["strict"]["overall"]["mean"] == pytest.approx(gap)
 
 
 def test_the_main_job_writes_table_grid_and_pipeline(tiny_folder, tmp_path):

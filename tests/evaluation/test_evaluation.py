@@ -201,7 +201,8 @@ def test_results_are_written_and_read_back(tmp_path):
     rows = table([1, 0])
     summary = {"strict": report.summarise(rows, "strict"), "loose": report.summarise(rows, "loose"), "nfe": 4}
     report.write_results(tmp_path, rows, summary)
-    assert report.read_rows(tmp_path) == rows
+    (tmp_path / "manifest.json").write_text(json.dumps({"seed": 7}))
+    assert report.read_rows(tmp_path) == [r | {"seed": 7} for r in rows]
     assert json.loads((tmp_path / "table.json").read_text())["nfe"] == 4
     assert "| **overall** | 0.500" in (tmp_path / "table.md").read_text()
     with pytest.raises(ValueError, match=r"verdicts\.jsonl"):
