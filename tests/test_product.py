@@ -295,8 +295,9 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
     done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "| **overall** |" in done.stdout
+    run.evaluate(str(tiny_folder), suite, tmp_path / "b2", Sampling(steps=2))
     done = cli(
-        "compare", tmp_path / "a", tmp_path / "a", "--against", tmp_path / "b", "--out", tmp_path / "c.json", "--commit", "x"
+        "compare", tmp_path / "a", tmp_path / "a", "--against", tmp_path / "b2", "--out", tmp_path / "c.json", "--commit", "x"
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "c.json").read_text())
