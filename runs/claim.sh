@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
-seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-300}
+seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-360}
 bin=${BIN:-.venv/bin} work=runs/$name kept=results/$name commit=$(git rev-parse --short HEAD)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work" "$kept"
