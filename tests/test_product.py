@@ -163,6 +163,8 @@ def test_export_equals_the_student_of_the_run(trained, tmp_path):
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
     with pytest.raises(ValueError, match="not empty"):
         run.export_run(trained, tmp_path / "out")
+    said = [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
+    assert said == []  # a published student does not tell where on its maker's disk the teacher lay
     with pytest.raises(ValueError, match="not a training run"):
         run.export_run(tmp_path, tmp_path / "out2")
 

@@ -57,9 +57,13 @@ def show(
 
 @app.command()
 def pretrain(
-    stage: Annotated[str, typer.Argument(help="autoencoder, mini-sd3, mini-sd35, or one of the two with -again")],
+    stage: Annotated[
+        str, typer.Argument(help="autoencoder, mini-sd35, mini-sd35-again, mini-sd35-deep or mini-sd3, in this order")
+    ],
     out: Out,
-    start: Annotated[Path | None, typer.Option(help="The vae folder; for -again the pipeline to go on from.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="mini-sd35: the vae folder; later stages: the mini-sd35 pipeline to go on from.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,
 ) -> None:

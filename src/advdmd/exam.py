@@ -17,7 +17,8 @@ from advdmd.train.checkpoint import write_atomically, write_text
 from advdmd.train.learner import Learner
 from advdmd.types import Log
 
-SUITE = "mini-geneval"  # on its train split, with noise of its own: no prompt of the test split, no image of any evaluation
+# On its train split, with noise of its own: no image of any evaluation, and of the tasks that keep prompts back none of those.
+SUITE = "mini-geneval"
 
 
 def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path, step: int) -> Log:

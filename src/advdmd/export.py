@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from advdmd import flow
-from advdmd.models.load import read_note, write_note
+from advdmd.models.load import read_note, save_pipeline
 from advdmd.models.sampler import Sampling
 from advdmd.train.checkpoint import write_folder
 
@@ -49,8 +49,7 @@ def export_student(backbone: Any, net: nn.Module, how: Sampling, teacher: Path, 
     record = {"sampling": sampling, "t5_length": backbone.t5_length, "base_model": base, **note}
 
     def write(making: Path) -> None:
-        pipe.save_pretrained(making)
-        write_note(making, record)
+        save_pipeline(pipe, making, record)
         (making / "README.md").write_text(_card(folder.name, how, backbone, record))
 
     write_folder(folder, write)

@@ -36,7 +36,6 @@ from advdmd.world.caption import check_prompt
 from advdmd.world.scene import WORLDS
 
 # What a run writes, and --overwrite may lose.
-# What a run writes, and --overwrite may lose.
 OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student", "best.safetensors", "best.json")
 
 

@@ -64,7 +64,14 @@ def load_pipeline(path: Path) -> Any:
     return pipe
 
 
-def write_note(path: Path, note: dict[str, Any]) -> None:
+def save_pipeline(pipe: Any, path: Path, note: dict[str, Any]) -> None:
+    """A diffusers folder with its note; the folders its parts were read from (`_name_or_path`) are nobody else's business."""
+    pipe.save_pretrained(path)
+    for file in path.rglob("*.json"):
+        config = json.loads(file.read_text())
+        if "_name_or_path" in config:
+            del config["_name_or_path"]
+            file.write_text(json.dumps(config, indent=2) + "\n")
     (path / NOTE).write_text(json.dumps(note, indent=1))
 
 

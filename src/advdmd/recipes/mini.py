@@ -60,9 +60,7 @@ STAGES = {
 
 
 # The free parts of distillation, as measured here (docs/log.md).
-SHIFT = (
-    1.2  # 256 latent numbers say less at a noise level than a large image does: the grid leans less towards noise than SD3's 3
-)
+SHIFT = 1.2  # 256 latent numbers drown in less noise than a large image does, so the grid leans less towards it than SD3's 3
 BATCH = {"prompts_per_step": 8, "ema": 0.98}  # x 4 samples: at equal time 32 samples an iteration beat 64
 FOLLOW = {"group": 4, "critic_steps": 6, "shift": SHIFT}  # a fake score that lags costs diversity first
 FAKE = Optim(lr=2e-3, betas=(0.0, 0.999))

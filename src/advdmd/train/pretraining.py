@@ -11,7 +11,7 @@ from torch import Tensor
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
 from advdmd.data import shapes
 from advdmd.models import mini
-from advdmd.models.load import write_note
+from advdmd.models.load import save_pipeline
 from advdmd.models.sd3 import SD3
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress
@@ -133,5 +133,5 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
     net.load_state_dict(learner.averaged())
     net.eval()
     note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, "t5_length": 0}
-    checkpoint.write_folder(folder / "pipeline", lambda p: (pipe.save_pretrained(p), write_note(p, note)))
+    checkpoint.write_folder(folder / "pipeline", lambda p: save_pipeline(pipe, p, note))
     return pipe
