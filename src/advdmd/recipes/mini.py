@@ -72,7 +72,8 @@ POLICY = 5e-5  # at 2e-4 and more the gradient's noise costs more than its direc
 def advdmd(name: str, guidance: float, iterations: int = 360) -> Recipe:
     """A result in minutes on two cores. Matching and critic alone for 240 iterations, then policy turns, denser and denser.
 
-    The critic is also back-propagated, a little: here that pays for itself in score, as policy turns have not yet (log).
+    The critic is also back-propagated, a little: the best of three short runs had it; neither its share of the score nor the
+    policy turns' has been isolated yet (log).
     """
     return Recipe(
         teacher=name,
