@@ -15,7 +15,6 @@ from PIL import Image
 
 from advdmd import exam, pretrain, run
 from advdmd.evaluation.shapes import Shapes
-from advdmd.export import sigmas
 from advdmd.models import load
 from advdmd.models.sampler import Sampling
 from advdmd.recipe import differences, dump, override, parse_overrides
@@ -207,9 +206,9 @@ def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_
         assert torch.equal(path.x[-1], torch.load(tmp_path / f"{n}.pt", weights_only=True))
 
 
-def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift():
-    assert sigmas(Sampling(steps=4, eta=1.0)) == [1.0, 0.75, 0.5, 0.25]
-    assert sigmas(Sampling(steps=2, eta=1.0)) == [1.0, 0.5]
+def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift(backbone):
+    assert backbone.stock_call(4)["sigmas"] == [1.0, 0.75, 0.5, 0.25]
+    assert backbone.stock_call(2)["sigmas"] == [1.0, 0.5]
 
 
 def test_students_that_stock_schedulers_cannot_run_are_sampled_here_but_not_exported(tiny_folder, tmp_path):
@@ -272,6 +271,10 @@ def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
         pretrain.pretrain(stage, tmp_path / stage, tmp_path / "t/pipeline", None, 1)
         assert load.load(str(tmp_path / stage / "pipeline"))[0].t5_length == 0
         assert list((tmp_path / stage / "samples").glob("*.png"))
+    pretrain.pretrain("qwen-autoencoder", tmp_path / "qae", None, None, 1)
+    pretrain.pretrain("mini-qwen", tmp_path / "q", tmp_path / "qae/vae", None, 1)
+    pretrain.pretrain("mini-qwen-again", tmp_path / "q2", tmp_path / "q/pipeline", None, 1)
+    assert load.load(str(tmp_path / "q2/pipeline"))[0].latent_shape == (4, 8, 8)
     with pytest.raises(ValueError, match="needs --start"):
         pretrain.pretrain("mini-sd35", tmp_path / "t3", tmp_path, None, 1)
     with pytest.raises(ValueError, match="steps=0"):

@@ -58,7 +58,11 @@ def show(
 @app.command()
 def pretrain(
     stage: Annotated[
-        str, typer.Argument(help="autoencoder, mini-sd35, mini-sd35-again, mini-sd35-deep or mini-sd3, in this order")
+        str,
+        typer.Argument(
+            help="autoencoder, mini-sd35, mini-sd35-again, mini-sd35-deep, mini-sd3, in this order; "
+            "or qwen-autoencoder, mini-qwen, mini-qwen-again"
+        ),
     ],
     out: Out,
     start: Annotated[

@@ -5,48 +5,43 @@ from typing import Any
 
 from torch import nn
 
-from advdmd import flow
+from advdmd.models.backbone import Backbone
 from advdmd.models.load import read_note, save_pipeline
 from advdmd.models.sampler import Sampling
 from advdmd.train.checkpoint import write_folder
 
 
-def sigmas(how: Sampling) -> list[float]:
-    """What a stock SD3 pipeline must be told: its scheduler applies the shift itself, so the grid before shifting."""
-    return [round(float(t), 6) for t in flow.grid(how.steps, 1.0)[:-1]]
-
-
-def snippet(folder: str, how: Sampling, t5_length: int, size: int) -> str:
+def snippet(folder: str, backbone: Backbone, steps: int) -> str:
+    """Lines that draw an image with the stock pipeline."""
+    told = "".join(f", {k}={v!r}" for k, v in backbone.stock_load.items())
+    words = "".join(f"    {k}={v!r},\n" for k, v in backbone.stock_call(steps).items())
     return f"""import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}", text_encoder_3=None, tokenizer_3=None)
+pipe = DiffusionPipeline.from_pretrained("{folder}"{told})
 torch.manual_seed(0)  # the noise of the hops is drawn from the global generator
 image = pipe(
     "a picture of a red circle",
-    sigmas={sigmas(how)},
-    guidance_scale=1.0,
-    height={size},
-    width={size},
-    max_sequence_length={t5_length},
-).images[0]
+{words}).images[0]
 """
 
 
-def export_student(backbone: Any, net: nn.Module, how: Sampling, teacher: Path, folder: Path, note: dict[str, Any]) -> Path:
+def export_student(
+    backbone: Backbone, net: nn.Module, how: Sampling, teacher: Path, folder: Path, note: dict[str, Any]
+) -> Path:
     """Write the teacher's pipeline with the student as its transformer and the student's scheduler; all or nothing.
 
     Stock schedulers re-noise fully: only eta = 1 is the same sampler there. The card of another eta says so.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     parts = dict(backbone.pipe.components)
     parts["transformer"] = net
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=how.eta == 1)
-    pipe = StableDiffusion3Pipeline(**parts)
+    pipe = type(backbone.pipe)(**parts)
     sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta}
     base = read_note(teacher).get("name", teacher.name)
-    record = {"sampling": sampling, "t5_length": backbone.t5_length, "base_model": base, **note}
+    record = {"sampling": sampling, **backbone.note, "base_model": base, **note}
 
     def write(making: Path) -> None:
         save_pipeline(pipe, making, record)
@@ -56,9 +51,8 @@ def export_student(backbone: Any, net: nn.Module, how: Sampling, teacher: Path, 
     return folder
 
 
-def _card(name: str, how: Sampling, backbone: Any, record: dict[str, Any]) -> str:
+def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) -> str:
     warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
-    size = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -71,9 +65,9 @@ tags: [advdmd, distillation, few-step]
 Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {how.steps} steps:
 {warning}
 ```python
-{snippet(name, how, backbone.t5_length, size)}```
+{snippet(name, backbone, how.steps)}```
 
-Pass `sigmas` as shown (the default grid of the pipeline is another one) and `max_sequence_length={backbone.t5_length}`.
-With stochastic sampling the pipeline's `generator` seeds only the first noise: call `torch.manual_seed` to repeat an image.
+Pass what is shown: other values mean another grid or another function. With stochastic sampling the pipeline's `generator`
+seeds only the first noise: call `torch.manual_seed` to repeat an image.
 The scheduler has shift {how.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
 """

@@ -35,20 +35,27 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
     if steps is not None:
         plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
     torch.set_num_threads(threads)
-    needed = {"autoencoder": "config.json", "mini-sd35": "model_index.json"}.get(plan.origin)
+    codec = plan.origin.endswith("autoencoder")
+    needed = None if plan.origin == "nothing" else "config.json" if codec else "model_index.json"
     if needed and (start is None or not (load.located(start) / needed).is_file()):
-        made = {"autoencoder": "the vae folder", "mini-sd35": "the pipeline folder"}[plan.origin]
+        made = "the vae folder" if codec else "the pipeline folder"
         raise ValueError(f"{stage} needs --start FOLDER, {made} of: advdmd pretrain {plan.origin} --out DIR")
     source = load.located(start) if start is not None and needed else None
     _claim_stage(folder, plan, checkpoint.file_hash(load.weights_file(source)) if source else "nothing")
     if source is None:
         torch.manual_seed(plan.seed)
-        return pretraining.train_autoencoder(plan, folder, mini.autoencoder(plan.size))
+        make = mini.qwen_autoencoder if plan.model == "qwen-autoencoder" else mini.autoencoder
+        return pretraining.train_autoencoder(plan, folder, make(plan.size))
     if plan.origin == "autoencoder":
         from diffusers import AutoencoderKL
 
-        codec = AutoencoderKL.from_pretrained(source, local_files_only=True).eval()
-        pipe = mini.sd3(VOCABULARY, plan.size, sd35=True, seed=plan.seed, vae=codec)
+        vae = AutoencoderKL.from_pretrained(source, local_files_only=True).eval()
+        pipe = mini.sd3(VOCABULARY, plan.size, sd35=True, seed=plan.seed, vae=vae)
+    elif plan.origin == "qwen-autoencoder":
+        from diffusers import AutoencoderKLQwenImage
+
+        vae = AutoencoderKLQwenImage.from_pretrained(source, local_files_only=True).eval()
+        pipe = mini.qwen_image(VOCABULARY, plan.size, seed=plan.seed, vae=vae)
     else:
         pipe = load.load_pipeline(source)
         if plan.deepen:

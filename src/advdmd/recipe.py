@@ -39,6 +39,7 @@ class Recipe:
     policy: Optim = Optim(lr=1e-5)
     fake: Optim = Optim(lr=2e-4, betas=(0.0, 0.999))
     heads_rate: float = 3.0  # learning rate of the critic's heads, as a multiple of the fake score's
+    trunk_rate: float = 0.3  # the same for a trunk that is the critic's own
     exits_rate: float = 5.0  # the same for the vectors that tell the fake score the hop
     critic: CriticConfig = CriticConfig()
     data: Data = Data()
@@ -56,10 +57,9 @@ class Recipe:
         for name in ("iterations", "prompts_per_step", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not min(self.heads_rate, self.exits_rate) > 0:
-            raise ValueError(
-                f"heads_rate={self.heads_rate}, exits_rate={self.exits_rate}: multiples of the fake score's rate, above 0"
-            )
+        for name in ("heads_rate", "trunk_rate", "exits_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a multiple of the fake score's learning rate, above 0")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.prompts_per_step < 2 and getattr(self.algorithm, "mismatch", 0):
@@ -79,7 +79,7 @@ class Recipe:
 
     def forwards(self, step: int) -> dict[str, float]:
         """Forwards per sample of iteration `step` by part, all networks trained in full."""
-        return self.algorithm.forwards(step, max(self.critic.blocks), trunk=self.critic.trunk_weight > 0)
+        return self.algorithm.forwards(step, max(self.critic.blocks), trunk=self.critic.gradient > 0)
 
     def forwards_until(self, step: int) -> float:
         """Forwards per sample of all iterations before `step`: the compute by which runs are compared."""

@@ -31,6 +31,22 @@ class Path:
         """State and time of each sample at its own index k [N]."""
         return self.x[k, torch.arange(len(k))], self.t[k]
 
+    def sights(self, kernel: Kernel) -> tuple[list[Tensor], Tensor]:
+        """The noise of hops 0..K-2 as the next hop understood it: [N, ...] each, and their closeness [K - 1, N].
+
+        A hop's noise is white, but the image changes only along the few directions J in which the next x0 answers to it. So
+        the action mean + (1 - s) (x0[k + 1] - x0[k]), about mean + J e, stands in for mean + std e: its expected gradient is
+        J J^T of the reward's instead of J^T, an ascent direction too, without the variance of all the others.
+        """
+        actions: list[Tensor] = []
+        close: list[Tensor] = []
+        for k in range(self.hops - 1):
+            t, s = self.t[k].expand(self.x.shape[1]), self.t[k + 1].expand(self.x.shape[1])
+            landed = transition(kernel, self.x[k], (self.x[k] - self.x0[k]) / flow.bcast(t, self.x[k]), t, s)
+            actions.append(landed.mean + (1 - flow.bcast(s, self.x[k])) * (self.x0[k + 1] - self.x0[k]))
+            close.append(landed.closeness(actions[-1]))
+        return actions, torch.stack(close) if close else self.close
+
     def __getitem__(self, i: Tensor) -> "Path":
         return Path(self.x[:, i], self.t, self.x0[:, i], self.close[:, i])
 

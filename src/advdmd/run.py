@@ -83,6 +83,8 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
     velocity = backbone.velocity
     turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
     groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
+    if fake.trunk is not None:
+        groups.append((fake.trunk.parameters(), r.trunk_rate))
     return Cast(
         teacher=cast.Teacher(backbone, r.guidance, null),
         student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),

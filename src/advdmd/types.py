@@ -1,10 +1,11 @@
 """The few values that travel between floors: frozen, indexable by sample, movable."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Log = dict[str, float]
@@ -41,6 +42,18 @@ class Cond(_Columns):
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """As for any columns; where masks say what is a token, shorter parts are padded first."""
+        longest = max(p.embeds.shape[1] for p in parts)
+        return super().cat([p if p.mask is None else p.padded(longest) for p in parts])
+
+    def padded(self, length: int) -> Self:
+        """With masked zeros up to `length` tokens."""
+        assert self.mask is not None
+        more = length - self.embeds.shape[1]
+        return replace(self, embeds=F.pad(self.embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
 
 def differ(a: Any, b: Any) -> Tensor:

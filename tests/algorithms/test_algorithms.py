@@ -11,7 +11,7 @@ from advdmd import flow, losses
 from advdmd.algorithms.advdmd import AdvDMD, Turn
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.objectives import match_teacher, prefer_paid_hops, track_student
-from advdmd.kernels import Gaussian, cps
+from advdmd.kernels import Gaussian, cps, renoise
 from advdmd.recipe import Recipe
 from advdmd.recipes.mini import RECIPES
 from advdmd.rng import Rng
@@ -102,11 +102,31 @@ def test_policy_gradient_of_a_linear_reward_is_autograd_in_expectation(gen):
     torch.testing.assert_close(mean.grad, expected, atol=0.02, rtol=0)
 
 
+def test_what_the_next_hop_saw_gives_an_ascent_direction_in_expectation(gen):
+    """With x0 = W x and r = <w, x0> the expected gradient on the hop's mean is W W^T w, and the old mean is recovered."""
+    n, d, W = 200_000, 3, torch.tensor([[0.9, 0.2, 0.0], [0.0, 0.1, 0.0], [0.3, 0.0, 0.1]])
+    w, s = torch.tensor([1.0, -2.0, 0.5]), 0.5
+
+    def velocity(x, t, c):
+        return (x - x @ W.T) / t[:, None]
+
+    start, grid = torch.randn(d, generator=gen()), torch.tensor([1.0, s, 0.0])
+    noise = torch.stack([start.expand(n, d), torch.randn(n, d, generator=gen(1))])
+    path = rollout(velocity, torch.zeros(n), noise, grid, renoise)
+    mean = ((1 - s) * W @ start).requires_grad_()
+    actions, old = path.sights(renoise)
+    hop = Gaussian(mean.expand(n, d), torch.full((n, 1), s))
+    torch.testing.assert_close(hop.closeness(actions[0]), old[0])
+    reward = path.x[-1] @ w
+    losses.policy(hop.closeness(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
+    torch.testing.assert_close(mean.grad, -2 / d * (1 - s) * s**2 * W @ W.T @ w, atol=0.005, rtol=0)
+
+
 def test_distribution_matching_is_still_when_the_fake_score_equals_the_teacher():
     net = pretrained(Mixture(), steps=20)
     cast = toy_cast(net, net, 4)
     x, t, c = torch.randn(8, 2), torch.full((8,), 0.75), torch.zeros(8, dtype=torch.long)
-    loss = match_teacher(cast, x, t, c, torch.rand(8), torch.randn(8, 2), torch.zeros(8, dtype=torch.long))
+    loss = match_teacher(cast, x, t, c, torch.rand(8), torch.randn(8, 2), torch.zeros(8, dtype=torch.long), torch.rand(8))
     grads = torch.autograd.grad(loss.sum(), list(cast.student.net.parameters()), allow_unused=True)
     assert all(g is None or g.abs().max() < 1e-6 for g in grads)
 
@@ -141,7 +161,7 @@ def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder
 def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, backbone):
     cast, b = make_cast(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t = torch.full((8,), 0.75)
-    match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, gan=1.0).sum().backward()
+    match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, t, gan=1.0).sum().backward()
     assert all(p.grad is None for p in cast.fake.net.parameters())
     assert any(p.grad is not None for p in cast.student.net.parameters())
     assert all(p.requires_grad for p in cast.fake.net.parameters())
@@ -167,6 +187,17 @@ def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, b
 
     assert trunk_norm(0.0) == 0
     torch.testing.assert_close(trunk_norm(0.5) / trunk_norm(0.01), torch.tensor(50.0), atol=0.01, rtol=1e-3)
+
+
+def test_a_trunk_of_the_critics_own_learns_with_its_heads(tiny_folder, backbone):
+    cast, b = make_cast(tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk="own")), backbone), tiny_batch(backbone)
+    before = flat(cast.fake.net.trunk)
+    assert torch.equal(before, flat(backbone.net))
+    AdvDMD(group=4, warmup=9).iteration(cast, b, 0, Rng(0, 0, range(8)))
+    assert not torch.equal(before, flat(cast.fake.net.trunk))
+    cast.critic.follow(b.real.requires_grad_(), torch.full((8,), 0.5), b.cond).sum().backward()
+    assert b.real.grad is not None
+    assert all(p.grad is None for p in cast.fake.net.trunk.parameters())
 
 
 def dict_critic(**kw):

@@ -16,6 +16,7 @@ from advdmd.rng import Rng
 from advdmd.rollout import Path, rollout
 from advdmd.types import Batch, Log, differ
 
+FINAL = (0.02, 0.3)  # noise levels at which the critic is shown final images
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means the path is not the policy's own
 
 
@@ -48,6 +49,7 @@ class AdvDMD:
     mismatch: float = 0.0  # weight of real images under wrong captions as further fakes
     gan: float = 0.0  # weight of GAN back-propagation beside distribution matching, as in DMD2; the paper's method has none
     gated: bool = True
+    action: Literal["landed", "seen"] = "landed"  # what the policy is paid for: where a hop landed, or what the next one saw
     clip: float = 1e-5  # at 65,536 latent dimensions; scaled by sqrt(65536 / D)
     u_range: tuple[float, float] = (0.02, 0.98)
     auc_memory: float = 0.9
@@ -124,7 +126,9 @@ class AdvDMD:
             replay: list[Tensor] = []
 
             def prefer(i: Tensor) -> Tensor:
-                loss, off = prefer_paid_hops(cast, path[i], cond[i], gain[:, i], kernel, self.clip_range(shape))
+                loss, off = prefer_paid_hops(
+                    cast, path[i], cond[i], gain[:, i], kernel, self.clip_range(shape), self.action == "seen"
+                )
                 replay.append(off)
                 return loss
 
@@ -135,7 +139,11 @@ class AdvDMD:
 
         # Distribution-matching turn. Gradient flows through one hop of the same path.
         if turn.match:
-            log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan)
+
+            def landing(k: Tensor) -> Tensor:  # where the critic will meet what hop k saw
+                return torch.where(k + 1 < K, path.t[k + 1], rng.uniform("match.w", *FINAL))
+
+            log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan, level=landing)
         return log
 
     def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
@@ -156,7 +164,16 @@ class AdvDMD:
                 loss = loss + self.mismatch * other[i] * losses.mismatch(cast.critic(shown, t[i], wrong[i]))
             return loss
 
-        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
+        log = turns.catch_up(
+            cast,
+            path,
+            cond,
+            rng,
+            judge,
+            steps=self.critic_steps,
+            micro=self.micro,
+            u_range=self.u_range,
+        )
         for level in range(1, K + 1):
             at = k == level
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]
@@ -170,7 +187,7 @@ class AdvDMD:
         k = rng.index("critic.k", 1, path.hops + 1)
         x, t = path.at(k)
         end = k == path.hops
-        t = torch.where(end, rng.uniform("critic.u", 0.02, 0.3), t)
+        t = torch.where(end, rng.uniform("critic.u", *FINAL), t)
         seen = flow.interpolate(path.x[-1], rng.normal("critic.fake", shape), t)
         return torch.where(flow.bcast(end, x), seen, x), t, k
 

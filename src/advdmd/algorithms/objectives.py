@@ -23,15 +23,18 @@ def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Ten
     return logits.chunk(2)  # type: ignore[return-value]
 
 
-def match_teacher(cast: Cast, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor, gan: float = 0.0) -> Tensor:
-    """Distribution matching for the x0 the student sees from x at hops k (DMD2, Eq. 2), plus gan x realism of it (Eq. 4)."""
+def match_teacher(
+    cast: Cast, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor, w: Tensor, gan: float = 0.0
+) -> Tensor:
+    """Distribution matching at u for the x0 the student sees from x at hops k (DMD2, 2405.14867, Eq. 2), plus gan x its
+    realism re-noised to w (Eq. 4)."""
     x0 = flow.clean(x, cast.student(x, t, cond), t)
     x_u = flow.interpolate(x0, e, u)
     with torch.no_grad():
         x0_teacher = flow.clean(x_u, cast.teacher(x_u, u, cond), u)
         x0_fake = flow.clean(x_u, cast.fake(x_u, u, cond, k), u)
     loss = losses.dmd(x0, x0_teacher, x0_fake)
-    return loss + gan * losses.realism(cast.critic.follow(x_u, u, cond)) if gan else loss
+    return loss + gan * losses.realism(cast.critic.follow(flow.interpolate(x0, e, w), w, cond)) if gan else loss
 
 
 @torch.no_grad()
@@ -49,15 +52,19 @@ def pay_end(cast: Cast, x0: Tensor, cond: Any, levels: tuple[float, ...], e: Ten
     return torch.stack([cast.critic(flow.interpolate(x0, e, u), u, cond) for u in times]).mean(0)
 
 
-def prefer_paid_hops(cast: Cast, path: Path, cond: Any, gain: Tensor, kernel: Kernel, clip: float) -> tuple[Tensor, Tensor]:
+def prefer_paid_hops(
+    cast: Cast, path: Path, cond: Any, gain: Tensor, kernel: Kernel, clip: float, seen: bool = False
+) -> tuple[Tensor, Tensor]:
     """Clipped policy gradient over the stochastic hops of a path (Flow-GRPO, 2505.05470, Eq. 5).
 
-    gain [K - 1, N] -> loss [N], averaged over hops, and the largest |ratio - 1| seen.
+    gain [K - 1, N] -> loss [N], averaged over hops, and the largest |ratio - 1| seen. With `seen` the action is not where a
+    hop landed but what the next hop saw there (rollout.Path.sights).
     """
     total, off = torch.zeros(len(cond)), torch.zeros(())
-    for k, close_old in enumerate(path.close):
+    actions, close_old = path.sights(kernel) if seen else (path.x[1:-1], path.close)
+    for k, action in enumerate(actions):
         step, _ = hop(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel)
-        close = step.closeness(path.x[k + 1])
-        total = total + losses.policy(close, close_old, gain[k], clip)
-        off = torch.maximum(off, ((close - close_old).detach().exp() - 1).abs().max())
+        close = step.closeness(action)
+        total = total + losses.policy(close, close_old[k], gain[k], clip)
+        off = torch.maximum(off, ((close - close_old[k]).detach().exp() - 1).abs().max())
     return total / max(1, len(path.close)), off

@@ -16,12 +16,11 @@ class Pupil(NamedTuple):
     student: Any
 
 
-def reconstruct(vae: Any, pixels: Tensor, e: Tensor, kl_weight: float) -> Tensor:
+def reconstruct(vae: Any, posterior: Any, pixels: Tensor, e: Tensor, kl_weight: float) -> Tensor:
     """[N] squared and absolute error of a noisy reconstruction, plus the KL to a unit Gaussian per latent number."""
-    posterior = vae.encode(pixels).latent_dist
     y = vae.decode(posterior.mean + posterior.std * e).sample
     error = losses.mean_flat((y - pixels).square()) + 0.1 * losses.mean_flat((y - pixels).abs())
-    return error + kl_weight * posterior.kl() / e[0].numel()
+    return error + kl_weight * posterior.kl().reshape(len(e), -1).sum(1) / e[0].numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +28,12 @@ class Autoencode:
     """Encoder and decoder together: reconstruct what was sampled from the posterior, stay near a unit Gaussian."""
 
     kl_weight: float = 3e-4
-    compression: int = 4  # pixels a latent side
 
     def iteration(self, cast: Pupil, batch: Batch, step: int, rng: Rng) -> Log:
         vae, pixels = cast.student.net, batch.real
-        h, w = (n // self.compression for n in pixels.shape[-2:])
-        e = rng.normal("posterior", (vae.config.latent_channels, h, w))
-        return cast.student.descend([reconstruct(vae, pixels, e, self.kl_weight)])
+        posterior = vae.encode(pixels).latent_dist
+        e = rng.normal("posterior", posterior.mean.shape[1:])
+        return cast.student.descend([reconstruct(vae, posterior, pixels, e, self.kl_weight)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,10 +38,26 @@ def catch_up(
     return log
 
 
-def match(cast: Cast, path: Path, cond: Cond, rng: Rng, *, micro: int, u_range: tuple[float, float], gan: float = 0.0) -> Log:
-    """One descent of the student on distribution matching: gradient flows through one random hop of the path."""
+def match(
+    cast: Cast,
+    path: Path,
+    cond: Cond,
+    rng: Rng,
+    *,
+    micro: int,
+    u_range: tuple[float, float],
+    gan: float = 0.0,
+    level: Callable[[Tensor], Tensor] | None = None,
+) -> Log:
+    """One descent of the student on distribution matching: gradient flows through one random hop of the path.
+
+    With gan > 0 the critic's gradient joins it: the x0 seen at hops k is shown re-noised to `level(k)`, or where matching
+    looks if there is no such rule.
+    """
     k = late_exits(rng, "match.k", path.hops)
     x, t = path.at(k)
     u, e = rng.uniform("match.u", *u_range), rng.normal("match.e", path.x.shape[2:])
+    w = level(k) if level else u
     parts = torch.arange(len(x)).split(micro)
-    return cast.student.descend((match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], k[i], gan) for i in parts), turn="match")
+    parted = (match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], k[i], w[i], gan) for i in parts)
+    return cast.student.descend(parted, turn="match")

@@ -1,15 +1,38 @@
 """What a family of models must offer; everything above this file is the same for all of them."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from advdmd.types import Cond
 
 
-class Features(Exception):
+class _Enough(Exception):
     """Raised by the last hook of a pass that wants block outputs only: the rest of the network need not run."""
+
+
+def outputs(blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], object]) -> list[Any]:
+    """What the blocks `taps` put out while `run()` walks the network; what lies behind the last of them is not run."""
+    found: dict[int, Any] = {}
+
+    def keep(i: int) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            found[i] = out
+            if i == max(taps):
+                raise _Enough
+
+        return hook
+
+    handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
+    try:
+        with suppress(_Enough):
+            run()
+    finally:
+        for h in handles:
+            h.remove()
+    return [found[i] for i in taps]
 
 
 class Backbone(Protocol):
@@ -18,14 +41,23 @@ class Backbone(Protocol):
     Conversions to the house's convention (data at t = 0, v = e - x0, latents [N, C, H, W]) happen here and only here.
     """
 
+    pipe: Any  # the diffusers pipeline it was read from
     net: nn.Module  # the pipeline's own transformer: the teacher
     latent_shape: tuple[int, ...]
     token_width: int  # of the image tokens that blocks put out
+
+    note: dict[str, Any]  # what must be known beside the pipeline to read it again (load.as_backbone)
+    stock_load: dict[str, Any]  # what the stock pipeline must be told when it is loaded
+
+    @property
+    def encoders(self) -> Sequence[nn.Module]: ...
+    def stock_call(self, steps: int) -> dict[str, Any]: ...  # and when it is called: a student's grid, guidance off
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor: ...
     def embed(self, ids: Tensor) -> Cond: ...
     def encode(self, pixels: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor: ...
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]: ...
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]: ...

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from advdmd import flow
 from advdmd.models.backbone import Backbone
 from advdmd.models.critic import CriticConfig, Heads, scale_gradient
 from advdmd.types import Cond
@@ -28,19 +27,19 @@ class Teacher:
             return self.backbone.velocity(self.net, x, t, cond)
         both = Cond.cat([cond, self.null[torch.zeros(len(x), dtype=torch.long)]])
         v, v_null = self.backbone.velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return flow.guide(v, v_null, self.guidance)
+        return self.backbone.guide(v, v_null, self.guidance)
 
 
 class Networks(nn.Module):
-    """The fake score and the critic's heads: two networks that learn from one loss.
+    """The fake score and the critic (heads, and a trunk if it has its own): networks that learn from one loss.
 
     What the student sees at its first hop is blurred, at its last sharp: other distributions. So one fake score serves all
     hops but is told which, by a learned vector, zero at first, on the pooled text embedding (or on every token without one).
     """
 
-    def __init__(self, score: nn.Module, heads: Heads, hops: int, width: int):
+    def __init__(self, score: nn.Module, heads: Heads, hops: int, width: int, trunk: nn.Module | None = None):
         super().__init__()
-        self.score, self.heads = score, heads
+        self.score, self.heads, self.trunk = score, heads, trunk
         self.exits = nn.Parameter(torch.zeros(hops, width))
 
     def told(self, cond: Cond, k: Tensor) -> Cond:
@@ -53,8 +52,8 @@ class Networks(nn.Module):
 class Critic:
     """(x, t, cond) -> logit, low on generated and high on real.
 
-    Gradients reach the trunk only in two ways: `trunk_weight` of them while the critic learns, and all of them, with the
-    networks frozen, when `follow` asks for the gradient in x (GAN back-propagation).
+    Gradients reach the trunk only in two ways: the configured share of them while the critic learns, and all of them, with
+    the networks frozen, when `follow` asks for the gradient in x (GAN back-propagation).
     """
 
     def __init__(self, backbone: Backbone, fake: Networks, config: CriticConfig):
@@ -62,10 +61,10 @@ class Critic:
 
     @property
     def _trunk(self) -> nn.Module:
-        return self.fake.score if self.config.trunk == "fake" else self.backbone.net
+        return {"own": self.fake.trunk, "fake": self.fake.score, "teacher": self.backbone.net}[self.config.trunk]
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        weight = self.config.trunk_weight
+        weight = self.config.gradient
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             features = self.backbone.features(self._trunk, x, t, cond, self.fake.heads.taps)
         return self.fake.heads([scale_gradient(f, weight) for f in features])
@@ -89,10 +88,11 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 
 def distillation(backbone: Backbone, config: CriticConfig, seed: int, hops: int, null: Cond) -> tuple[nn.Module, Networks]:
-    """Student, and fake score with heads: full copies of the teacher, which is frozen in place."""
+    """Student, and fake score with the critic: full copies of the teacher, which is frozen in place."""
     backbone.net.requires_grad_(False).eval()
-    student, score = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
+    own = config.trunk == "own"
+    student, score, *trunk = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2 + own))
     torch.manual_seed(seed)
     heads = Heads(backbone.token_width, config.taps(len(backbone.blocks(score))), config.hidden)
     told = null.embeds if null.pooled is None else null.pooled
-    return student, Networks(score, heads, hops, told.shape[-1])
+    return student, Networks(score, heads, hops, told.shape[-1], *trunk)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class CriticConfig:
     """`blocks`: which block outputs the heads read, as fractions of depth in (0, 1]; the pass stops at the last of them.
 
-    `trunk`: whose blocks. "fake" follows the fake score as it learns (DMD2); "teacher" is frozen.
-    `trunk_weight`: share of the critic's gradient that enters the fake score's trunk (DMD2 uses 1e-2 of the loss; 0
-    saves that backward pass). `hidden`: width of a head.
+    `trunk`: whose blocks. "own" is a copy of the teacher that learns with the heads; "fake" follows the fake score as it
+    learns (DMD2); "teacher" is frozen. `trunk_weight`: share of the critic's gradient that enters the fake score's trunk
+    (DMD2 uses 1e-2 of the loss; 0 saves that backward pass). `hidden`: width of a head.
     """
 
     blocks: tuple[float, ...] = (0.25, 0.5)
@@ -24,14 +24,22 @@ class CriticConfig:
     def __post_init__(self) -> None:
         if not self.blocks or not all(0 < b <= 1 for b in self.blocks):
             raise ValueError(f"CriticConfig(blocks={self.blocks}): fractions of depth in (0, 1], at least one")
-        if self.trunk not in ("fake", "teacher"):
-            raise ValueError(f"CriticConfig(trunk={self.trunk!r}): 'fake' or 'teacher'")
+        if self.trunk not in ("own", "fake", "teacher"):
+            raise ValueError(f"CriticConfig(trunk={self.trunk!r}): 'own', 'fake' or 'teacher'")
         if not 0 <= self.trunk_weight <= 1:
             raise ValueError(f"CriticConfig(trunk_weight={self.trunk_weight}): lies in [0, 1]")
-        if self.trunk == "teacher" and self.trunk_weight:
-            raise ValueError("CriticConfig(trunk='teacher', trunk_weight>0): the teacher is frozen, use trunk_weight=0")
+        if self.trunk != "fake" and self.trunk_weight:
+            raise ValueError(
+                f"CriticConfig(trunk={self.trunk!r}, trunk_weight={self.trunk_weight}): only the fake score's trunk is shared; "
+                "the teacher is frozen, a trunk of its own learns in full: leave trunk_weight at 0"
+            )
         if self.hidden < 1:
             raise ValueError(f"CriticConfig(hidden={self.hidden}): a head needs at least one unit")
+
+    @property
+    def gradient(self) -> float:
+        """Share of the critic's gradient that enters the trunk it reads."""
+        return 1.0 if self.trunk == "own" else self.trunk_weight
 
     def taps(self, depth: int) -> list[int]:
         """Block indices for a network of `depth` blocks."""

@@ -5,6 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from advdmd.models.backbone import Backbone
+from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling
 from advdmd.models.sd3 import SD3
 
@@ -52,12 +54,13 @@ def load_pipeline(path: Path) -> Any:
     index = json.loads((path / "model_index.json").read_text())
     if not isinstance(index, dict):
         raise ValueError(f"{path / 'model_index.json'} is not a pipeline's index")
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise ValueError(f"{path} holds a {index.get('_class_name')}: StableDiffusion3Pipeline is supported")
+    known = ("StableDiffusion3Pipeline", "QwenImagePipeline")
+    if index.get("_class_name") not in known:
+        raise ValueError(f"{path} holds a {index.get('_class_name')}: {' and '.join(known)} are supported")
     # A pipeline saved without its third encoder must be told so again when it is loaded.
-    absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [None])[0] is None}
+    absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [True])[0] is None}
     try:
-        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **absent)
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(path, local_files_only=True, **absent)
     except Exception as e:  # whatever a broken folder makes the library raise
         raise ValueError(f"{path} cannot be loaded as a pipeline: {e}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -83,14 +86,21 @@ def sampling_of(path: Path) -> Sampling:
         raise ValueError(f"{path / NOTE}: {e}") from None
 
 
-def load(name: str) -> tuple[SD3, Sampling]:
+def as_backbone(pipe: Any, note: dict[str, Any]) -> Backbone:
+    """The backbone of a pipeline; its note may say `t5_length` (SD3) and the latents' `side` (Qwen-Image)."""
+    if type(pipe).__name__ == "QwenImagePipeline":
+        return QwenImage(pipe, side=note.get("side", pipe.default_sample_size))
+    return SD3(pipe, t5_length=note.get("t5_length", 256))
+
+
+def load(name: str) -> tuple[Backbone, Sampling]:
     """Backbone and its own way of sampling."""
     path = folder_of(name)
-    backbone = SD3(load_pipeline(path), t5_length=read_note(path).get("t5_length", 256))
+    backbone = as_backbone(load_pipeline(path), read_note(path))
     backbone.net.requires_grad_(False).eval()
     return backbone, sampling_of(path)
 
 
-def in_miniature(backbone: SD3) -> bool:
+def in_miniature(backbone: Backbone) -> bool:
     """Whether a pipeline is one of the miniature's, whose vocabulary is closed."""
-    return backbone.pipe.tokenizer.model_max_length < 77
+    return len(backbone.pipe.tokenizer) < 2000

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 
 IMAGE, LATENT, CHANNELS = 32, 8, 4  # pixels, latent side, latent channels: 256 numbers an image
+QWEN_TEMPLATE = (  # the pipeline's own; its tokenizer must know it, for 34 tokens of it are dropped
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
 TEXT_LENGTH = 25  # tokens, start and end included: the longest caption of the miniature
 
 
@@ -134,6 +138,106 @@ def sd3(corpus: Sequence[str], size: Size, *, sd35: bool, seed: int = 0, vae: An
         image_encoder=None,
         feature_extractor=None,
     )
+
+
+QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def qwen_tokenizer(corpus: Sequence[str], template: str) -> Any:
+    """A Qwen2Tokenizer whose merges were learned on the prompt template and a closed vocabulary: one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    stock = Qwen2Tokenizer()  # lends its normaliser and pre-tokeniser
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = stock.backend_tokenizer.normalizer
+    bpe.pre_tokenizer = stock.backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False)
+    for mark in QWEN_SPECIAL:
+        template = template.replace(mark, "")
+    said = [w for word in corpus for w in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
+    bpe.train_from_iterator([*(template.format(w) for w in said)], trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    make: Any = Qwen2Tokenizer
+    merges = [tuple(m) for m in learned["merges"]]
+    return make(vocab=learned["vocab"], merges=merges, extra_special_tokens=list(QWEN_SPECIAL[1:]), padding_side="right")
+
+
+def qwen_autoencoder(size: Size) -> Any:
+    """A tiny AutoencoderKLQwenImage, a video codec that sees images as one frame: 32 x 32 x 3 -> 8 x 8 x 4. Its latents'
+    mean and deviation are set after training."""
+    from diffusers import AutoencoderKLQwenImage
+
+    n = len(size.vae_channels)
+    return AutoencoderKLQwenImage(
+        base_dim=size.vae_channels[0],
+        z_dim=CHANNELS,
+        dim_mult=[c // size.vae_channels[0] for c in size.vae_channels],
+        num_res_blocks=1,
+        temperal_downsample=[False] * (n - 1),
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+    ).eval()
+
+
+def qwen_image(corpus: Sequence[str], size: Size, *, seed: int = 0, vae: Any = None) -> Any:
+    """A randomly initialised QwenImagePipeline with a tiny Qwen2.5-VL as its text encoder and a static time shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer(corpus, QWEN_TEMPLATE)
+    mark = tokenizer.convert_tokens_to_ids
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "hidden_size": size.text_width,
+                "intermediate_size": 4 * size.text_width,
+                "num_hidden_layers": size.text_layers,
+                "num_attention_heads": size.text_width // 32,
+                "num_key_value_heads": size.text_width // 32,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": 2048,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+                "bos_token_id": mark("<|endoftext|>"),
+                "eos_token_id": mark("<|im_end|>"),
+                "pad_token_id": mark("<|endoftext|>"),
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": size.text_width,
+            },
+            image_token_id=mark("<|image_pad|>"),
+            video_token_id=mark("<|video_pad|>"),
+            vision_start_token_id=mark("<|vision_start|>"),
+            vision_end_token_id=mark("<|vision_end|>"),
+        )
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=size.layers,
+        attention_head_dim=32,
+        num_attention_heads=size.width // 32,
+        joint_attention_dim=size.text_width,
+        axes_dims_rope=(8, 12, 12),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return QwenImagePipeline(scheduler, vae or qwen_autoencoder(size), encoder.eval(), tokenizer, transformer.eval())
 
 
 def deepen(pipe: Any) -> Any:

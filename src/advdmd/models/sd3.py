@@ -1,13 +1,13 @@
 """SD3 and SD3.5 through diffusers' own classes."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from advdmd.models.backbone import Features
+from advdmd import flow
+from advdmd.models.backbone import outputs
 from advdmd.types import Cond
 
 
@@ -21,14 +21,29 @@ class SD3:
     def __init__(self, pipe: Any, t5_length: int = 256):
         if pipe.text_encoder_3 is not None:
             raise ValueError("this pipeline has a T5 encoder: only SD3 pipelines without one are supported so far")
-        self.pipe, self.t5_length = pipe, t5_length
+        self.pipe, self.t5_length, self.note = pipe, t5_length, {"t5_length": t5_length}
+        self.stock_load: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
         self.net: Any = pipe.transformer
         self.vae = pipe.vae
-        self.encoders = [pipe.text_encoder, pipe.text_encoder_2]
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
         self.token_width = pipe.transformer.inner_dim
         side = pipe.transformer.config.sample_size
         self.latent_shape = (pipe.transformer.config.in_channels, side, side)
+
+    def stock_call(self, steps: int) -> dict[str, Any]:
+        """The scheduler applies the time shift itself, so it is told the grid before shifting; its own would be another."""
+        side = self.pipe.vae_scale_factor * self.latent_shape[-1]
+        return {
+            "sigmas": [round(float(t), 6) for t in flow.grid(steps)[:-1]],
+            "guidance_scale": 1.0,
+            "height": side,
+            "width": side,
+            "max_sequence_length": self.t5_length,
+        }
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        return [self.pipe.text_encoder, self.pipe.text_encoder_2]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2, L] token ids of both CLIP tokenizers, padded to their full length."""
@@ -69,26 +84,13 @@ class SD3:
             return_dict=False,
         )[0]
 
+    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance as the pipeline has it."""
+        return flow.guide(v, v_null, scale)
+
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        found: dict[int, Tensor] = {}
-
-        def keep(i: int) -> Any:
-            def hook(module: nn.Module, args: Any, out: Any) -> None:
-                found[i] = out[1]
-                if i == max(taps):
-                    raise Features
-
-            return hook
-
-        handles = [self.blocks(net)[i].register_forward_hook(keep(i)) for i in taps]
-        try:
-            with suppress(Features):
-                self.velocity(net, x, t, cond)
-        finally:
-            for h in handles:
-                h.remove()
-        return [found[i] for i in taps]
+        return [out[1] for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

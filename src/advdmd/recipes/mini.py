@@ -7,6 +7,7 @@ from typing import Any
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch
+from advdmd.models import mini
 from advdmd.models.critic import CriticConfig
 from advdmd.recipe import Recipe
 from advdmd.train.learner import Optim
@@ -44,10 +45,10 @@ def teacher() -> Stage:
     )
 
 
-def cycle(lr: float, steps: int, seed: int, **changes: Any) -> Stage:
+def cycle(lr: float, steps: int, seed: int, origin: Any = "mini-sd35", **changes: Any) -> Stage:
     """The learning rate up once more and down to nothing, on fresh scenes."""
     optim = Optim(lr=lr, betas=(0.9, 0.99), warmup=200, decay=steps)
-    return replace(teacher(), origin="mini-sd35", optim=optim, steps=steps, seed=seed, **changes)
+    return replace(teacher(), origin=origin, optim=optim, steps=steps, seed=seed, **changes)
 
 
 STAGES = {
@@ -56,6 +57,9 @@ STAGES = {
     "mini-sd35-again": lambda: cycle(2e-3, 5500, seed=1),
     "mini-sd35-deep": lambda: cycle(2e-3, 10000, seed=2, deepen=True),
     "mini-sd3": lambda: cycle(1e-3, 12000, seed=3, model="mini-sd3"),
+    "qwen-autoencoder": lambda: replace(autoencoder(), model="qwen-autoencoder"),
+    "mini-qwen": lambda: replace(teacher(), model="mini-qwen", origin="qwen-autoencoder", size=mini.Size(text_layers=2)),
+    "mini-qwen-again": lambda: cycle(2e-3, 10000, seed=4, model="mini-qwen", origin="mini-qwen"),
 }
 
 

@@ -68,7 +68,7 @@ class Learner:
         self._turns: dict[str, _Turn] = {}
         for key, (optim, groups) in turns.items():
             listed = [(list(p), m) for p, m in groups]
-            adam = torch.optim.Adam([{"params": p} for p, _ in listed], lr=optim.lr, betas=optim.betas)
+            adam = torch.optim.Adam([{"params": p} for p, _ in listed], lr=optim.lr, betas=optim.betas, fused=True)
             self._turns[key] = _Turn(optim, listed, adam)
         self.averages = 0
         self.ema = {k: p.detach().clone() for k, p in net.named_parameters()} if ema is not None else {}
@@ -134,7 +134,8 @@ class Learner:
         for key, t in self._turns.items():
             for i, p in enumerate(q for group, _ in t.groups for q in group):
                 tensors |= {f"adam/{key}/{i}/{k}": v for k, v in t.adam.state.get(p, {}).items()}
-        return tensors, {"averages": self.averages, "updates": {k: t.updates for k, t in self._turns.items()}}
+        counts = {k: {"updates": t.updates, "moved": len(t.adam.state)} for k, t in self._turns.items()}
+        return tensors, {"averages": self.averages, "turns": counts}
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Inverse of `state`; missing or extra names are errors."""
@@ -146,9 +147,9 @@ class Learner:
             self.ema[k].copy_(v)
         self.averages = counters["averages"]
         for key, t in self._turns.items():
-            t.updates = counters["updates"][key]
+            t.updates, moved = counters["turns"][key]["updates"], counters["turns"][key]["moved"]
             for i, p in enumerate(q for group, _ in t.groups for q in group):
                 if saved := part(f"adam/{key}/{i}/"):
                     t.adam.state[p] = {k: v.clone() for k, v in saved.items()}
-                elif t.updates and p.requires_grad:
-                    raise ValueError(f"{self.name}/{key}: the optimizer state of parameter {i} is missing")
+            if len(t.adam.state) != moved:
+                raise ValueError(f"{self.name}/{key}: optimizer state of {len(t.adam.state)} parameters, {moved} were saved")

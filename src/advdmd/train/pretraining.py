@@ -11,14 +11,15 @@ from torch import Tensor
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
 from advdmd.data import shapes
 from advdmd.models import mini
-from advdmd.models.load import save_pipeline
-from advdmd.models.sd3 import SD3
+from advdmd.models.backbone import Backbone
+from advdmd.models.load import as_backbone, save_pipeline
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress
 from advdmd.train.learner import Learner, Optim
 from advdmd.types import Batch
 from advdmd.world.scene import WORLDS
 
+MINIATURE = {"t5_length": 0, "side": mini.LATENT}  # what a backbone must know beside the pipeline
 GUIDANCE = 5.0  # the teachers' best guidance scale at 40 steps (docs/log.md)
 
 
@@ -26,8 +27,8 @@ GUIDANCE = 5.0  # the teachers' best guidance scale at 40 steps (docs/log.md)
 class Stage:
     """One stage of pre-training on the miniature world."""
 
-    model: Literal["autoencoder", "mini-sd3", "mini-sd35"]
-    origin: Literal["nothing", "autoencoder", "mini-sd35"] = "nothing"  # what it goes on from
+    model: Literal["autoencoder", "mini-sd3", "mini-sd35", "qwen-autoencoder", "mini-qwen"]
+    origin: Literal["nothing", "autoencoder", "mini-sd35", "qwen-autoencoder", "mini-qwen"] = "nothing"  # what it goes on from
     algorithm: Autoencode | FlowMatch
     optim: Optim
     size: mini.Size = mini.Size()
@@ -52,20 +53,28 @@ def scenes(stage: Stage) -> shapes.Pool:
 
 
 @torch.no_grad()
-def _measure_latents(vae: Any, pixels: Tensor) -> None:
-    """Set scale and shift so that latents have mean 0 and standard deviation 1 as the pipeline sees them."""
+def _measure_latents(vae: Any, pixels: Tensor, video: bool) -> None:
+    """Tell the codec's config what makes latents have mean 0 and standard deviation 1 as the pipeline sees them."""
     z = torch.cat([vae.encode(x).latent_dist.mean for x in pixels.split(256)])
-    vae.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
+    if video:
+        mean, std = ([round(v, 4) for v in f((0, 2, 3, 4)).tolist()] for f in (z.mean, z.std))
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+    else:
+        vae.register_to_config(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
 
 
 def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
-    """Train an AutoencoderKL in place and return its average, latents normalised by its config."""
-    pool = scenes(stage)
+    """Train a codec in place and return its average, latents normalised by its config."""
+    pool, video = scenes(stage), stage.model == "qwen-autoencoder"
+
+    def images(i: Tensor) -> Tensor:
+        return pool.pixels(i)[:, :, None] if video else pool.pixels(i)  # a video codec sees an image as one frame
+
     learner = Learner("vae", vae, vae, {"main": (stage.optim, [(vae.parameters(), 1.0)])}, ema=stage.ema)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
         i, ids = shapes.deal(len(pool.prompts), stage.batch, stage.seed, step)
-        return Batch(None, pool.pixels(i)), ids
+        return Batch(None, images(i)), ids
 
     vae.train()
     loop.run(
@@ -81,7 +90,7 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
     )
     vae.load_state_dict(learner.averaged())
     vae.eval()
-    _measure_latents(vae, pool.pixels(torch.arange(min(2048, stage.pool))))
+    _measure_latents(vae, images(torch.arange(min(2048, stage.pool))), video)
     vae.save_pretrained(folder / "vae")
     return vae
 
@@ -89,19 +98,19 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
 class Captioned(torch.nn.Module):
     """The networks that flow matching trains together: the transformer and both text encoders."""
 
-    def __init__(self, backbone: SD3):
+    def __init__(self, backbone: Backbone):
         super().__init__()
         self.transformer = backbone.net
         self.encoders = torch.nn.ModuleList(backbone.encoders)
 
 
-def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int], object]) -> Any:
-    """Train transformer and text encoders of an SD3 pipeline in place; leaves their averages in it and saves it."""
-    backbone = SD3(pipe, t5_length=0)
+def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[Backbone, int], object]) -> Any:
+    """Train transformer and text encoders of a pipeline in place; leaves their averages in it and saves it."""
+    backbone = as_backbone(pipe, MINIATURE)
     pool = scenes(stage)
     latents = shapes.encode(backbone, pool, Progress("encoding images", stage.pool))[:, 0]
-    ids = backbone.tokenize(pool.prompts)
-    null, net = backbone.tokenize([""]), Captioned(backbone)
+    *ids, null = backbone.tokenize([*pool.prompts, ""])  # together, so that all have one length
+    ids, net = torch.stack(ids), Captioned(backbone)
 
     def call(x: Tensor, t: Tensor, cond: Tensor, keep: Tensor) -> Tensor:
         return backbone.velocity(backbone.net, x, t, backbone.embed(torch.where(keep[:, None, None], cond, null)))
@@ -132,6 +141,6 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[SD3, int],
     )
     net.load_state_dict(learner.averaged())
     net.eval()
-    note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, "t5_length": 0}
+    note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, **MINIATURE}
     checkpoint.write_folder(folder / "pipeline", lambda p: save_pipeline(pipe, p, note))
     return pipe

@@ -1,0 +1,113 @@
+"""Qwen-Image through diffusers' own classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advdmd.models.backbone import outputs
+from advdmd.types import Cond
+
+PREFIX = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents [N, C, H, W] -> tokens [N, H / 2 * W / 2, 4 C]: each a patch of 2 x 2, channels outermost."""
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    """Inverse of `pack` for latents of height h and width w."""
+    n, _, d = tokens.shape
+    return tokens.reshape(n, h // 2, w // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, d // 4, h, w)
+
+
+class QwenImage:
+    """A QwenImagePipeline as a backbone, for latents of side `side`.
+
+    Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder.
+    """
+
+    def __init__(self, pipe: Any, side: int = 128):
+        head = pipe.prompt_template_encode.partition("{}")[0]
+        if (found := len(pipe.tokenizer(head).input_ids)) != PREFIX:
+            raise ValueError(f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {PREFIX}")
+        if side < 2 or side % 2:
+            raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
+        self.pipe, self.vae, self.note = pipe, pipe.vae, {"side": side}
+        self.net: Any = pipe.transformer
+        self.stock_load: dict[str, Any] = {}
+        self.token_width = pipe.transformer.inner_dim
+        self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
+
+    def stock_call(self, steps: int) -> dict[str, Any]:
+        """The pipeline's own grid is the student's: equal steps before a static shift."""
+        side = self.pipe.vae_scale_factor * self.latent_shape[-1]
+        return {"num_inference_steps": steps, "true_cfg_scale": 1.0, "height": side, "width": side}
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        return [self.pipe.text_encoder]
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """[N, 2, L] token ids of the prompts in the pipeline's template, and their mask; padded to the longest."""
+        tokenizer = self.pipe.tokenizer
+        said = [self.pipe.prompt_template_encode.format(p) for p in prompts]
+        limit = self.pipe.tokenizer_max_length + PREFIX
+        out = tokenizer(said, max_length=limit, padding=True, truncation=True, padding_side="right", return_tensors="pt")
+        return torch.stack([out.input_ids, out.attention_mask], 1)
+
+    def embed(self, ids: Tensor) -> Cond:
+        """Token ids and masks [N, 2, L] -> the last hidden states behind the template's head [N, L - 34, D], zero and
+        masked behind the prompt. No pooled embedding."""
+        ids = ids[..., : int(ids[:, 1].sum(1).max())]
+        tokens, mask = ids[:, 0], ids[:, 1]
+        hidden = self.pipe.text_encoder.model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, PREFIX:]
+        mask = mask[:, PREFIX:]
+        return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
+
+    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(s, dtype=z.dtype, device=z.device) for s in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents, the posterior's mean."""
+        z = self.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+        mean, std = self._statistics(z)
+        return (z - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images [N, 3, H, W] in [-1, 1]."""
+        mean, std = self._statistics(latents)
+        return self.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0].clamp(-1, 1)
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v = e - x0 at x [N, C, H, W], t [N]. The pipeline casts times to the latents' dtype; so must training."""
+        n, _, h, w = x.shape
+        out = net(
+            hidden_states=pack(x),
+            timestep=t.to(x.dtype),
+            encoder_hidden_states=cond.embeds,
+            encoder_hidden_states_mask=None if cond.mask is None or bool(cond.mask.all()) else cond.mask,
+            img_shapes=[[(1, h // 2, w // 2)]] * n,
+            return_dict=False,
+        )[0]
+        return unpack(out, h, w)
+
+    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """Guidance as the pipeline has it: the combination gets back the length of v, token by token."""
+        h, w = v.shape[-2:]
+        mine, null = pack(v), pack(v_null)
+        both = null + scale * (mine - null)
+        return unpack(both * (mine.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True)), h, w)
+
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
+        """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
+        return [out[1] for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        return list(net.get_submodule("transformer_blocks").children())
