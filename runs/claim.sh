@@ -7,16 +7,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
-seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-360}
+seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-1200}
 bin=${BIN:-.venv/bin} work=runs/$name kept=results/$name commit=$(git rev-parse --short HEAD)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work" "$kept"
 
 score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on held-out shape x colour pairs
-  for job in "mini-geneval test 96" "mini-dpg test 384" "mini-dpg pairs 384"; do
-    read -r suite split images <<<"$job"
+  for job in "mini-geneval test 192 96" "mini-dpg test 768 384" "mini-dpg pairs 768 384"; do
+    read -r suite split images prompts <<<"$job"
     [ -f "$2/$suite-$split/table.json" ] ||
-      "$bin/advdmd" eval "$1" "$suite" --split "$split" --images "$images" --out "$2/$suite-$split" --threads 1 >/dev/null
+      "$bin/advdmd" eval "$1" "$suite" --split "$split" --images "$images" --prompts "$prompts" --out "$2/$suite-$split" \
+        --threads 1 >/dev/null
   done
 }
 
@@ -25,16 +26,16 @@ equal() { # OVERRIDES: iterations of the teacher's DMD2 recipe that cost what Ad
 import sys
 from advdmd.recipes.find import resolve
 teacher, iterations, *changes = sys.argv[1:]
-budget = resolve(f"{teacher}-advdmd")[1].forwards_until(int(iterations))
-print(round(budget / sum(resolve(f"{teacher}-dmd2", changes)[1].forwards(0).values())))
+budget = resolve(f"{teacher}-advdmd-long")[1].forwards_until(int(iterations))
+print(round(budget / sum(resolve(f"{teacher}-dmd2-long", changes)[1].forwards(0).values())))
 PY
 }
 for seed in $seeds; do
   for method in $methods; do
-    run=$work/$method-$seed recipe=$teacher-dmd2 more=()
+    run=$work/$method-$seed recipe=$teacher-dmd2-long more=()
     [ "$method" = dmd ] && more=(algorithm.gan=0)
-    if [ "$method" = advdmd ]; then recipe=$teacher-advdmd n=$iterations; else n=$(equal "${more[@]}"); fi
-    "$bin/advdmd" train "$recipe" "${more[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=60 --out "$run" >/dev/null
+    if [ "$method" = advdmd ]; then recipe=$teacher-advdmd-long n=$iterations; else n=$(equal "${more[@]}"); fi
+    "$bin/advdmd" train "$recipe" "${more[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=150 --out "$run" >/dev/null
     score "$run/student" "$work/scores/$method-$seed"
     mkdir -p "$kept/$method-$seed"
     cp "$run/recipe.yaml" "$run/metrics.jsonl" "$kept/$method-$seed/"

@@ -118,6 +118,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test, train or pairs (held-out shape x colour pairs).")] = "test",
     world: Annotated[str, typer.Option(help="half or full")] = "half",
     images: Annotated[int, typer.Option(help="Images per task.")] = 96,
+    prompts: Annotated[int, typer.Option(help="Prompts per task, at most, that the images are spread over.")] = 48,
     against: Annotated[Path | None, typer.Option(help="Folder of another result: prints the paired difference.")] = None,
     threads: Threads = 2,
 ) -> None:
@@ -129,7 +130,7 @@ def evaluate(
     from advdmd.run import evaluate as go
 
     torch.set_num_threads(threads)
-    bench = Shapes(suite, images_per_task=images, split=split, world=world)
+    bench = Shapes(suite, images_per_task=images, prompts_per_task=prompts, split=split, world=world)
     if against is not None:
         report.read_rows(against)
     summary = go(model, bench, out, _how(model, steps, guidance), seed)
