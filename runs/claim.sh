@@ -2,12 +2,12 @@
 # One claim of the miniature: students of a teacher over training seeds, scored beside it, compared pair by pair.
 #   runs/claim.sh NAME TEACHER
 # Everything is resumable: what is done is not done again. Work goes to runs/NAME, what is kept to results/NAME.
-# SEEDS, METHODS, ITERATIONS and BIN (where advdmd is installed) may be set. DMD2 and DMD (the same without its GAN) get as
+# SEEDS, METHODS and BIN (where advdmd is installed) may be set. DMD2 and DMD (the same without its GAN) get as
 # many iterations as cost AdvDMD's forwards.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
-seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-1200}
+seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd}
 bin=${BIN:-.venv/bin} work=runs/$name kept=results/$name commit=$(git rev-parse --short HEAD)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work" "$kept"
@@ -21,21 +21,17 @@ score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on 
   done
 }
 
-equal() { # OVERRIDES: iterations of the teacher's DMD2 recipe that cost what AdvDMD's iterations cost
-  "$bin/python" - "$teacher" "$iterations" "$@" <<'PY'
-import sys
-from advdmd.recipes.find import resolve
-teacher, iterations, *changes = sys.argv[1:]
-budget = resolve(f"{teacher}-advdmd-long")[1].forwards_until(int(iterations))
-print(round(budget / sum(resolve(f"{teacher}-dmd2-long", changes)[1].forwards(0).values())))
-PY
-}
 for seed in $seeds; do
   for method in $methods; do
-    run=$work/$method-$seed recipe=$teacher-dmd2-long more=()
-    [ "$method" = dmd ] && more=(algorithm.gan=0)
-    if [ "$method" = advdmd ]; then recipe=$teacher-advdmd-long n=$iterations; else n=$(equal "${more[@]}"); fi
-    "$bin/advdmd" train "$recipe" "${more[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=150 --out "$run" >/dev/null
+    run=$work/$method-$seed
+    case $method in
+      advdmd) what=("$teacher-advdmd-long") ;;
+      dmd2) what=("$teacher-dmd2-long") ;;
+      dmd) what=("$teacher-dmd2-long" algorithm.gan=0) ;;
+      *) echo "METHODS: advdmd, dmd2, dmd; not $method" >&2 && exit 2 ;;
+    esac
+    n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" -- "${what[@]}")
+    "$bin/advdmd" train "${what[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=150 --out "$run" >/dev/null
     score "$run/student" "$work/scores/$method-$seed"
     mkdir -p "$kept/$method-$seed"
     cp "$run/recipe.yaml" "$run/metrics.jsonl" "$kept/$method-$seed/"

@@ -59,6 +59,20 @@ def tasks(rows: list[tuple[str, str, dict]], suite: str) -> str:
     return "\n".join(["| task | teacher | AdvDMD - teacher, strict |", "|---|---|---|", *lines])
 
 
+def ablations(folder: Path) -> str:
+    """One row per change to the recipe: what it scores, and how far that is from the recipe itself."""
+    lines = ["| change | mini-geneval | - recipe | diversity | mini-dpg | - recipe |", "|---" * 6 + "|"]
+    suites = ("mini-geneval", "mini-dpg")
+    for file in sorted(folder.glob(f"{suites[0]}-*.json"), key=lambda f: "recipe" not in f.stem):
+        name = file.stem.removeprefix(f"{suites[0]}-")
+        found = [json.loads((folder / f"{suite}-{name}.json").read_text()) for suite in suites]
+        cells = [f"{np.mean(c['ours']['strict']):.3f}" for c in found]
+        gaps = ["" if name == "recipe" else signed(c["difference"]["strict"]["overall"]) for c in found]
+        spread = f"{found[0]['ours']['diversity']:.2f}"
+        lines.append(f"| {name.replace('_', ' ')} | {cells[0]} | {gaps[0]} | {spread} | {cells[1]} | {gaps[1]} |")
+    return "\n".join(lines)
+
+
 def plot(folder: Path, path: Path) -> None:
     """Held-out score, diversity and the critic's reward of every run, against forwards per sample."""
     import matplotlib
@@ -110,6 +124,16 @@ def main() -> None:
         lines += ["", table(rows), "", tasks(rows, "mini-geneval"), ""]
         plot(RESULTS / name, RESULTS / name / "curves.png")
         lines += [f"![scores, diversity and reward against forwards](../results/{name}/curves.png)"]
+    if (RESULTS / "ablations").is_dir():
+        rows = ablations(RESULTS / "ablations")
+        lines += [
+            "",
+            "## Ablations",
+            "",
+            "`runs/ablations.sh`: the main job's recipe with one change, equal forwards, strict.",
+            "",
+            rows,
+        ]
     PAGE.write_text("\n".join(lines) + "\n")
     print(PAGE)
 

@@ -342,3 +342,15 @@ def test_recipes_of_the_miniature_are_valid_and_differ():
     assert len(set(made.values())) == len(made)
     assert isinstance(made["mini-sd35-dmd2"].algorithm, DMD2)
     assert isinstance(made["mini-sd35-advdmd"].match, Optim)
+
+
+def test_a_frozen_critic_stops_learning_after_the_warm_up_and_the_fake_score_does_not(tiny_folder, backbone):
+    algorithm = AdvDMD(group=4, warmup=1, ramp=0, online=False)
+    cast, b = make_cast(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+    algorithm.iteration(cast, b, 0, Rng(0, 0, range(8)))
+    heads, score, auc = flat(cast.fake.net.heads), flat(cast.fake.net.score), cast.auc.clone()
+    algorithm.iteration(cast, b, 1, Rng(0, 1, range(8)))
+    assert torch.equal(heads, flat(cast.fake.net.heads))
+    assert torch.equal(auc, cast.auc)
+    assert not torch.equal(score, flat(cast.fake.net.score))
+    assert algorithm.forwards(0, 0.5)["critic"] > 0 == algorithm.forwards(1, 0.5)["critic"]

@@ -49,6 +49,7 @@ class AdvDMD:
     mismatch: float = 0.0  # weight of real images under wrong captions as further fakes
     gan: float = 0.0  # weight of GAN back-propagation beside distribution matching, as in DMD2; the paper's method has none
     gated: bool = True
+    online: bool = True  # the critic goes on learning after the warm-up; False freezes it there, to see what that costs
     action: Literal["landed", "seen"] = "landed"  # what the policy is paid for: where a hop landed, or what the next one saw
     clip: float = 1e-5  # at 65,536 latent dimensions; scaled by sqrt(65536 / D)
     u_range: tuple[float, float] = (0.02, 0.98)
@@ -89,6 +90,9 @@ class AdvDMD:
             return Turn(policy=since % every == 0, match=True)
         return Turn(policy=True, match=since % self.match_every == 0)
 
+    def critic_learns(self, step: int) -> bool:
+        return self.online or step < self.warmup
+
     def forwards(self, step: int, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
         """Forwards per sample of iteration `step` by part, in units of one forward without gradient.
 
@@ -99,7 +103,7 @@ class AdvDMD:
         return {
             "rollout": self.steps,
             "fake": grad,
-            "critic": (2 + bool(self.mismatch)) * depth * (1 + backward * trunk),
+            "critic": self.critic_learns(step) * (2 + bool(self.mismatch)) * depth * (1 + backward * trunk),
             "reward": turn.policy * (self.steps - 1 + len(self.final_levels)) * depth,
             "policy": turn.policy * (self.steps - 1) * grad,
             "match": turn.match * (grad + 2 + 1 + bool(self.gan) * 2 * depth),
@@ -118,7 +122,7 @@ class AdvDMD:
         path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), kernel)
 
         # The fake score and the critic catch up with where the student now is.
-        log = self.catch_up(cast, path, batch, rng)
+        log = self.catch_up(cast, path, batch, rng, self.critic_learns(step))
 
         # Policy turn. First, while the path is still on-policy: every ratio starts at one.
         if turn.policy:
@@ -146,8 +150,8 @@ class AdvDMD:
             log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan, level=landing)
         return log
 
-    def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> Log:
-        """Fake score and critic learn from the path; updates the running AUC per level."""
+    def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng, judging: bool) -> Log:
+        """Fake score and, if `judging`, critic learn from the path; updates the running AUC per level."""
         (N, *shape), K, cond = batch.real.shape, path.hops, batch.cond
         x, t, k = self.critic_states(path, rng, shape)
         noise = rng.normal("critic.real", shape)
@@ -156,6 +160,8 @@ class AdvDMD:
         real_logits, fake_logits = torch.empty(N), torch.empty(N)
 
         def judge(i: Tensor) -> Tensor:
+            if not judging:
+                return torch.zeros(len(i))
             real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
             real_logits[i], fake_logits[i] = real.detach().float(), fake.detach().float()
             loss = losses.critic(real, fake)
@@ -164,16 +170,9 @@ class AdvDMD:
                 loss = loss + self.mismatch * other[i] * losses.mismatch(cast.critic(shown, t[i], wrong[i]))
             return loss
 
-        log = turns.catch_up(
-            cast,
-            path,
-            cond,
-            rng,
-            judge,
-            steps=self.critic_steps,
-            micro=self.micro,
-            u_range=self.u_range,
-        )
+        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
+        if not judging:
+            return log
         for level in range(1, K + 1):
             at = k == level
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]

@@ -71,16 +71,7 @@ class DMD2:
             real_logits[i], fake_logits[i] = real_.detach().float(), fake.detach().float()
             return losses.critic(real_, fake)
 
-        log = turns.catch_up(
-            cast,
-            path,
-            cond,
-            rng,
-            judge,
-            steps=self.critic_steps,
-            micro=self.micro,
-            u_range=self.u_range,
-        )
+        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         now = losses.auc(real_logits, fake_logits)
         cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
         log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# What each part of AdvDMD is worth: the main job's recipe on mini-sd35 with one thing changed, at equal forwards.
+# Resumable; work goes to runs/ablations, what is kept to results/ablations. SEEDS, ONLY (names) and BIN may be set.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seeds=${SEEDS:-0 1} bin=${BIN:-.venv/bin} recipe=mini-sd35-advdmd
+work=runs/ablations kept=results/ablations commit=$(git rev-parse --short HEAD)
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+mkdir -p "$work" "$kept"
+declare -A change=(
+  [recipe]=""
+  [final_reward_only]="algorithm.credit=final"
+  [step_reward_only]="algorithm.credit=step"
+  [frozen_critic]="algorithm.online=false"
+  [no_gate]="algorithm.gated=false"
+  [no_warmup]="algorithm.warmup=0"
+  [eta_.9]="algorithm.eta=0.9"
+  [gan_instead_of_policy]="algorithm.warmup=99999"
+  [policy_without_gan]="algorithm.gan=0"
+  [neither]="algorithm.gan=0 algorithm.warmup=99999"
+  [no_wrong_captions]="algorithm.mismatch=0"
+  [critic_on_the_teacher]="critic.trunk=teacher"
+  [action_landed]="algorithm.action=landed"
+  [steps_1]="algorithm.steps=1"
+  [steps_2]="algorithm.steps=2"
+  [steps_8]="algorithm.steps=8"
+)
+order="recipe final_reward_only step_reward_only frozen_critic no_gate no_warmup eta_.9 gan_instead_of_policy policy_without_gan
+  neither no_wrong_captions critic_on_the_teacher action_landed steps_1 steps_2 steps_8"
+for seed in $seeds; do
+  for name in ${ONLY:-$order}; do
+    run=$work/$name-$seed scores=$work/scores/$name-$seed
+    read -ra words <<<"${change[$name]}"
+    n=$("$bin/python" runs/equal.py "$recipe" -- "$recipe" "${words[@]}")
+    "$bin/advdmd" train "$recipe" "${words[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=105 --out "$run" >/dev/null
+    for suite in "mini-geneval 192 96" "mini-dpg 384 384"; do
+      read -r suite images prompts <<<"$suite"
+      [ -f "$scores/$suite/table.json" ] ||
+        "$bin/advdmd" eval "$run/student" "$suite" --images "$images" --prompts "$prompts" --out "$scores/$suite" --threads 1 >/dev/null
+    done
+    mkdir -p "$kept/$name-$seed"
+    cp "$run/recipe.yaml" "$run/metrics.jsonl" "$kept/$name-$seed/"
+  done
+done
+for name in ${ONLY:-$order}; do
+  for suite in mini-geneval mini-dpg; do
+    ours=() theirs=()
+    for seed in $seeds; do
+      ours+=("$work/scores/$name-$seed/$suite") theirs+=(--against "$work/scores/recipe-$seed/$suite")
+    done
+    "$bin/advdmd" compare "${ours[@]}" "${theirs[@]}" --commit "$commit" --out "$kept/$suite-$name.json"
+  done
+done
