@@ -31,7 +31,7 @@ for seed in $seeds; do
       *) echo "METHODS: advdmd, dmd2, dmd; not $method" >&2 && exit 2 ;;
     esac
     n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" -- "${what[@]}")
-    "$bin/advdmd" train "${what[@]}" "iterations=$n" "match.decay=$n" "seed=$seed" exam_every=150 --out "$run" >/dev/null
+    "$bin/advdmd" train "${what[@]}" "iterations=$n" "seed=$seed" exam_every=150 --out "$run" >/dev/null
     score "$run/student" "$work/scores/$method-$seed"
     mkdir -p "$kept/$method-$seed"
     cp "$run/recipe.yaml" "$run/metrics.jsonl" "$kept/$method-$seed/"

@@ -1,21 +1,24 @@
-"""Iterations of a recipe that cost what another one costs: python runs/equal.py REFERENCE -- RECIPE [KEY=VALUE ...]
+"""Iterations of a recipe that cost what another one costs: python runs/equal.py REFERENCE [...] -- RECIPE [KEY=VALUE ...]
 
-REFERENCE may have overrides too. Budgets are forwards per sample, batch sizes being equal.
+Budgets are forwards, of all samples; schedules are stretched with the iterations as the recipe's own function does it.
 """
 
 import sys
-from itertools import accumulate, count
+from bisect import bisect_left
 
 from advdmd.recipes.find import resolve
+
+
+def cost(name: str, words: list[str]) -> float:
+    recipe = resolve(name, words)[1]
+    return recipe.forwards_until(recipe.iterations) * recipe.batch
 
 
 def main() -> None:
     split = sys.argv.index("--")
     (name, *changes), (other, *others) = sys.argv[1:split], sys.argv[split + 1 :]
-    reference, recipe = resolve(name, changes)[1], resolve(other, others)[1]
-    budget = reference.forwards_until(reference.iterations) * reference.batch / recipe.batch
-    spent = accumulate(sum(recipe.forwards(i).values()) for i in count())
-    print(next(n for n, total in enumerate(spent, start=1) if total >= budget))
+    budget = cost(name, changes)
+    print(bisect_left(range(10**5), budget, lo=1, key=lambda n: cost(other, [*others, f"iterations={n}"])))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def ablations(folder: Path) -> str:
     suites = ("mini-geneval", "mini-dpg")
     for file in sorted(folder.glob(f"{suites[0]}-*.json"), key=lambda f: "recipe" not in f.stem):
         name = file.stem.removeprefix(f"{suites[0]}-")
-        found = [json.loads((folder / f"{suite}-{name}.json").read_text()) for suite in suites]
+        files = [folder / f"{suite}-{name}.json" for suite in suites]
+        if not all(f.is_file() for f in files):
+            continue  # the run is not over
+        found = [json.loads(f.read_text()) for f in files]
         cells = [f"{np.mean(c['ours']['strict']):.3f}" for c in found]
         gaps = ["" if name == "recipe" else signed(c["difference"]["strict"]["overall"]) for c in found]
         spread = f"{found[0]['ours']['diversity']:.2f}"
@@ -124,7 +127,7 @@ def main() -> None:
         lines += ["", table(rows), "", tasks(rows, "mini-geneval"), ""]
         plot(RESULTS / name, RESULTS / name / "curves.png")
         lines += [f"![scores, diversity and reward against forwards](../results/{name}/curves.png)"]
-    if (RESULTS / "ablations").is_dir():
+    if any((RESULTS / "ablations").glob("*.json")):
         rows = ablations(RESULTS / "ablations")
         lines += [
             "",

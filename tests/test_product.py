@@ -275,6 +275,9 @@ def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
     pretrain.pretrain("mini-qwen", tmp_path / "q", tmp_path / "qae/vae", None, 1)
     pretrain.pretrain("mini-qwen-again", tmp_path / "q2", tmp_path / "q/pipeline", None, 1)
     assert load.load(str(tmp_path / "q2/pipeline"))[0].latent_shape == (4, 8, 8)
+    for stage, start in (("mini-qwen-again", "t/pipeline"), ("mini-sd3", "q/pipeline"), ("mini-qwen", "ae/vae")):
+        with pytest.raises(ValueError, match=r"not a .*needs --start"):
+            pretrain.pretrain(stage, tmp_path / "wrong", tmp_path / start, None, 1)
     with pytest.raises(ValueError, match="needs --start"):
         pretrain.pretrain("mini-sd35", tmp_path / "t3", tmp_path, None, 1)
     with pytest.raises(ValueError, match="steps=0"):
@@ -375,3 +378,24 @@ def test_show_prints_the_recipe_and_its_cost():
     assert "steps: 2" in done.stdout
     assert "forwards per sample" in done.stdout
     assert cli("show").stdout.split() == list(known())
+
+
+def test_a_recipes_schedules_fit_the_iterations_it_is_told():
+    long, short = (resolve("mini-sd35-advdmd", [f"iterations={n}"])[1] for n in (900, 90))
+    assert (short.match.decay, short.algorithm.warmup, short.algorithm.ramp) == (90, 60, 30)
+    assert (long.match.decay, long.algorithm.warmup, long.algorithm.ramp) == (900, 600, 300)
+    assert short.policy.decay == sum(short.algorithm.turn(i).policy for i in range(90))
+    assert resolve("mini-sd35-advdmd", ["iterations=90", "algorithm.warmup=7"])[1].algorithm.warmup == 7
+
+
+def test_a_run_recorded_before_an_option_existed_goes_on(trained, tiny_folder):
+    record = trained / "recipe.yaml"
+    text = record.read_text()
+    older = text.replace("  online: true\n", "")
+    assert older != text
+    try:
+        record.write_text(older)
+        assert run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), trained) == trained / "student"
+        assert record.read_text() == older
+    finally:
+        record.write_text(text)

@@ -66,7 +66,7 @@ def pretrain(
     ],
     out: Out,
     start: Annotated[
-        Path | None, typer.Option(help="mini-sd35: the vae folder; later stages: the mini-sd35 pipeline to go on from.")
+        Path | None, typer.Option(help="mini-sd35, mini-qwen: the vae folder; later stages: the pipeline to go on from.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,

@@ -24,10 +24,28 @@ def _claim_stage(folder: Path, plan: pretraining.Stage, origin: str) -> None:
     checkpoint.write_text(record, text)
 
 
+def _started(stage: str, origin: str, start: Path | None) -> Path:
+    """The folder a stage goes on from; raises ValueError if it is missing or of another kind than `origin` makes."""
+    file, kind, made = {
+        "autoencoder": ("config.json", "AutoencoderKL", "the vae folder"),
+        "qwen-autoencoder": ("config.json", "AutoencoderKLQwenImage", "the vae folder"),
+        "mini-sd35": ("model_index.json", "StableDiffusion3Pipeline", "the pipeline folder"),
+        "mini-qwen": ("model_index.json", "QwenImagePipeline", "the pipeline folder"),
+    }[origin]
+    way_out = f"{stage} needs --start FOLDER, {made} of: advdmd pretrain {origin} --out DIR"
+    if start is None or not (load.located(start) / file).is_file():
+        raise ValueError(way_out)
+    source = load.located(start)
+    found = json.loads((source / file).read_text()).get("_class_name")
+    if found != kind:
+        raise ValueError(f"{start} holds a {found}, not a {kind}: {way_out}")
+    return source
+
+
 def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
     """Run one stage by name into `folder`, or go on where it stopped.
 
-    `start`: what it goes on from: nothing, the autoencoder's vae folder, or a mini-sd35 pipeline (a shipped name will do).
+    `start`: what it goes on from: nothing, an autoencoder's vae folder, or a miniature's pipeline (a shipped name will do).
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
@@ -35,12 +53,7 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
     if steps is not None:
         plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
     torch.set_num_threads(threads)
-    codec = plan.origin.endswith("autoencoder")
-    needed = None if plan.origin == "nothing" else "config.json" if codec else "model_index.json"
-    if needed and (start is None or not (load.located(start) / needed).is_file()):
-        made = "the vae folder" if codec else "the pipeline folder"
-        raise ValueError(f"{stage} needs --start FOLDER, {made} of: advdmd pretrain {plan.origin} --out DIR")
-    source = load.located(start) if start is not None and needed else None
+    source = None if plan.origin == "nothing" else _started(stage, plan.origin, start)
     _claim_stage(folder, plan, checkpoint.file_hash(load.weights_file(source)) if source else "nothing")
     if source is None:
         torch.manual_seed(plan.seed)

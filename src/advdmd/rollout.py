@@ -35,8 +35,10 @@ class Path:
         """The noise of hops 0..K-2 as the next hop understood it: [N, ...] each, and their closeness [K - 1, N].
 
         A hop's noise is white, but the image changes only along the few directions J in which the next x0 answers to it. So
-        the action mean + (1 - s) (x0[k + 1] - x0[k]), about mean + J e, stands in for mean + std e: its expected gradient is
-        J J^T of the reward's instead of J^T, an ascent direction too, without the variance of all the others.
+        the action mean + (1 - s) (x0[k + 1] - x0[k]), about mean + J e, stands in for mean + std e. For samples of one start
+        its expected gradient is J J^T of the reward's instead of J^T, without the variance of all the other directions.
+        Samples of a group start from noises of their own, so what the next hop adds on average, E[x0[k + 1]] - x0[k], is
+        credited too where it varies with the reward: a bias, accepted because it was measured to climb (docs/log.md).
         """
         actions: list[Tensor] = []
         close: list[Tensor] = []

@@ -99,11 +99,22 @@ def student_sampling(r: Recipe) -> Sampling:
     return Sampling(steps=a.steps, shift=a.shift, eta=getattr(a, "eta", 1.0))
 
 
+def _recorded(name: str, r: Recipe, folder: Path) -> str:
+    """The recipe as text: as the folder has it if that is the same recipe (an older version may say less), or new."""
+    record = folder / "recipe.yaml"
+    try:
+        if record.is_file() and find.resolve(str(record)) == (name, r):
+            return record.read_text()
+    except ValueError:
+        pass  # not ours, or not readable any more: `_claim` will say so
+    return dump(name, r)
+
+
 def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
     """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student."""
     torch.set_num_threads(r.threads)
     load.folder_of(r.teacher)
-    text = dump(name, r)
+    text = _recorded(name, r, folder)
 
     def change() -> str:
         return "; ".join(differences(find.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"

@@ -102,7 +102,7 @@ def test_policy_gradient_of_a_linear_reward_is_autograd_in_expectation(gen):
     torch.testing.assert_close(mean.grad, expected, atol=0.02, rtol=0)
 
 
-def test_what_the_next_hop_saw_gives_an_ascent_direction_in_expectation(gen):
+def test_from_one_start_what_the_next_hop_saw_is_the_gradient_times_its_response(gen):
     """With x0 = W x and r = <w, x0> the expected gradient on the hop's mean is W W^T w, and the old mean is recovered."""
     n, d, W = 200_000, 3, torch.tensor([[0.9, 0.2, 0.0], [0.0, 0.1, 0.0], [0.3, 0.0, 0.1]])
     w, s = torch.tensor([1.0, -2.0, 0.5]), 0.5

@@ -49,6 +49,7 @@ def test_every_word_is_one_token_and_the_dropped_head_is_34(qwen):
     for word in VOCABULARY:
         for said in (f" {word}", word.capitalize(), f" {word.capitalize()}"):
             assert len(tokenizer(said).input_ids) == 1, said
+    assert qwen.pipe.prompt_template_encode == mini.QWEN_TEMPLATE
     assert (
         len(tokenizer(mini.QWEN_TEMPLATE.partition("{}")[0]).input_ids) == PREFIX == qwen.pipe.prompt_template_encode_start_idx
     )
@@ -81,9 +82,11 @@ def test_times_are_cast_as_the_pipeline_casts_them(qwen):
     hook = qwen.net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["timestep"]), with_kwargs=True)
     cond = qwen.embed(qwen.tokenize(PROMPTS[:1]))
     half = Cond(cond.embeds.bfloat16(), mask=cond.mask)
-    qwen.velocity(qwen.net.bfloat16(), torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([0.75 + 1e-3]), half)
+    t = torch.tensor([0.75])  # where rounding t and rounding 1000 t part
+    qwen.velocity(qwen.net.bfloat16(), torch.randn(1, 4, 8, 8).bfloat16(), t, half)
     hook.remove()
-    assert seen[0].dtype == torch.bfloat16
+    assert torch.equal(seen[0], (t * 1000).bfloat16() / 1000)
+    assert not torch.equal(seen[0], t.bfloat16())
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -155,3 +158,15 @@ def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(reci
     theirs = pipe(PROMPTS[0], num_inference_steps=2, latents=pack(first), height=32, width=32, output_type="latent").images
     path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
     assert torch.equal(pack(path.x[-1]), theirs)
+
+
+def test_a_pipeline_that_shifts_by_size_must_say_how_it_is_sampled(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "scheduler/scheduler_config.json").read_text())
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"use_dynamic_shifting": True}))
+    assert load.load(str(copy))[1].steps == 4
+    (copy / "advdmd.json").write_text(json.dumps({"side": 8}))
+    with pytest.raises(ValueError, match="say how to sample it"):
+        load.load(str(copy))

@@ -72,6 +72,12 @@ class AdvDMD:
                 f"AdvDMD(clip={self.clip}, mismatch={self.mismatch}, gan={self.gan}, auc_memory={self.auc_memory}): "
                 "needs clip > 0, mismatch >= 0, gan >= 0, auc_memory in [0, 1)"
             )
+        if self.action not in ("landed", "seen") or self.credit not in ("step", "final", "both"):
+            raise ValueError(
+                f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action: landed or seen; credit: step, final or both"
+            )
+        if not self.online and self.warmup == 0:
+            raise ValueError("AdvDMD(online=False, warmup=0): a critic frozen at once has learned nothing; warm it up first")
         if self.warmup < 0 or self.ramp < 0:
             raise ValueError(f"AdvDMD(warmup={self.warmup}, ramp={self.ramp}): counts of iterations cannot be negative")
         if not self.final_levels or not all(0 < u < 1 for u in self.final_levels):
@@ -97,7 +103,7 @@ class AdvDMD:
         """Forwards per sample of iteration `step` by part, in units of one forward without gradient.
 
         depth: share of the network that the critic runs; backward: 2 for full fine-tuning, about 1 with adapters;
-        trunk: whether the critic's gradient enters the trunk (CriticConfig.trunk_weight > 0).
+        trunk: whether the critic's gradient enters the trunk (CriticConfig.gradient > 0).
         """
         grad, turn = 1 + backward, self.turn(step)
         return {

@@ -11,7 +11,7 @@ from advdmd.models.sampler import Sampling
 from advdmd.models.sd3 import SD3
 
 SHIPPED = ("mini-sd3", "mini-sd35")
-NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled and the text length it was trained with
+NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
 
 
 def located(name: str | Path) -> Path:
@@ -96,7 +96,13 @@ def as_backbone(pipe: Any, note: dict[str, Any]) -> Backbone:
 def load(name: str) -> tuple[Backbone, Sampling]:
     """Backbone and its own way of sampling."""
     path = folder_of(name)
-    backbone = as_backbone(load_pipeline(path), read_note(path))
+    pipe, note = load_pipeline(path), read_note(path)
+    if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in note:
+        raise ValueError(
+            f"{path} shifts its times by image size, which is not read here: say how to sample it in {path / NOTE}, such as "
+            '{"sampling": {"steps": 40, "shift": 3.0, "guidance": 4.0}}'
+        )
+    backbone = as_backbone(pipe, note)
     backbone.net.requires_grad_(False).eval()
     return backbone, sampling_of(path)
 

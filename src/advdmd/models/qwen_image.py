@@ -45,7 +45,13 @@ class QwenImage:
     def stock_call(self, steps: int) -> dict[str, Any]:
         """The pipeline's own grid is the student's: equal steps before a static shift."""
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
-        return {"num_inference_steps": steps, "true_cfg_scale": 1.0, "height": side, "width": side}
+        return {
+            "num_inference_steps": steps,
+            "true_cfg_scale": 1.0,
+            "height": side,
+            "width": side,
+            "max_sequence_length": self.pipe.tokenizer_max_length,
+        }
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -86,11 +92,11 @@ class QwenImage:
         return self.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0].clamp(-1, 1)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """v = e - x0 at x [N, C, H, W], t [N]. The pipeline casts times to the latents' dtype; so must training."""
+        """v = e - x0 at x [N, C, H, W], t [N]. The pipeline rounds 1000 t to the latents' dtype; so must training."""
         n, _, h, w = x.shape
         out = net(
             hidden_states=pack(x),
-            timestep=t.to(x.dtype),
+            timestep=(t * 1000).to(x.dtype) / 1000,
             encoder_hidden_states=cond.embeds,
             encoder_hidden_states_mask=None if cond.mask is None or bool(cond.mask.all()) else cond.mask,
             img_shapes=[[(1, h // 2, w // 2)]] * n,

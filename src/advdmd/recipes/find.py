@@ -14,13 +14,14 @@ def known() -> dict[str, Any]:
     return dict(mini.RECIPES)
 
 
-def named(name: str) -> Recipe:
-    """A recipe by name; raises ValueError that lists the names."""
+def named(name: str, iterations: Any = None) -> Recipe:
+    """A recipe by name, its schedules fitted to `iterations` if told; raises ValueError that lists the names."""
     if name not in known():
         near = difflib.get_close_matches(name, known(), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"recipe {name!r} is unknown.{hint} There are: {', '.join(known())}")
-    return known()[name]()
+    fits = isinstance(iterations, int) and not isinstance(iterations, bool) and iterations >= 1
+    return known()[name](iterations=iterations) if fits else known()[name]()  # what does not fit, `override` refuses
 
 
 def resolve(source: str, words: Sequence[str] = ()) -> tuple[str, Recipe]:
@@ -37,4 +38,5 @@ def resolve(source: str, words: Sequence[str] = ()) -> tuple[str, Recipe]:
             raise ValueError(f"recipe file {source}: needs a line 'recipe: NAME' with one of {', '.join(known())}")
         source = tree.pop("recipe")
         changes = flatten(tree)
-    return source, override(named(source), changes | parse_overrides(words))
+    changes |= parse_overrides(words)
+    return source, override(named(source, changes.get("iterations")), changes)

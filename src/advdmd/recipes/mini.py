@@ -68,7 +68,8 @@ SHIFT = 1.2  # 256 latent numbers drown in less noise than a large image does, s
 BATCH = {"prompts_per_step": 8}  # x 4 samples: at equal time 32 samples an iteration beat 64
 FOLLOW = {"group": 4, "critic_steps": 2, "shift": SHIFT}
 FAKE = Optim(lr=2e-3, betas=(0.0, 0.999))
-# Only a trunk that learns, and from wrong captions too, pays for what the prompt says: r = .29 within a prompt, 0 when frozen.
+# A trunk that learns, from wrong captions too, pays for what the prompt says: its logit's correlation with correctness within a
+# prompt is .17 for final images, .08 without wrong captions, 0 when the trunk is frozen.
 CRITIC = CriticConfig(trunk="own", blocks=(0.25, 0.5, 0.75, 1.0), hidden=256)
 STEADY = replace(CRITIC, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 
@@ -122,16 +123,23 @@ def dmd2(name: str, guidance: float, iterations: int = 860, rate: float = 1e-3) 
     )
 
 
-def long(make: Any, name: str, guidance: float, iterations: int, **changes: Any) -> Recipe:
-    """Where quality counts: three times as long, more prompts for the critic to learn from, guidance that keeps diversity."""
-    return replace(make(name, guidance, iterations, rate=7e-4, **changes), ema=0.99, data=Data(prompts=6000))
+def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
+    """Where quality counts: twice as long, more prompts for the critic to learn from, guidance that keeps diversity."""
+    short = advdmd(name, guidance, iterations, gan=0.05, rate=7e-4, policy=5e-5)
+    return replace(short, ema=0.99, data=Data(prompts=6000))
 
 
-GUIDANCES = {"mini-sd35": 4.8, "mini-sd3": 4.0}  # in distribution matching; more is faster and costs diversity
+def dmd2_long(name: str, guidance: float, iterations: int = 1780) -> Recipe:
+    """The baseline at the same length, prompts and guidance."""
+    return replace(dmd2(name, guidance, iterations, rate=7e-4), ema=0.99, data=Data(prompts=6000))
+
+
+# Of the teacher in distribution matching: more is faster and costs diversity.
+QUICK = {"mini-sd35": 4.8, "mini-sd3": 4.0}
 CALM = {"mini-sd35": 4.0, "mini-sd3": 3.0}
 RECIPES = {
-    f"{name}-{make.__name__}": partial(make, name, guidance) for name, guidance in GUIDANCES.items() for make in (advdmd, dmd2)
+    f"{name}-{make.__name__.replace('_', '-')}": partial(make, name, guidance)
+    for makers, guidances in (((advdmd, dmd2), QUICK), ((advdmd_long, dmd2_long), CALM))
+    for name, guidance in guidances.items()
+    for make in makers
 }
-for _name, _guidance in CALM.items():
-    RECIPES[f"{_name}-advdmd-long"] = partial(long, advdmd, _name, _guidance, 1200, gan=0.05, policy=5e-5)
-    RECIPES[f"{_name}-dmd2-long"] = partial(long, dmd2, _name, _guidance, 1700)

@@ -139,6 +139,10 @@ class Learner:
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Inverse of `state`; missing or extra names are errors."""
+        if "turns" not in counters:
+            raise ValueError(
+                f"{self.name}: this checkpoint is an earlier version's and cannot be read: run again into another --out"
+            )
         part = lambda head: {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
         self.net.load_state_dict(part("net/"), strict=True)
         if set(part("ema/")) != set(self.ema):
@@ -151,5 +155,8 @@ class Learner:
             for i, p in enumerate(q for group, _ in t.groups for q in group):
                 if saved := part(f"adam/{key}/{i}/"):
                     t.adam.state[p] = {k: v.clone() for k, v in saved.items()}
-            if len(t.adam.state) != moved:
-                raise ValueError(f"{self.name}/{key}: optimizer state of {len(t.adam.state)} parameters, {moved} were saved")
+            whole = sum(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in t.adam.state.values())
+            if whole != moved:
+                raise ValueError(f"{self.name}/{key}: whole optimizer state of {whole} parameters, {moved} were saved")
+        if extra := set(tensors) - set(self.state()[0]):
+            raise ValueError(f"{self.name}: the checkpoint holds what this recipe has no place for: {sorted(extra)[0]}")

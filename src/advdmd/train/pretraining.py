@@ -96,7 +96,7 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
 
 
 class Captioned(torch.nn.Module):
-    """The networks that flow matching trains together: the transformer and both text encoders."""
+    """The networks that flow matching trains together: the transformer and its text encoders."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
