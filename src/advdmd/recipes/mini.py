@@ -70,7 +70,7 @@ FOLLOW = {"group": 4, "critic_steps": 2, "shift": SHIFT}
 FAKE = Optim(lr=2e-3, betas=(0.0, 0.999))
 # A trunk that learns, from wrong captions too, pays for what the prompt says: its logit's correlation with correctness within a
 # prompt is .17 for final images, .08 without wrong captions, 0 when the trunk is frozen.
-CRITIC = CriticConfig(trunk="own", blocks=(0.25, 0.5, 0.75, 1.0), hidden=256)
+CRITIC = CriticConfig(trunk="own", blocks=(0.25, 0.5, 0.75, 1.0), hidden=96)
 STEADY = replace(CRITIC, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 
 
@@ -126,12 +126,13 @@ def dmd2(name: str, guidance: float, iterations: int = 860, rate: float = 1e-3) 
 def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
     """Where quality counts: twice as long, more prompts for the critic to learn from, guidance that keeps diversity."""
     short = advdmd(name, guidance, iterations, gan=0.05, rate=7e-4, policy=5e-5)
-    return replace(short, ema=0.99, data=Data(prompts=6000))
+    return replace(short, ema=0.99, data=Data(prompts=6000), critic=replace(short.critic, hidden=256))
 
 
 def dmd2_long(name: str, guidance: float, iterations: int = 1780) -> Recipe:
     """The baseline at the same length, prompts and guidance."""
-    return replace(dmd2(name, guidance, iterations, rate=7e-4), ema=0.99, data=Data(prompts=6000))
+    short = dmd2(name, guidance, iterations, rate=7e-4)
+    return replace(short, ema=0.99, data=Data(prompts=6000), critic=replace(short.critic, hidden=256))
 
 
 # Of the teacher in distribution matching: more is faster and costs diversity.
