@@ -16,26 +16,40 @@ from advdmd.recipe import Recipe
 from advdmd.train.checkpoint import write_atomically, write_text
 from advdmd.train.learner import Learner
 from advdmd.types import Log
+from advdmd.world.scene import TASKS
 
-# On its train split, with noise of its own: no image of any evaluation, and of the tasks that keep prompts back none of those.
-SUITE = "mini-geneval"
+
+def suites(r: Recipe) -> tuple[Shapes, Shapes]:
+    """Short prompts of the train split (most are too few to be kept back) and as many dense ones that neither training nor any
+    test has; with noise of their own, so that no image of an exam is one of an evaluation."""
+    n, dense = r.exam_images, len(TASKS) * r.exam_images
+    return (
+        Shapes("mini-geneval", images_per_task=n, split="train", world=r.data.world),
+        Shapes("mini-dpg", images_per_task=dense, prompts_per_task=dense, split="exam", world=r.data.world),
+    )
 
 
 def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path, step: int) -> Log:
-    """Score the averaged student after `step` iterations; keep it in `folder` as best.safetensors if none was better."""
-    suite = Shapes(SUITE, images_per_task=r.exam_images, split="train", world=r.data.world)
-    wanted = jobs(suite)
-    keys = [("exam", item.id, k) for item, k in wanted]
+    """Score the averaged student after `step` iterations; keep it in `folder` as best.safetensors if none was better.
+
+    The mark is the mean of both suites' strict scores; diversity is that of the short prompts, which leave more open.
+    """
+    log: Log = {"exam/forwards": r.forwards_until(step)}
     with student.averaging() as net:
-        images = painter(backbone, net, how)([item.prompt for item, _ in wanted], keys)
-        table = report.rows(suite, suite.judge([item for item, _ in wanted], images))
-        strict, loose = (report.summarise(table, rule)["overall"]["mean"] for rule in ("strict", "loose"))
-        if strict > best(folder)["strict"]:
+        for suite in suites(r):
+            wanted = jobs(suite)
+            keys = [("exam", item.id, k) for item, k in wanted]
+            images = painter(backbone, net, how)([item.prompt for item, _ in wanted], keys)
+            table = report.rows(suite, suite.judge([item for item, _ in wanted], images))
+            log[f"exam/{suite.name}"] = report.summarise(table, "strict")["overall"]["mean"]
+            if suite.name == "mini-geneval":
+                log["exam/diversity"] = diversity(suite, images, [item.id for item, _ in wanted]).get("mean", 0.0)
+        log["exam/strict"] = (log["exam/mini-geneval"] + log["exam/mini-dpg"]) / 2
+        if log["exam/strict"] > best(folder)["strict"]:
             weights = {k: v.contiguous() for k, v in net.state_dict().items()}
             write_atomically(folder / "best.safetensors", lambda p: save_file(weights, p))
-            write_text(folder / "best.json", json.dumps({"step": step, "strict": strict}))
-    spread = diversity(suite, images, [item.id for item, _ in wanted]).get("mean", 0.0)
-    return {"exam/strict": strict, "exam/loose": loose, "exam/diversity": spread, "exam/forwards": r.forwards_until(step)}
+            write_text(folder / "best.json", json.dumps({"step": step, "strict": log["exam/strict"]}))
+    return log
 
 
 def best(folder: Path) -> dict[str, float]:

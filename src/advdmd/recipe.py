@@ -49,7 +49,7 @@ class Recipe:
     save_every: int = 60
     look_every: int = 60
     exam_every: int = 0  # iterations between scores on the miniature's held-out images; the best average is then the student
-    exam_images: int = 96  # per task
+    exam_images: int = 48  # per short task, and as many dense ones in all
 
     def __post_init__(self) -> None:
         if self.guidance < 1:

@@ -28,6 +28,11 @@ def held_out(task: str, prompt: str) -> bool:
     return task in HELD_OUT_TASKS and stable_hash(prompt) % HELD_OUT == 0
 
 
+def for_exams(task: str, prompt: str) -> bool:
+    """Whether a held-out prompt serves exams while training, and so no test. Only dense prompts are many enough to share."""
+    return task == DENSE and held_out(task, prompt) and stable_hash(prompt) // HELD_OUT % 2 == 1
+
+
 @dataclass(frozen=True)
 class Pool:
     """n prompts, and R images of each: pixels [n, R, 32, 32, 3] uint8."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from advdmd.data.shapes import DENSE, HELD_OUT_TASKS, held_out, words
+from advdmd.data.shapes import DENSE, HELD_OUT_TASKS, for_exams, held_out, words
 from advdmd.evaluation.benchmark import Item, Verdict
 from advdmd.evaluation.verdict import Detection, judge, relative_position
 from advdmd.world import checker
 from advdmd.world.checker import Blob, Seen
 from advdmd.world.scene import TASKS, WORLDS, Spec, specs, stable_hash
 
-SPLITS = ("test", "train", "pairs")
+SPLITS = ("test", "train", "exam", "pairs")
 
 
 def metadata(task: str, spec: Spec) -> dict[str, Any]:
@@ -128,7 +128,8 @@ class Shapes:
     """A suite of the miniature.
 
     `images_per_task` images for each task, spread evenly over at most `prompts_per_task` prompts. split: "test" are
-    prompts kept out of training, "pairs" name a shape x colour pair that training never showed, "train" the rest.
+    prompts kept out of training, "exam" dense ones kept out of both, for scores while training; "pairs" name a shape x colour
+    pair that training never showed, "train" the rest.
     """
 
     name: str
@@ -144,6 +145,8 @@ class Shapes:
             raise ValueError(f"world {self.world!r}: one of {', '.join(WORLDS)}")
         if self.split not in SPLITS:
             raise ValueError(f"split {self.split!r}: one of {', '.join(SPLITS)}")
+        if self.split == "exam" and self.name != "mini-dpg":
+            raise ValueError(f"split 'exam' of {self.name}: only mini-dpg has prompts enough to keep some for exams")
         if min(self.images_per_task, self.prompts_per_task) < 1:
             raise ValueError(f"{self.images_per_task} images of {self.prompts_per_task} prompts: both must be at least 1")
 
@@ -159,8 +162,9 @@ class Shapes:
         found: dict[str, Spec] = {}
         for spec in islice(specs(task, rng, WORLDS[self.world], pairs=self.split == "pairs"), 60 * self.prompts_per_task):
             prompt = words(task, spec)
-            evaluated = held_out(task, prompt) or task not in HELD_OUT_TASKS
-            if {"test": evaluated, "train": not held_out(task, prompt), "pairs": True}[self.split]:
+            kept, exam = held_out(task, prompt), for_exams(task, prompt)
+            test = (kept and not exam) or task not in HELD_OUT_TASKS
+            if {"test": test, "train": not kept, "exam": exam, "pairs": True}[self.split]:
                 found.setdefault(prompt, spec)
             if len(found) == min(self.prompts_per_task, self.images_per_task):
                 break
