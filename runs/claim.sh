@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
 # One claim of the miniature: students of a teacher over training seeds, scored beside it, compared pair by pair.
 #   runs/claim.sh NAME TEACHER
-# Everything is resumable: what is done is not done again. Work goes to runs/NAME, what is kept to results/NAME.
-# SEEDS, METHODS and BIN (where advdmd is installed) may be set. DMD2 and DMD (the same without its GAN) get as
-# many iterations as cost AdvDMD's forwards.
+# Everything is resumable: what results/NAME has is not done again, a run that was stopped goes on in runs/NAME. DMD2 and DMD
+# (the same without its GAN) get as many iterations as cost AdvDMD's forwards. SEEDS, METHODS, ITERATIONS (of AdvDMD) and BIN
+# (where advdmd is installed) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
-seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd}
-bin=${BIN:-.venv/bin} work=runs/$name kept=results/$name commit=$(git rev-parse --short HEAD)
+seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-700}
+bin=${BIN:-.venv/bin} work=runs/$name kept=results/$name commit=${COMMIT:-$(git rev-parse --short HEAD)}
+suites=(mini-geneval-test mini-dpg-test mini-dpg-pairs)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work" "$kept"
+
+complete() { # KEPT: whether all suites are scored there
+  for what in "${suites[@]}"; do [ -f "$1/$what.json" ] || return 1; done
+}
 
 score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on held-out shape x colour pairs
   for job in "mini-geneval test 192 96" "mini-dpg test 768 384" "mini-dpg pairs 768 384"; do
     read -r suite split images prompts <<<"$job"
-    [ -f "$2/$suite-$split/table.json" ] ||
+    [ -f "$2/$suite-$split/scores.json" ] ||
       "$bin/advdmd" eval "$1" "$suite" --split "$split" --images "$images" --prompts "$prompts" --out "$2/$suite-$split" \
         --threads 1 >/dev/null
   done
@@ -23,6 +28,7 @@ score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on 
 
 for seed in $seeds; do
   for method in $methods; do
+    complete "$kept/$method-$seed" && continue
     run=$work/$method-$seed
     case $method in
       advdmd) what=("$teacher-advdmd-long") ;;
@@ -30,19 +36,22 @@ for seed in $seeds; do
       dmd) what=("$teacher-dmd2-long" algorithm.gan=0) ;;
       *) echo "METHODS: advdmd, dmd2, dmd; not $method" >&2 && exit 2 ;;
     esac
-    n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" -- "${what[@]}")
-    "$bin/advdmd" train "${what[@]}" "iterations=$n" "seed=$seed" exam_every=150 --out "$run" >/dev/null
+    n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" "iterations=$iterations" -- "${what[@]}")
+    "$bin/advdmd" train "${what[@]}" "iterations=$n" "seed=$seed" exam_every=100 --out "$run" >/dev/null
     score "$run/student" "$work/scores/$method-$seed"
-    mkdir -p "$kept/$method-$seed"
-    cp "$run/recipe.yaml" "$run/metrics.jsonl" "$kept/$method-$seed/"
-    cp "$run/samples/$(printf 'step-%06d.png' "$n")" "$kept/$method-$seed/samples.png"
+    "$bin/python" runs/keep.py "$run" "$work/scores/$method-$seed" "$kept/$method-$seed"
   done
 done
-score "$teacher" "$work/scores/teacher"
-for what in mini-geneval-test mini-dpg-test mini-dpg-pairs; do
-  folders() { for seed in $seeds; do echo "$work/scores/$1-$seed/$what"; done; }
+if ! complete "$kept/teacher"; then
+  score "$teacher" "$work/scores/teacher"
+  "$bin/python" runs/keep.py "$teacher" "$work/scores/teacher" "$kept/teacher"
+fi
+for what in "${suites[@]}"; do
+  files() { for seed in $seeds; do echo "$kept/$1-$seed/$what.json"; done; }
   for method in $methods; do
-    "$bin/advdmd" compare $(folders "$method") --against "$work/scores/teacher/$what" --commit "$commit" --out "$kept/$what-$method-teacher.json"
-    [ "$method" = advdmd ] || "$bin/advdmd" compare $(folders advdmd) $(folders "$method" | sed 's/^/--against /') --commit "$commit" --out "$kept/$what-advdmd-$method.json"
+    "$bin/advdmd" compare $(files "$method") --against "$kept/teacher/$what.json" --commit "$commit" \
+      --out "$kept/$what-$method-teacher.json"
+    [ "$method" = advdmd ] || "$bin/advdmd" compare $(files advdmd) $(files "$method" | sed 's/^/--against /') \
+      --commit "$commit" --out "$kept/$what-advdmd-$method.json"
   done
 done

@@ -132,7 +132,7 @@ def evaluate(
     torch.set_num_threads(threads)
     bench = Shapes(suite, images_per_task=images, prompts_per_task=prompts, split=split, world=world)
     if against is not None:
-        report.read_rows(against)
+        report.read_scores(against)
     summary = go(model, bench, out, _how(model, steps, guidance), seed)
     print(report.markdown({Path(model).name: summary}))
     if against is not None:
@@ -147,8 +147,8 @@ def _difference(result: dict[str, Any]) -> str:
 
 @app.command()
 def compare(
-    ours: Annotated[list[Path], typer.Argument(help="Folders of results, one per training seed.")],
-    against: Annotated[list[Path], typer.Option(help="The other side: one folder, or as many, in the same order.")],
+    ours: Annotated[list[Path], typer.Argument(help="Evaluations, one per training seed: their folders or scores.json.")],
+    against: Annotated[list[Path], typer.Option(help="The other side: one, or as many in the same order.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for the whole comparison.")] = None,
     commit: Annotated[str, typer.Option(help="What to note as the code's version.")] = "",
 ) -> None:

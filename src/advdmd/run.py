@@ -19,6 +19,7 @@ from advdmd import exam
 from advdmd.algorithms.base import Cast
 from advdmd.data import shapes
 from advdmd.evaluation import report
+from advdmd.evaluation.benchmark import suite_hash
 from advdmd.evaluation.diversity import diversity
 from advdmd.evaluation.generate import generate, jobs, read_images
 from advdmd.evaluation.shapes import Shapes
@@ -214,7 +215,9 @@ def score(suite: Shapes, folder: Path, nfe: int | None = None, about: dict[str, 
     table = report.rows(suite, suite.judge([i for i, _ in wanted], images))
     summary = {
         "suite": suite.name,
+        "suite_hash": suite_hash(suite.items()),
         "split": suite.split,
+        "seed": json.loads((folder / "manifest.json").read_text())["seed"],
         "images": len(table),
         "nfe": nfe,
         "model": about,

@@ -199,14 +199,19 @@ def test_training_seeds_widen_the_interval_as_far_as_they_disagree():
 
 def test_results_are_written_and_read_back(tmp_path):
     rows = table([1, 0])
-    summary = {"strict": report.summarise(rows, "strict"), "loose": report.summarise(rows, "loose"), "nfe": 4}
+    same = {"suite": "s", "suite_hash": "h", "seed": 7}
+    summary = {"strict": report.summarise(rows, "strict"), "loose": report.summarise(rows, "loose"), "nfe": 4, **same}
     report.write_results(tmp_path, rows, summary)
-    (tmp_path / "manifest.json").write_text(json.dumps({"seed": 7}))
-    assert report.read_rows(tmp_path) == [r | {"seed": 7} for r in rows]
+    for place in (tmp_path, tmp_path / "scores.json"):
+        about, read = report.read_scores(place)
+        assert about == json.loads(json.dumps(summary))
+        assert read == [{k: r[k] for k in ("task", "item", "k", "loose", "strict")} | same for r in rows]
     assert json.loads((tmp_path / "table.json").read_text())["nfe"] == 4
     assert "| **overall** | 0.500" in (tmp_path / "table.md").read_text()
-    with pytest.raises(ValueError, match=r"verdicts\.jsonl"):
-        report.read_rows(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no scores\.json"):
+        report.read_scores(tmp_path / "none")
+    with pytest.raises(ValueError, match="not a record of scores"):
+        report.read_scores(tmp_path / "table.json")
 
 
 def test_the_renderer_is_as_diverse_as_itself_and_a_constant_is_not():

@@ -1,5 +1,7 @@
 """What a benchmark offers: items to draw, and verdicts on what was drawn. Generating and scoring meet only on disk."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,3 +37,9 @@ class Benchmark(Protocol):
     def name(self) -> str: ...
     def items(self) -> Sequence[Item]: ...
     def judge(self, items: Sequence[Item], images: np.ndarray) -> list[Verdict]: ...
+
+
+def suite_hash(items: Sequence[Item]) -> str:
+    """What tells two suites apart: their prompts, in order, and how many images of each."""
+    said = [[i.id, i.task, i.prompt, i.n_images] for i in items]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

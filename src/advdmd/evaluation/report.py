@@ -53,7 +53,7 @@ def summarise(table: Rows, key: str) -> dict[str, Any]:
 
 def _check_same_images(tables: Sequence[Rows]) -> None:
     """Raise ValueError unless all tables are about the same prompts, image indices and evaluation seed."""
-    names = [[(r["item"], r["k"], r["prompt"], r.get("seed")) for r in t] for t in tables]
+    names = [[(r["item"], r["k"], r.get("suite_hash"), r.get("seed")) for r in t] for t in tables]
     if any(n != names[0] for n in names):
         raise ValueError("these results are of different suites, sizes or seeds: a paired difference needs the same images")
 
@@ -86,26 +86,40 @@ def paired(ours: Sequence[Rows], theirs: Sequence[Rows], key: str = "strict") ->
 
 
 def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
-    """verdicts.jsonl, table.json and table.md beside the images."""
+    """Beside the images: verdicts.jsonl; table.json and table.md; and scores.json, small enough to keep, which `compare` reads."""
+    scores: dict[str, dict[str, list[list[float]]]] = {}
+    for r in table:
+        scores.setdefault(r["task"], {}).setdefault(r["item"], []).append([round(r["loose"], 4), round(r["strict"], 4)])
     write_text(folder / "verdicts.jsonl", "".join(json.dumps(r) + "\n" for r in table))
     write_text(folder / "table.json", json.dumps(summary, indent=1))
     write_text(folder / "table.md", markdown({folder.name: summary}))
+    write_text(folder / "scores.json", json.dumps(summary | {"scores": scores}))
 
 
-def read_rows(folder: Path) -> Rows:
-    path = folder / "verdicts.jsonl"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no verdicts.jsonl: score it first with advdmd eval")
-    seed = json.loads((folder / "manifest.json").read_text())["seed"]
-    return [json.loads(line) | {"seed": seed} for line in path.read_text().splitlines()]
+def read_scores(path: Path) -> tuple[dict[str, Any], Rows]:
+    """Summary and rows from scores.json, or from the folder that holds it."""
+    file = path / "scores.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} holds no scores.json: score it first with advdmd eval")
+    summary = json.loads(file.read_text())
+    if not isinstance(summary, dict) or "scores" not in summary:
+        raise ValueError(f"{file} is not a record of scores: name an evaluation's folder or its scores.json")
+    same = {k: summary[k] for k in ("suite", "suite_hash", "seed")}
+    rows = [
+        {"task": task, "item": item, "k": k, "loose": loose, "strict": strict, **same}
+        for task, items in summary.pop("scores").items()
+        for item, images in items.items()
+        for k, (loose, strict) in enumerate(images)
+    ]
+    return summary, rows
 
 
 def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
-    """Two sides, each one or more evaluation folders (training seeds): their means, and the paired difference."""
-    a, b = ([read_rows(f) for f in side] for side in (ours, theirs))
+    """Two sides, each one or more evaluations (training seeds): their means, and the paired difference."""
+    a, b = ([read_scores(f) for f in side] for side in (ours, theirs))
 
-    def side(folders: Sequence[Path]) -> dict[str, Any]:
-        summaries = [json.loads((f / "table.json").read_text()) for f in folders]
+    def side(found: Sequence[tuple[dict[str, Any], Rows]]) -> dict[str, Any]:
+        summaries = [summary for summary, _ in found]
         spread = [s["diversity"]["mean"] for s in summaries if s["diversity"]]
         return {
             "models": [s["model"] for s in summaries],
@@ -115,10 +129,9 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
             "nfe": summaries[0]["nfe"],
         }
 
-    first = json.loads((ours[0] / "table.json").read_text())
-    about = {k: first[k] for k in ("suite", "split", "images")}
-    difference = {k: paired(a, b, k) for k in ("strict", "loose")}
-    return {**about, "ours": side(ours), "theirs": side(theirs), "difference": difference}
+    about = {k: a[0][0][k] for k in ("suite", "split", "images")}
+    difference = {k: paired([rows for _, rows in a], [rows for _, rows in b], k) for k in ("strict", "loose")}
+    return {**about, "ours": side(a), "theirs": side(b), "difference": difference}
 
 
 def _cell(x: dict[str, Any]) -> str:
