@@ -17,7 +17,7 @@ coverage: $(VENV)/ready-dev
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "advdmd needs Python 3.11 or newer; set PYTHON=...")'

@@ -17,7 +17,9 @@ FLOORS = [
     {"evaluation"},
     {"recipe", "export"},
     {"recipes"},
-    {"look", "exam", "run", "pretrain"},
+    {"look", "exam", "evaluate"},
+    {"measure"},
+    {"run", "pretrain"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

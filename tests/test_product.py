@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from advdmd import exam, pretrain, run
-from advdmd.evaluation.shapes import Shapes
+from advdmd.evaluate import evaluate, score
+from advdmd.evaluation.shapes import Checker, Shapes
 from advdmd.models import load
 from advdmd.models.sampler import Sampling
 from advdmd.recipe import differences, dump, override, parse_overrides
@@ -251,9 +252,9 @@ def test_broken_pipelines_are_refused_in_one_line(tiny_folder, tmp_path):
 
 def test_new_weights_in_an_old_evaluation_folder_are_noticed(tiny_folder, trained, tmp_path):
     suite = Shapes("mini-dpg", 2, 2)
-    run.evaluate(str(tiny_folder), suite, tmp_path / "e", Sampling(steps=1))
+    evaluate(str(tiny_folder), suite, tmp_path / "e", Sampling(steps=1))
     with pytest.raises(ValueError, match="weights differ"):
-        run.evaluate(str(trained / "student"), suite, tmp_path / "e", Sampling(steps=1))
+        evaluate(str(trained / "student"), suite, tmp_path / "e", Sampling(steps=1))
 
 
 def test_prompts_that_would_be_cut_are_refused(tiny_folder, tmp_path):
@@ -294,16 +295,16 @@ def small_stage(name):
 
 def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tmp_path):
     suite = Shapes("mini-geneval", 6, 3)
-    a = run.evaluate(str(trained / "student"), suite, tmp_path / "a")
+    a = evaluate(str(trained / "student"), suite, tmp_path / "a")
     assert a["images"] == 36
     assert a["nfe"] == 4
     assert set(a["strict"]) == {"overall", *suite.tasks}
-    again = run.score(suite, tmp_path / "a", 4, a["model"])
+    again = score(suite, tmp_path / "a", Checker(), 4, a["model"])
     assert again == a
     done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "| **overall** |" in done.stdout
-    run.evaluate(str(tiny_folder), suite, tmp_path / "b2", Sampling(steps=2))
+    evaluate(str(tiny_folder), suite, tmp_path / "b2", Sampling(steps=2))
     done = cli(
         "compare", tmp_path / "a", tmp_path / "a", "--against", tmp_path / "b2", "--out", tmp_path / "c.json", "--commit", "x"
     )

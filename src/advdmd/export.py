@@ -41,7 +41,8 @@ def export_student(
     pipe = type(backbone.pipe)(**parts)
     sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta}
     base = read_note(teacher).get("name", teacher.name)
-    record = {"sampling": sampling, **backbone.note, "base_model": base, **note}
+    told = {"stock_load": backbone.stock_load, "stock_call": backbone.stock_call(how.steps)}
+    record = {"sampling": sampling, **backbone.note, **told, "base_model": base, **note}
 
     def write(making: Path) -> None:
         save_pipeline(pipe, making, record)

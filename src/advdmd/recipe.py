@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
+from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.models.critic import CriticConfig
 from advdmd.train.learner import Optim
 
@@ -49,6 +50,7 @@ class Recipe:
     save_every: int = 60
     look_every: int = 60
     exam_every: int = 0  # iterations between scores on the miniature's held-out images; the best average is then the student
+    rewards: tuple[str, ...] = ()  # "WEIGHT*NAME:FOLDER": scorers paid beside the critic in AdvDMD's policy turns
     exam_images: int = 48  # per short task, and as many dense ones in all
 
     def __post_init__(self) -> None:
@@ -60,6 +62,10 @@ class Recipe:
         for name in ("heads_rate", "trunk_rate", "exits_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a multiple of the fake score's learning rate, above 0")
+        for text in self.rewards:
+            parse_reward(text)
+        if self.rewards and not isinstance(self.algorithm, AdvDMD):
+            raise ValueError(f"rewards={self.rewards}: only AdvDMD has policy turns to pay them in")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.prompts_per_step < 2 and getattr(self.algorithm, "mismatch", 0):

@@ -7,27 +7,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from advdmd import exam
-from advdmd.algorithms.base import Cast
+from advdmd.algorithms.base import Bonus, Cast
 from advdmd.data import shapes
+from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
-from advdmd.evaluation.benchmark import suite_hash
-from advdmd.evaluation.diversity import diversity
-from advdmd.evaluation.generate import generate, jobs, read_images
+from advdmd.evaluation.metrics.named import load_scorer, parse_reward
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
-from advdmd.look import LOOK_PROMPTS, grid_image, painter, watch
+from advdmd.look import LOOK_PROMPTS, grid_image, painter, to_bytes, watch
 from advdmd.models import cast, load
 from advdmd.models.sampler import Sampling
-from advdmd.recipe import Recipe, differences, dump
+from advdmd.recipe import Data, Recipe, differences, dump
 from advdmd.recipes import find
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Progress, duration
@@ -58,10 +58,14 @@ def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[]
     checkpoint.write_text(record, text)
 
 
+@lru_cache(maxsize=1)
+def _pool(d: Data, seed: int) -> shapes.Pool:
+    return shapes.make_pool(d.prompts, seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
+
+
 def make_deal(r: Recipe, backbone: Any) -> Callable[[int], tuple[Batch, list[int]]]:
     """step -> groups of one prompt each, with real latents of the same prompt. Pure in (recipe, step)."""
-    d, G = r.data, r.algorithm.group
-    pool = shapes.make_pool(d.prompts, r.seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
+    d, G, pool = r.data, r.algorithm.group, _pool(r.data, r.seed)
     latents, ids = shapes.encode(backbone, pool, Progress("encoding images", d.prompts)), backbone.tokenize(pool.prompts)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
@@ -71,9 +75,26 @@ def make_deal(r: Recipe, backbone: Any) -> Callable[[int], tuple[Batch, list[int
         i = i.repeat_interleave(G)
         with torch.no_grad():
             cond = backbone.embed(ids[i[::G]])[torch.arange(len(order)).repeat_interleave(G)]
-        return Batch(cond, latents[i, which]), samples
+        return Batch(cond, latents[i, which], i), samples
 
     return deal
+
+
+def make_bonus(r: Recipe, backbone: Any) -> Bonus | None:
+    """What a recipe pays beside the critic: its scorers, on final images as people would see them."""
+    if not r.rewards:
+        return None
+    paid = [(weight, load_scorer(kind, where)) for weight, kind, where in map(parse_reward, r.rewards)]
+    prompts = _pool(r.data, r.seed).prompts
+
+    def bonus(x0: Tensor, prompt: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+        assert prompt is not None
+        with torch.no_grad():
+            images = list(to_bytes(backbone.decode(x0)))
+        said = [prompts[int(i)] for i in prompt]
+        return {scorer.name: (weight, scorer.score(images, said)) for weight, scorer in paid}
+
+    return bonus
 
 
 def make_cast(r: Recipe, backbone: Any) -> Cast:
@@ -92,6 +113,7 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
         fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
         critic=cast.Critic(backbone, fake, r.critic),
         auc=torch.full((r.algorithm.steps,), 0.5),
+        bonus=make_bonus(r, backbone),
     )
 
 
@@ -163,6 +185,8 @@ def _export(r: Recipe, name: str, backbone: Any, players: Cast, run: Path, out: 
         step = exam.load_best(run, net) if r.exam_every else 0
         note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
         note["forwards"] = r.forwards_until(note["iterations"]) * r.batch
+        if players.bonus:
+            note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
         return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)
 
 
@@ -184,49 +208,6 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     if not checkpoint.resume(run / "checkpoints", learners, {"auc": players.auc}, _fingerprint(text)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
     return _export(r, name, backbone, players, run, out)
-
-
-def evaluate(
-    model: str, suite: Shapes, folder: Path, how: Sampling | None = None, seed: int = 0, batch: int = 512
-) -> dict[str, Any]:
-    """Generate into `folder`, then score from disk; writes and returns the summary."""
-    backbone, own = load.load(model)
-    how = how or own
-    about = {
-        "weights": checkpoint.file_hash(load.weights_file(load.folder_of(model))),
-        "sampling": asdict(how),
-        "sizes": [suite.images_per_task, suite.prompts_per_task, suite.split, suite.world],
-    }
-    total = sum(i.n_images for i in suite.items())
-    progress, done = Progress(f"drawing {suite.name}", total), [0]
-
-    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
-        images = painter(backbone, backbone.net, how, lambda n: progress(done[0] + n))(prompts, keys)
-        done[0] += len(prompts)
-        return images
-
-    generate(suite, paint, folder, seed, about, batch)
-    return score(suite, folder, how.nfe, {"name": Path(model).name, **load.read_note(load.folder_of(model)), **asdict(how)})
-
-
-def score(suite: Shapes, folder: Path, nfe: int | None = None, about: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Score a folder of images; complete or no headline. `about` the model goes into the record."""
-    images, wanted = read_images(suite, folder), jobs(suite)
-    table = report.rows(suite, suite.judge([i for i, _ in wanted], images))
-    summary = {
-        "suite": suite.name,
-        "suite_hash": suite_hash(suite.items()),
-        "split": suite.split,
-        "seed": json.loads((folder / "manifest.json").read_text())["seed"],
-        "images": len(table),
-        "nfe": nfe,
-        "model": about,
-        "strict": report.summarise(table, "strict"),
-        "loose": report.summarise(table, "loose"),
-        "diversity": diversity(suite, images, [i.id for i, _ in wanted]),
-    }
-    report.write_results(folder, table, summary)
-    return summary
 
 
 def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> dict[str, Any]:

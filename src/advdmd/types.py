@@ -64,7 +64,9 @@ def differ(a: Any, b: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch(_Columns):
-    """What one step is given: `cond` of every sample, and a clean latent of a real image of the same prompt."""
+    """What one step is given: `cond` of every sample, and a clean latent of a real image of the same prompt; `prompt` [N]
+    numbers the samples' prompts, for rewards that read them."""
 
     cond: Any
     real: Tensor
+    prompt: Tensor | None = None

@@ -132,7 +132,7 @@ class AdvDMD:
 
         # Policy turn. First, while the path is still on-policy: every ratio starts at one.
         if turn.policy:
-            gain, paid = self.advantages(cast, path, cond, rng)
+            gain, paid = self.advantages(cast, path, batch, rng)
             replay: list[Tensor] = []
 
             def prefer(i: Tensor) -> Tensor:
@@ -196,9 +196,13 @@ class AdvDMD:
         seen = flow.interpolate(path.x[-1], rng.normal("critic.fake", shape), t)
         return torch.where(flow.bcast(end, x), seen, x), t, k
 
-    def advantages(self, cast: Cast, path: Path, cond, rng: Rng) -> tuple[Tensor, Log]:
-        """[K - 1, N] what each hop is worth, believed as far as the critic's AUC at its level allows."""
-        K, shape = path.hops, path.x.shape[2:]
+    def advantages(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> tuple[Tensor, Log]:
+        """[K - 1, N] what each hop is worth, believed as far as the critic's AUC at its level allows.
+
+        Further rewards of a recipe are paid for final images, to all hops: r = D + sum_i w_i r_i, each made comparable within
+        its group first.
+        """
+        cond, K, shape = batch.cond, path.hops, path.x.shape[2:]
         leader = torch.arange(len(cond)) // self.group * self.group
         e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
         end, hops = pay_end(cast, path.x[-1], cond, self.final_levels, e), pay_hops(cast, path, cond)
@@ -210,6 +214,9 @@ class AdvDMD:
         paid: Log = {"reward/end": end.mean().item(), "reward/end_spread": spread(end)}
         for i, r in enumerate(hops):
             paid |= {f"reward/{i + 1}": r.mean().item(), f"reward/{i + 1}_spread": spread(r)}
+        for name, (weight, r) in (cast.bonus(path.x[-1], batch.prompt) if cast.bonus else {}).items():
+            gain = gain + weight * losses.advantage(r[None], self.group)
+            paid |= {f"reward/{name}": r.mean().item(), f"reward/{name}_spread": spread(r)}
         paid["policy/zero_share"] = (gain.abs() < 1e-3).float().mean().item()
         return gain, paid
 

@@ -1,6 +1,6 @@
 """What an algorithm is given, and what it must offer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -24,6 +24,10 @@ class Judge(Protocol):
     def follow(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
 
 
+# (x0 [N, ...], prompt [N]) -> name of the reward -> its weight and what it pays [N]
+Bonus = Callable[[Tensor, Tensor | None], dict[str, tuple[float, Tensor]]]
+
+
 class Cast(NamedTuple):
     """The players of distillation. The critic's heads learn with the fake score, in one descent."""
 
@@ -32,6 +36,7 @@ class Cast(NamedTuple):
     fake: Any  # Player, also told the hops k [N] at which the images were seen
     critic: Judge
     auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
+    bonus: Bonus | None = None  # further rewards of final images, if a recipe names some
 
 
 class Algorithm(Protocol):

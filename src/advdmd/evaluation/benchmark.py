@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+Perception = dict[str, Any]  # what was seen in one image, as JSON holds it
+
 
 @dataclass(frozen=True)
 class Item:
@@ -35,8 +37,25 @@ class Benchmark(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
     def items(self) -> Sequence[Item]: ...
-    def judge(self, items: Sequence[Item], images: np.ndarray) -> list[Verdict]: ...
+    def verdict(self, item: Item, perception: Perception) -> Verdict: ...  # pure: no model, no file
+    def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]: ...  # by kind, if it has kinds
+
+
+class Perceiver(Protocol):
+    """What looks at the images of a suite: the miniature's checker, a detector, a judge that answers questions.
+
+    `name` goes beside every figure; `fingerprint` tells judges apart whose answers must not be mixed.
+    """
+
+    name: str
+    fingerprint: str
+    batch: int  # images it is shown at a time
+
+    def self_test(self) -> None: ...  # raises ValueError if its answers cannot be trusted
+    def look(self, items: Sequence[Item], images: Sequence[np.ndarray]) -> list[Perception]: ...  # images [H, W, 3] uint8
 
 
 def suite_hash(items: Sequence[Item]) -> str:

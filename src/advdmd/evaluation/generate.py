@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -10,20 +11,26 @@ from PIL import Image
 from advdmd.evaluation.benchmark import Benchmark, Item
 from advdmd.train.checkpoint import write_atomically, write_text
 
+Shard = tuple[int, int]  # (i, n): process i of n
 Painter = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys) -> [N, H, W, 3] uint8
 
 
 def image_path(folder: Path, item: Item, k: int) -> Path:
-    return folder / "images" / item.id / f"{k}.png"
+    """Where an image is: our own layout, or GenEval's (ITEM/samples/0000K.png) where a folder has that."""
+    theirs = folder / item.id / "samples"
+    return theirs / f"{k:05d}.png" if theirs.is_dir() else folder / "images" / item.id / f"{k}.png"
 
 
-def jobs(benchmark: Benchmark) -> list[tuple[Item, int]]:
-    """Every (item, image index) of a suite, in order."""
-    return [(item, k) for item in benchmark.items() for k in range(item.n_images)]
+def jobs(benchmark: Benchmark, shard: Shard = (0, 1)) -> list[tuple[Item, int]]:
+    """Every (item, image index) of a suite, in order; of shard (i, n) those whose item falls to process i of n."""
+    mine = [i for i in benchmark.items() if crc32(i.id.encode()) % shard[1] == shard[0]]
+    return [(item, k) for item in mine for k in range(item.n_images)]
 
 
-def generate(benchmark: Benchmark, paint: Painter, folder: Path, seed: int, about: dict, batch: int = 512) -> None:
-    """Draw what is missing of a suite into `folder`; an image's noise is keyed by suite, item, index and seed.
+def generate(
+    benchmark: Benchmark, paint: Painter, folder: Path, seed: int, about: dict, batch: int = 512, shard: Shard = (0, 1)
+) -> None:
+    """Draw what is missing of a suite's shard into `folder`; an image's noise is keyed by suite, item, index and seed.
 
     Raises ValueError if the folder holds images of another model, sampling, suite or seed.
     """
@@ -34,7 +41,7 @@ def generate(benchmark: Benchmark, paint: Painter, folder: Path, seed: int, abou
         raise ValueError(f"{folder} holds images of another run ({', '.join(changed)} differ): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(manifest, json.dumps(record, indent=1))
-    missing = [(item, k) for item, k in jobs(benchmark) if not image_path(folder, item, k).exists()]
+    missing = [(item, k) for item, k in jobs(benchmark, shard) if not image_path(folder, item, k).exists()]
     for i in range(0, len(missing), batch):
         part = missing[i : i + batch]
         images = paint([item.prompt for item, _ in part], [(benchmark.name, item.id, k, seed) for item, k in part])

@@ -13,12 +13,17 @@ from advdmd.evaluation.generate import jobs
 from advdmd.train.checkpoint import write_text
 
 RESAMPLES = 2000
+OWN_REWARD = " (its own training reward)"
 Rows = list[dict[str, Any]]  # one per image: item, k, task, loose, strict, reason, ...
 
 
 def rows(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> Rows:
     pairs = zip(jobs(benchmark), verdicts, strict=True)
     return [{"item": i.id, "k": k, "task": i.task, "prompt": i.prompt, **asdict(v)} for (i, k), v in pairs]
+
+
+def verdict_of(row: dict[str, Any]) -> Verdict:
+    return Verdict(*(row[k] for k in ("loose", "strict", "reason", "details")))
 
 
 def _by_prompt(table: Rows, key: str) -> dict[str, list[np.ndarray]]:
@@ -86,7 +91,7 @@ def paired(ours: Sequence[Rows], theirs: Sequence[Rows], key: str = "strict") ->
 
 
 def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
-    """Beside the images: verdicts.jsonl; table.json and table.md; and scores.json, small enough to keep, which `compare` reads."""
+    """Beside the images: verdicts.jsonl, table.json, table.md; and scores.json, small enough to keep, for `compare`."""
     scores: dict[str, dict[str, list[list[float]]]] = {}
     for r in table:
         scores.setdefault(r["task"], {}).setdefault(r["item"], []).append([round(r["loose"], 4), round(r["strict"], 4)])
@@ -129,6 +134,9 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
             "nfe": summaries[0]["nfe"],
         }
 
+    judges = {summary.get("judge_hash", "checker-1") for summary, _ in [*a, *b]}
+    if len(judges) > 1:
+        raise ValueError("these results are of different judges: a paired difference needs the same one")
     about = {k: a[0][0][k] for k in ("suite", "split", "images")}
     difference = {k: paired([rows for _, rows in a], [rows for _, rows in b], k) for k in ("strict", "loose")}
     return {**about, "ours": side(a), "theirs": side(b), "difference": difference}
@@ -138,15 +146,40 @@ def _cell(x: dict[str, Any]) -> str:
     return f"{x['mean']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}]"
 
 
+def _headline(summary: dict[str, Any]) -> tuple[str, str]:
+    """(rule of the headline, the other one): the miniature's is strict, a published benchmark's its own."""
+    return ("strict", "loose") if str(summary.get("suite", "mini-")).startswith("mini-") else ("loose", "strict")
+
+
 def markdown(summaries: dict[str, dict[str, Any]]) -> str:
-    """One column per model: strict by task, then the loose rule, diversity and what it cost."""
+    """One column per model: the headline rule by task, the other rule, kinds, diversity, what it cost.
+
+    Raises ValueError if the columns were judged by different judges: their figures are not one row.
+    """
     names, first = list(summaries), next(iter(summaries.values()))
-    lines = ["| strict | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for task in first["strict"]:
+    judges = {s.get("judge", "checker").removesuffix(OWN_REWARD) for s in summaries.values()}
+    if len(judges) > 1:
+        raise ValueError(f"figures of different judges ({', '.join(sorted(judges))}) are not one table")
+    judge, (rule, other) = next(iter(judges)), _headline(first)
+    title = first.get("suite", "") + (f"[{judge}]" if judge != "checker" else "")
+    row = lambda label, cell: f"| {label} | " + " | ".join(cell(summaries[n]) for n in names) + " |"  # noqa: E731
+    lines = [
+        f"| {title} {'strict' if rule == 'strict' else 'official'} | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    if any(s.get("judge", "").endswith(OWN_REWARD) for s in summaries.values()):
+        lines.append(row("**trained on this judge**", lambda s: "yes" if s["judge"].endswith(OWN_REWARD) else "no"))
+    if any(s.get("images") != s.get("of") for s in summaries.values()):
+        lines.append(row("**how much of it**", lambda s: f"partial {s['images']}/{s['of']}"))
+    for task in first[rule]:
         label = f"**{task}**" if task == "overall" else task
-        lines.append(f"| {label} | " + " | ".join(_cell(summaries[n]["strict"][task]) for n in names) + " |")
-    lines.append("| loose, overall | " + " | ".join(_cell(summaries[n]["loose"]["overall"]) for n in names) + " |")
-    share = lambda s: f"{s['diversity']['mean']:.2f}" if s.get("diversity") else "-"  # noqa: E731
-    lines.append("| diversity against the renderer | " + " | ".join(share(summaries[n]) for n in names) + " |")
-    lines.append("| evaluations per image | " + " | ".join(str(summaries[n].get("nfe", "-")) for n in names) + " |")
+        lines.append(row(label, lambda s, task=task: _cell(s[rule][task])))
+    lines.append(row(f"{other}, overall", lambda s: _cell(s[other]["overall"])))
+    for kind in first.get("breakdown") or {}:
+        lines.append(row(kind, lambda s, kind=kind: f"{s['breakdown'].get(kind, float('nan')):.3f}"))
+    if any(s.get("diversity") for s in summaries.values()):
+        lines.append(
+            row("diversity against the renderer", lambda s: f"{s['diversity']['mean']:.2f}" if s.get("diversity") else "-")
+        )
+    lines.append(row("evaluations per image", lambda s: str(s.get("nfe") or "-")))
     return "\n".join(lines) + "\n"

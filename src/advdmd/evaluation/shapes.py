@@ -1,7 +1,7 @@
 """mini-geneval and mini-dpg: the miniature's two suites, judged by the exact checker."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from advdmd.data.shapes import DENSE, HELD_OUT_TASKS, for_exams, held_out, words
-from advdmd.evaluation.benchmark import Item, Verdict
+from advdmd.evaluation.benchmark import Item, Perception, Verdict
 from advdmd.evaluation.verdict import Detection, judge, relative_position
 from advdmd.world import checker
 from advdmd.world.checker import Blob, Seen
-from advdmd.world.scene import TASKS, WORLDS, Spec, specs, stable_hash
+from advdmd.world.render import render, to_uint8
+from advdmd.world.scene import COLORS, SIZE, TASKS, WORLDS, Scene, Spec, Thing, specs, stable_hash
 
 SPLITS = ("test", "train", "exam", "pairs")
 
@@ -48,10 +49,42 @@ def _stray(seen: Seen, objects: int) -> str:
 
 def see(seen: Seen) -> dict[str, Any]:
     """What the checker saw, for records and galleries."""
-    return {
-        "background": seen.background,
-        "objects": [[b.shape, b.color, b.size, round(b.x, 1), round(b.y, 1)] for b in seen.blobs],
-    }
+    objects = [
+        {
+            "label": b.shape,
+            "color": b.color,
+            "size": b.size,
+            "box": [round(v, 1) for v in b.box],
+            "confidence": round(b.match, 3),
+        }
+        for b in seen.blobs
+    ]
+    return {"background": seen.background, "objects": objects}
+
+
+class Checker:
+    """The exact checker as a perceiver."""
+
+    name, fingerprint, batch = "checker", "checker-1", 512
+
+    def self_test(self) -> None:
+        """A rendered scene must be read back."""
+        scene = Scene("black", (Thing("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"]),))
+        (seen,) = checker.look(to_uint8(render([scene])))
+        if [(b.shape, b.color, b.size) for b in seen.blobs] != [("circle", "red", "large")]:
+            raise ValueError(f"self-test: a drawn large red circle was read as {seen}")
+
+    def look(self, items: Sequence[Item], images: Sequence[np.ndarray]) -> list[Perception]:
+        if wrong := {im.shape for im in images if im.shape != (SIZE, SIZE, 3)}:
+            raise ValueError(
+                f"images of {SIZE} x {SIZE} pixels, not {sorted(wrong)[0]}: the miniature's suites are not for others"
+            )
+        return [asdict(seen) for seen in checker.look(np.stack(list(images)))]
+
+
+def recalled(perception: Perception) -> Seen:
+    """Inverse of the checker's perception as JSON."""
+    return Seen(perception["background"], tuple(Blob(**{**b, "box": tuple(b["box"])}) for b in perception["blobs"]))
 
 
 def geneval_verdict(meta: dict[str, Any], seen: Seen) -> Verdict:
@@ -187,7 +220,17 @@ class Shapes:
                 out.append(Item(key, words(task, spec), task, meta, base + (i < more)))
         return out
 
+    def verdict(self, item: Item, perception: Perception) -> Verdict:
+        return (dpg_verdict if item.task == DENSE else geneval_verdict)(item.meta, recalled(perception))
+
     def judge(self, items: Sequence[Item], images: np.ndarray) -> list[Verdict]:
         """One verdict per image [N, 32, 32, 3], items repeated as the images are."""
-        verdict = dpg_verdict if self.name == "mini-dpg" else geneval_verdict
-        return [verdict(i.meta, s) for i, s in zip(items, checker.look(images), strict=True)]
+        return [self.verdict(i, p) for i, p in zip(items, Checker().look(items, list(images)), strict=True)]
+
+    def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
+        """mini-dpg: share of questions of each kind that hold."""
+        kinds: dict[str, list[float]] = {}
+        for v in verdicts:
+            for kind, share in v.details.get("by_kind", {}).items():
+                kinds.setdefault(kind, []).append(share)
+        return {k: float(np.mean(v)) for k, v in sorted(kinds.items())}

@@ -28,7 +28,7 @@ def relative_position(a: Detection, b: Detection) -> set[str]:
     offset = box_a.mean(0) - box_b.mean(0)
     extent = np.abs(np.diff(box_a, axis=0))[0] + np.abs(np.diff(box_b, axis=0))[0]
     revised = np.maximum(np.abs(offset) - POSITION_MARGIN * extent, 0) * np.sign(offset)
-    if not revised.any():
+    if (np.abs(revised) < 1e-3).all():
         return set()
     dx, dy = revised / np.linalg.norm(offset)
     names = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}

@@ -41,16 +41,21 @@ def read_note(path: Path) -> dict[str, Any]:
     return json.loads((path / NOTE).read_text()) if (path / NOTE).is_file() else {}
 
 
-def load_pipeline(path: Path) -> Any:
-    """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network."""
-    import diffusers
+def quiet() -> None:
+    """No warnings and no progress bars of the libraries' own."""
     import transformers
     from diffusers.utils import logging
 
-    transformers.logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
+    for library in (transformers.logging, logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def load_pipeline(path: Path) -> Any:
+    """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network."""
+    import diffusers
+
+    quiet()
     index = json.loads((path / "model_index.json").read_text())
     if not isinstance(index, dict):
         raise ValueError(f"{path / 'model_index.json'} is not a pipeline's index")
@@ -110,3 +115,11 @@ def load(name: str) -> tuple[Backbone, Sampling]:
 def in_miniature(backbone: Backbone) -> bool:
     """Whether a pipeline is one of the miniature's, whose vocabulary is closed."""
     return len(backbone.pipe.tokenizer) < 2000
+
+
+def is_miniature(name: str) -> bool:
+    """Whether a name is a local pipeline of the miniature: shipped, or with a note that says so."""
+    path = located(name)
+    if not (path / "model_index.json").is_file() or not (note := read_note(path)):
+        return False
+    return note.get("t5_length") == 0 or "side" in note

@@ -137,7 +137,7 @@ def dmd2_long(name: str, guidance: float, iterations: int = 1780) -> Recipe:
 
 # Of the teacher in distribution matching: more is faster and costs diversity.
 QUICK = {"mini-sd35": 4.8, "mini-sd3": 4.0}
-CALM = {"mini-sd35": 3.5, "mini-sd3": 2.5}
+CALM = {"mini-sd35": 3.5, "mini-sd3": 3.2}
 RECIPES = {
     f"{name}-{make.__name__.replace('_', '-')}": partial(make, name, guidance)
     for makers, guidances in (((advdmd, dmd2), QUICK), ((advdmd_long, dmd2_long), CALM))

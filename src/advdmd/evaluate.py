@@ -1,0 +1,241 @@
+"""Evaluating: which suite, which judge, draw, look, score; for students, teachers and any other diffusers pipeline."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advdmd.evaluation import detector, gallery, report, vqa
+from advdmd.evaluation.benchmark import Benchmark, Perceiver, suite_hash
+from advdmd.evaluation.diversity import diversity
+from advdmd.evaluation.dpg import DPG
+from advdmd.evaluation.generate import Painter, Shard, generate, jobs, read_images
+from advdmd.evaluation.geneval import GenEval
+from advdmd.evaluation.scoring import assess, perceive
+from advdmd.evaluation.shapes import Checker, Shapes
+from advdmd.look import painter
+from advdmd.models import load
+from advdmd.models.sampler import Sampling
+from advdmd.models.stock import Stock, StockSampling
+from advdmd.train.book import Progress
+from advdmd.train.checkpoint import file_hash, write_text
+
+SUITES = ("mini-geneval", "mini-dpg", "geneval", "dpg")
+JUDGES = "qwen-vl:FOLDER, mplug:INTERPRETER or endpoint:URL#MODEL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """How images are judged: what is refused, what is only counted."""
+
+    shard: Shard = (0, 1)
+    allow_partial: bool = False  # a figure over what is there, named partial
+    tolerant: bool = False  # go on when the judge fails on an image
+    trained_on: bool = False  # score a model by what it was rewarded with, and say so in the table
+
+
+def suite_of(
+    name: str,
+    images: int | None = None,
+    prompts: int = 48,
+    split: str = "test",
+    world: str = "half",
+    csv: Path | None = None,
+    mode: Any = "fixed",
+) -> Benchmark:
+    """A suite by name. `images` per task of the miniature's (96), per prompt of the real ones (4)."""
+    if name not in SUITES:
+        raise ValueError(f"suite {name!r}: one of {', '.join(SUITES)}")
+    if csv is not None and name != "dpg":
+        raise ValueError(f"--csv is dpg's; {name} has its own prompts")
+    if name == "dpg":
+        if csv is None:
+            raise ValueError("dpg needs --csv: DPG-Bench's prompts are not shipped, name its dpg_bench.csv")
+        return DPG(str(csv), images or 4, mode)
+    if name == "geneval":
+        return GenEval(images or 4)
+    return Shapes(name, images or 96, prompts, split, world)
+
+
+def judge_of(suite: Benchmark, detection: Path | None, clip: Path | None, judge: str | None, device: str) -> Perceiver:
+    """What looks at a suite's images."""
+    if isinstance(suite, Shapes):
+        return Checker()
+    if isinstance(suite, GenEval):
+        if detection is None or clip is None:
+            raise ValueError(
+                "geneval needs --detector (a folder made by advdmd convert-detector, or facebook's Mask2Former, which is not "
+                "comparable) and --clip (openai/clip-vit-large-patch14 as a folder)"
+            )
+        return detector.load(detection, clip, device)
+    kind, _, where = (judge or "").partition(":")
+    if kind == "qwen-vl" and where:
+        return vqa.qwen_vl(Path(where), device)
+    if kind == "mplug" and where:
+        return vqa.mplug(where)
+    if kind == "endpoint" and "#" in where:
+        url, _, model = where.rpartition("#")
+        return vqa.endpoint(url, model)
+    raise ValueError(f"judge {judge!r}: {suite.name} needs --judge {JUDGES}")
+
+
+def draw(
+    model: str,
+    suite: Benchmark,
+    folder: Path,
+    how: Sampling | None = None,
+    seed: int = 0,
+    batch: int = 512,
+    shard: Shard = (0, 1),
+) -> tuple[int, dict[str, Any]]:
+    """Draw a suite with a model of the miniature; returns evaluations an image and what is noted of the model."""
+    backbone, own = load.load(model)
+    how = how or own
+    where = load.folder_of(model)
+    about = {"weights": file_hash(load.weights_file(where)), "sampling": asdict(how)} | _rewards(load.read_note(where))
+    say, done = _progress(suite, shard), [0]
+
+    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        images = painter(backbone, backbone.net, how, lambda n: say(done[0] + n))(prompts, keys)
+        done[0] += len(prompts)
+        return images
+
+    _generate(suite, paint, folder, seed, about, batch, shard)
+    return how.nfe, {"name": Path(model).name, **load.read_note(where), **asdict(how)}
+
+
+def draw_stock(
+    model: str,
+    suite: Benchmark,
+    folder: Path,
+    how: StockSampling,
+    seed: int = 0,
+    shard: Shard = (0, 1),
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> tuple[int | None, dict[str, Any]]:
+    """Draw a suite with any diffusers pipeline, from a folder or the hub."""
+    stock, say, done = Stock(model, how, revision, device, dtype), _progress(suite, shard), [0]
+    note = load.read_note(Path(model)) if Path(model).is_dir() else {}
+    about = {"model": model, "revision": revision, "sampling": stock.told, "dtype": dtype} | _rewards(note)
+    if Path(model).is_dir():
+        weights = sorted(Path(model).rglob("*.safetensors"))
+        about["weights"] = [file_hash(f) for f in weights]
+
+    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        images = stock.paint(prompts, keys)
+        done[0] += len(prompts)
+        say(done[0])
+        return images
+
+    _generate(suite, paint, folder, seed, about, 1, shard)
+    return stock.nfe, {"name": Path(model).name, **note, "sampling": stock.told, "revision": revision}
+
+
+def _rewards(note: dict[str, Any]) -> dict[str, Any]:
+    """What a student was paid for beside the critic goes with its images, so that no metric forgets it."""
+    return {"rewards": note["rewards"]} if "rewards" in note else {}
+
+
+def _progress(suite: Benchmark, shard: Shard) -> Callable[[int], None]:
+    return Progress(f"drawing {suite.name}", len(jobs(suite, shard)))
+
+
+def _generate(
+    suite: Benchmark, paint: Painter, folder: Path, seed: int, about: dict[str, Any], batch: int, shard: Shard
+) -> None:
+    about = about | {"suite_hash": suite_hash(suite.items())}
+    generate(suite, paint, folder, seed, about, batch, shard)
+
+
+def evaluate(model: str, suite: Shapes, folder: Path, how: Sampling | None = None, seed: int = 0) -> dict[str, Any]:
+    """A model of the miniature on one of its suites: draw into `folder`, score from disk; returns the summary."""
+    nfe, about = draw(model, suite, folder, how, seed)
+    return score(suite, folder, Checker(), nfe, about)
+
+
+def score(
+    suite: Benchmark,
+    folder: Path,
+    judge: Perceiver,
+    nfe: int | None = None,
+    about: dict[str, Any] | None = None,
+    how: Scored = Scored(),
+) -> dict[str, Any]:
+    """Score a folder of images and write what was found; `about` the model goes into the record.
+
+    Raises ValueError if images or verdicts are missing (unless partial figures are allowed), if the judge fails, or if the
+    model was trained on this judge's own answers.
+    """
+    taught = taught_by(about or {}, judge.name, how.trained_on)
+    seed = _seed(folder)
+    perceive(suite, folder, judge, how.shard, how.tolerant, Progress(f"judging {suite.name}", len(jobs(suite, how.shard))))
+    found, total = assess(suite, folder, judge, seed), len(jobs(suite))
+    short = total - found.dropped - len(found.rows)
+    if short and not how.allow_partial:
+        what = f"{found.missing} images missing, {len(found.errors)} failed" + (f" ({found.errors[0]})" if found.errors else "")
+        hint = (
+            "the other shards, then score again" if how.shard != (0, 1) else "it again; --allow-partial gives a partial figure"
+        )
+        raise ValueError(f"{folder}: only {len(found.rows)}/{total} images have a verdict ({what}): run {hint}")
+    if not found.rows:
+        raise ValueError(f"{folder}: no image has a verdict")
+    items = {i.id: i for i in suite.items()}
+    summary = {
+        "suite": suite.name,
+        "suite_hash": suite_hash(suite.items()),
+        "split": suite.split,
+        "judge": judge.name + (report.OWN_REWARD if taught else ""),
+        "judge_hash": judge.fingerprint,
+        "seed": seed,
+        "images": len(found.rows),
+        "of": total - found.dropped,
+        "errors": len(found.errors),
+        "nfe": nfe,
+        "model": about,
+        "strict": report.summarise(found.rows, "strict"),
+        "loose": report.summarise(found.rows, "loose"),
+        "breakdown": suite.breakdown([items[r["item"]] for r in found.rows], [report.verdict_of(r) for r in found.rows]),
+        "diversity": _spread(suite, folder) if not short else {},
+    }
+    report.write_results(folder, found.rows, summary)
+    write_text(folder / "gallery.html", gallery.page([(folder.name, folder, found.rows)]))
+    return summary
+
+
+def taught_by(model: dict[str, Any], name: str, allowed: bool) -> bool:
+    """Whether a model's note lists a scorer or judge among its rewards; refused (ValueError) unless `allowed`."""
+    taught = name.partition("[")[0] in model.get("rewards", {})
+    if taught and not allowed:
+        raise ValueError(
+            f"this model was trained with {name} as a reward, so {name} is no evidence of its quality; --trained-on gives the "
+            "figure all the same, named so in the table"
+        )
+    return taught
+
+
+def _seed(folder: Path) -> int:
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text())["seed"] if manifest.is_file() else 0
+
+
+def _spread(suite: Benchmark, folder: Path) -> dict[str, float]:
+    """Only the miniature knows what a prompt leaves open."""
+    if not isinstance(suite, Shapes):
+        return {}
+    return diversity(suite, read_images(suite, folder), [i.id for i, _ in jobs(suite)])
+
+
+def side_by_side(ours: Path, theirs: Path) -> None:
+    """The gallery of our failures with another model's images of the same prompts and seeds beside them."""
+    columns = []
+    for folder in (ours, theirs):
+        file = folder / "verdicts.jsonl"
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no verdicts.jsonl: score it first")
+        columns.append((folder.name, folder, [json.loads(line) for line in file.read_text().splitlines()]))
+    write_text(ours / "gallery.html", gallery.page(columns))

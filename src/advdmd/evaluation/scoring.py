@@ -1,0 +1,131 @@
+"""From images on disk to verdicts: each image is looked at once, what was seen is kept, verdicts are worked out from that.
+
+perceptions-IofN.jsonl is append-only, a line an image, keyed by item, image hash and judge: a killed run goes on, shards are
+joined by reading them all, another judge adds lines of its own.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from advdmd.evaluation.benchmark import Benchmark, Item, Perceiver, Perception
+from advdmd.evaluation.generate import Shard, image_path, jobs
+from advdmd.train.checkpoint import file_hash
+
+Key = tuple[str, int, str]  # item, k, hash of the image file
+
+
+class Assessed(NamedTuple):
+    """A row per image that has a verdict; how many have none, and why."""
+
+    rows: list[dict[str, Any]]
+    missing: int  # not drawn, or not looked at
+    errors: list[str]  # the judge failed on them
+    dropped: int  # left out by the suite's own arithmetic
+
+
+def read_image(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8, upright. Raises ValueError if it is no image."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path} cannot be read as an image ({e}): delete it and draw it again") from None
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """All whole lines; a last one that a kill cut short has no end and is passed over."""
+    for path in sorted(folder.glob("perceptions-*.jsonl")):
+        for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                found = json.loads(line)
+                assert {"item", "k", "image", "judge"} <= set(found)
+            except (ValueError, TypeError, AssertionError):
+                raise ValueError(f"{path}, line {n} is damaged: delete the line, its image is looked at again") from None
+            yield found
+
+
+def _known(folder: Path, judge: Perceiver) -> dict[Key, dict[str, Any]]:
+    """What was seen, or the error, by image: later lines win."""
+    return {(r["item"], r["k"], r["image"]): r for r in _lines(folder) if r["judge"] == judge.fingerprint}
+
+
+def _append_to(path: Path) -> BinaryIO:
+    """Open for appending, after whatever a kill left behind the last whole line is cut off."""
+    if path.exists():
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+    return open(path, "ab")
+
+
+def perceive(
+    suite: Benchmark,
+    folder: Path,
+    judge: Perceiver,
+    shard: Shard = (0, 1),
+    tolerant: bool = False,
+    say: Callable[[int], object] | None = None,
+) -> None:
+    """Show the judge every image of the shard that it has not seen.
+
+    What it raises is written down and ends the run (as ValueError), unless `tolerant`; the next run tries again.
+    """
+    known = {k for k, r in _known(folder, judge).items() if "error" not in r}
+    wanted = [(item, k, image_path(folder, item, k)) for item, k in jobs(suite, shard)]
+    hashed = [(item, k, path, file_hash(path)) for item, k, path in wanted if path.exists()]
+    todo = [x for x in hashed if (x[0].id, x[1], x[3]) not in known]
+    if not todo:
+        return
+    judge.self_test()
+    with _append_to(folder / f"perceptions-{shard[0]}of{shard[1]}.jsonl") as file:
+        for i in range(0, len(todo), judge.batch):
+            part = todo[i : i + judge.batch]
+            seen, error = _look(judge, [x[0] for x in part], [x[2] for x in part])
+            for (item, k, _, image), found in zip(part, seen, strict=True):
+                line = {"item": item.id, "k": k, "image": image, "judge": judge.fingerprint, **found}
+                file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            if error and not tolerant:
+                raise ValueError(f"{part[0][2]}: {judge.name}: {error}; what was seen before is kept")
+            if say:
+                say(min(i + judge.batch, len(todo)))
+
+
+def _look(judge: Perceiver, items: Sequence[Item], paths: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
+    """One record per image, {"seen": ...} or {"error": ...}, and the error."""
+    try:
+        return [{"seen": s} for s in judge.look(items, [read_image(p) for p in paths])], ""
+    except (ValueError, RuntimeError, OSError) as e:  # a judge's failure is a finding, not a crash
+        error = f"{type(e).__name__}: {e}"
+        return [{"error": error}] * len(items), error
+
+
+def assess(suite: Benchmark, folder: Path, judge: Perceiver, seed: int) -> Assessed:
+    """Verdicts on everything the judge has seen, of all shards. No model runs."""
+    known, rows, errors, missing, dropped = _known(folder, judge), [], [], 0, 0
+    for item, k in jobs(suite):
+        path = image_path(folder, item, k)
+        image = file_hash(path) if path.exists() else ""
+        found = known.get((item.id, k, image))
+        if found is None:
+            missing += 1
+        elif "error" in found:
+            errors.append(f"{item.id}/{k}: {found['error']}")
+        else:
+            seen: Perception = found["seen"]
+            try:
+                verdict = suite.verdict(item, seen)
+            except LookupError:
+                dropped += 1
+                continue
+            about = {"item": item.id, "k": k, "task": item.task, "prompt": item.prompt, "seed": seed}
+            rows.append(about | {"image": image, "judge": judge.name} | asdict(verdict))
+    return Assessed(rows, missing, errors, dropped)

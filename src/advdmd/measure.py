@@ -1,0 +1,96 @@
+"""Metrics of images that are already drawn: scorers per prompt, variety within prompts, distance to another folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from advdmd.evaluate import taught_by
+from advdmd.evaluation import report
+from advdmd.evaluation.benchmark import Benchmark, suite_hash
+from advdmd.evaluation.generate import image_path, jobs
+from advdmd.evaluation.metrics import distance
+from advdmd.evaluation.metrics.clip import clip_score
+from advdmd.evaluation.metrics.named import SCORERS, load_scorer
+from advdmd.evaluation.scoring import read_image
+from advdmd.train.book import Progress
+from advdmd.train.checkpoint import write_text
+
+OF_SETS = ("diversity", "frechet", "kernel")  # one figure for all images, in the features of a CLIP
+METRICS = (*SCORERS, *OF_SETS)
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+BATCH = 16
+
+
+def measure(
+    suite: Benchmark,
+    folder: Path,
+    metric: str,
+    weights: Path,
+    reference: Path | None = None,
+    device: str = "cpu",
+    trained_on: bool = False,
+) -> dict[str, Any]:
+    """One metric over a suite's images in `folder`; writes metric-NAME.json there and returns it.
+
+    Raises ValueError on an unknown metric, missing images, weights that do not fit, or a model trained on this metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r}: one of {', '.join(METRICS)}")
+    if (reference is not None) != (metric in ("frechet", "kernel")):
+        raise ValueError(f"--reference goes with frechet and kernel, a folder of images to compare with; metric={metric}")
+    wanted = jobs(suite)
+    paths = [image_path(folder, item, k) for item, k in wanted]
+    if lost := [p for p in paths if not p.exists()]:
+        raise ValueError(f"{folder}: {len(lost)} of {len(paths)} images are missing, the first {lost[0]}")
+    manifest = folder / "manifest.json"
+    taught = taught_by(json.loads(manifest.read_text()) if manifest.is_file() else {}, metric, trained_on)
+    about = {"suite": suite.name, "suite_hash": suite_hash(suite.items()), "images": len(paths)}
+    if metric in SCORERS:
+        found = _scored(wanted, paths, load_scorer(metric, weights, device))
+    else:
+        found = _of_sets(metric, paths, [item.prompt for item, _ in wanted], weights, reference, device)
+    result = {**about, **found, "name": found["name"] + (report.OWN_REWARD if taught else "")}
+    write_text(folder / f"metric-{metric}.json", json.dumps(result, indent=1))
+    return result
+
+
+def _scored(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> dict[str, Any]:
+    """A figure per image; its mean over tasks with an interval over prompts."""
+    say, rows = Progress(scorer.name, len(paths)), []
+    for i in range(0, len(paths), BATCH):
+        part = wanted[i : i + BATCH]
+        scores = scorer.score([read_image(p) for p in paths[i : i + BATCH]], [item.prompt for item, _ in part])
+        rows += [
+            {"task": item.task, "item": item.id, "k": k, "score": round(float(s), 5)}
+            for (item, k), s in zip(part, scores, strict=True)
+        ]
+        say(min(i + BATCH, len(paths)))
+    if not all(np.isfinite(r["score"]) for r in rows):
+        raise ValueError(f"{scorer.name} gave a score that is not finite: its weights are broken")
+    return {"name": scorer.name, "weights": scorer.fingerprint, **report.summarise(rows, "score")["overall"], "rows": rows}
+
+
+def _of_sets(
+    metric: str, paths: Sequence[Path], prompts: Sequence[str], weights: Path, reference: Path | None, device: str
+) -> dict[str, Any]:
+    clip = clip_score(weights, device)
+
+    def features(files: Sequence[Path]) -> np.ndarray:
+        say, out = Progress(f"{metric}: features", len(files)), []
+        for i in range(0, len(files), BATCH):
+            out.append(clip.embed([read_image(p) for p in files[i : i + BATCH]]))
+            say(min(i + BATCH, len(files)))
+        return torch.cat(out).numpy()
+
+    name = f"{metric}[{clip.name.partition('[')[2]}"
+    if reference is None:
+        return {"name": name, "weights": clip.fingerprint, "mean": distance.within_prompts(features(paths), prompts)}
+    theirs = sorted(p for p in reference.rglob("*") if p.suffix.lower() in PICTURES)
+    if not theirs:
+        raise ValueError(f"{reference} holds no images ({', '.join(sorted(PICTURES))})")
+    value = {"frechet": distance.frechet, "kernel": distance.kernel}[metric](features(paths), features(theirs))
+    return {"name": name, "weights": clip.fingerprint, "mean": value, "reference_images": len(theirs)}

@@ -1,0 +1,205 @@
+"""From images on disk to a table: nothing lost, nothing silent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advdmd import evaluate
+from advdmd.evaluation import report, scoring
+from advdmd.evaluation.generate import generate, image_path, jobs
+from advdmd.evaluation.geneval import GenEval
+from advdmd.evaluation.shapes import Checker, Shapes
+from tests.evaluation import tiny
+from tests.evaluation.test_evaluation import paint_true
+
+SUITE = Shapes("mini-geneval", 8, 4)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """True images, the last one of each task spoilt."""
+    folder = tmp_path / "drawn"
+    generate(SUITE, paint_true(SUITE), folder, 3, {"model": "renderer"})
+    for item in {i.task: i for i in SUITE.items()}.values():
+        Image.new("RGB", (32, 32), "white").save(image_path(folder, item, item.n_images - 1))
+    return folder
+
+
+def lines(folder):
+    return [r for f in folder.glob("perceptions-*.jsonl") for r in tiny.loads(f.read_text())]
+
+
+def test_two_shards_equal_one_run(drawn, tmp_path):
+    whole = evaluate.score(SUITE, drawn, Checker())
+    records = {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())}
+    for f in drawn.glob("perceptions-*"):
+        f.unlink()
+    with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other shards"):
+        evaluate.score(SUITE, drawn, Checker(), how=evaluate.Scored(shard=(0, 2)))
+    assert evaluate.score(SUITE, drawn, Checker(), how=evaluate.Scored(shard=(1, 2))) == whole
+    assert {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())} == records
+    assert len(list(drawn.glob("perceptions-*.jsonl"))) == 2
+    assert len(lines(drawn)) == len(jobs(SUITE)) == whole["images"] == 48
+    assert whole["strict"]["overall"]["mean"] == pytest.approx(1 - 6 / 48)
+
+
+def test_shards_part_the_items():
+    parts = [{i.id for i, _ in jobs(SUITE, (i, 3))} for i in range(3)]
+    assert set.union(*parts) == {i.id for i in SUITE.items()}
+    assert sum(map(len, parts)) == len(SUITE.items())
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from advdmd.evaluation import scoring
+from advdmd.evaluation.shapes import Checker, Shapes
+
+class Slow(Checker):
+    batch = 1
+    def look(self, items, images):
+        time.sleep(0.02)
+        return super().look(items, images)
+
+scoring.perceive(Shapes("mini-geneval", 8, 4), Path(sys.argv[1]), Slow())
+"""
+
+
+def test_a_killed_run_goes_on_and_looks_at_nothing_twice(drawn):
+    """SIGKILL in the middle, and a last line cut in two, as a kill during a write leaves it."""
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(drawn)])
+    record = drawn / "perceptions-0of1.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_bytes().count(b"\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = record.read_bytes()
+    assert 5 <= before.count(b"\n") < 48
+    with open(record, "ab") as f:
+        f.write(b'{"item": "single_obj')
+    killed = evaluate.score(SUITE, drawn, Checker())
+    found = lines(drawn)
+    assert record.read_bytes().startswith(before)
+    assert len(found) == len({(r["item"], r["k"]) for r in found}) == 48
+    for f in drawn.glob("perceptions-*"):
+        f.unlink()
+    assert evaluate.score(SUITE, drawn, Checker()) == killed
+
+
+def test_an_image_drawn_again_is_looked_at_again(drawn):
+    low = evaluate.score(SUITE, drawn, Checker())["strict"]["overall"]["mean"]
+    images = dict(zip([(i.id, k) for i, k in jobs(SUITE)], paint_true(SUITE)([], [(0, i.id, k, 0) for i, k in jobs(SUITE)])))
+    for item, k in jobs(SUITE):
+        Image.fromarray(images[item.id, k]).save(image_path(drawn, item, k))
+    assert evaluate.score(SUITE, drawn, Checker())["strict"]["overall"]["mean"] == 1 > low
+    assert len(lines(drawn)) == 48 + 6
+
+
+def test_a_damaged_line_is_named(drawn):
+    evaluate.score(SUITE, drawn, Checker())
+    record = drawn / "perceptions-0of1.jsonl"
+    text = record.read_bytes().split(b"\n")
+    text[4] = text[4][:-9]
+    record.write_bytes(b"\n".join(text))
+    with pytest.raises(ValueError, match=r"perceptions-0of1\.jsonl, line 5 is damaged"):
+        evaluate.score(SUITE, drawn, Checker())
+
+
+class Moody(Checker):
+    """A judge that fails on all-white images."""
+
+    batch = 1
+
+    def look(self, items, images):
+        if np.min(images[0]) == 255:
+            raise RuntimeError("out of memory")
+        return super().look(items, images)
+
+
+def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(drawn):
+    with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was seen before is kept"):
+        evaluate.score(SUITE, drawn, Moody())
+    with pytest.raises(ValueError, match=r"only 42/48.*0 images missing, 6 failed.*out of memory"):
+        evaluate.score(SUITE, drawn, Moody(), how=evaluate.Scored(tolerant=True))
+    assert not (drawn / "table.md").exists()
+    summary = evaluate.score(SUITE, drawn, Moody(), how=evaluate.Scored(tolerant=True, allow_partial=True))
+    assert (summary["images"], summary["of"], summary["errors"]) == (42, 48, 6)
+    assert "partial 42/48" in (drawn / "table.md").read_text()
+    assert evaluate.score(SUITE, drawn, Checker())["errors"] == 0, "a later run tries them again"
+
+
+def test_broken_images_are_named(drawn):
+    item = SUITE.items()[0]
+    image_path(drawn, item, 0).write_bytes(b"\x89PNG broken")
+    with pytest.raises(ValueError, match=r"cannot be read as an image"):
+        evaluate.score(SUITE, drawn, Checker())
+
+
+def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
+    a = evaluate.score(SUITE, drawn, Checker())
+    with pytest.raises(ValueError, match="different judges"):
+        report.markdown({"a": a, "b": a | {"judge": "another"}})
+    (tmp_path / "b.json").write_text(json.dumps(json.loads((drawn / "scores.json").read_text()) | {"judge_hash": "other"}))
+    with pytest.raises(ValueError, match="different judges"):
+        report.compare([drawn], [tmp_path / "b.json"])
+
+
+def test_a_model_is_not_scored_by_its_own_reward_unless_the_table_says_so(drawn):
+    with pytest.raises(ValueError, match="trained with checker as a reward"):
+        evaluate.score(SUITE, drawn, Checker(), about={"rewards": {"checker": 0.5}})
+    summary = evaluate.score(SUITE, drawn, Checker(), about={"rewards": {"checker": 0.5}}, how=evaluate.Scored(trained_on=True))
+    assert "| **trained on this judge** | yes |" in report.markdown({"x": summary})
+
+
+def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn, tmp_path):
+    evaluate.score(SUITE, drawn, Checker())
+    page = (drawn / "gallery.html").read_text()
+    assert page.count("<article>") == 6
+    assert "expected" in page
+    assert "http" not in page.replace("http-equiv", "")
+    other = tmp_path / "other"
+    generate(SUITE, paint_true(SUITE), other, 3, {"model": "renderer"})
+    evaluate.score(SUITE, other, Checker())
+    evaluate.side_by_side(drawn, other)
+    page = (drawn / "gallery.html").read_text()
+    assert page.count("<figure>") == 12
+    assert "<rect" in page
+    assert ">other</b>" in page
+
+
+def test_text_from_prompts_cannot_become_markup(tmp_path):
+    from advdmd.evaluation import gallery
+
+    row = {"item": "x", "k": 0, "task": "t", "prompt": "<script>alert(1)</script>", "loose": 0, "strict": 0, "reason": "<b>"}
+    row["details"] = {"objects": [{"label": "<i>", "box": [0, 0, 1, 1], "confidence": 1.0}]}
+    path = tmp_path / "images/x/0.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (600, 900)).save(path)
+    page = gallery.page([("<u>", tmp_path, [row])])
+    assert not any(tag in page for tag in ("<script>alert", "<b>x", "<i>", "<u>"))
+
+
+def test_genevals_own_layout_is_read(tmp_path):
+    """ITEM/samples/0000K.png, and images of any size."""
+    suite = GenEval(1)
+    item = suite.items()[0]
+    (tmp_path / item.id / "samples").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / item.id / "samples/00000.png")
+    assert image_path(tmp_path, item, 0).is_file()
+    assert scoring.read_image(image_path(tmp_path, item, 0)).shape == (30, 40, 3)
+
+
+def test_images_turned_by_exif_are_upright(tmp_path):
+    image = Image.new("RGB", (40, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert scoring.read_image(tmp_path / "x.jpg").shape == (40, 30, 3)

@@ -1,0 +1,139 @@
+"""Any diffusers pipeline is evaluated through its own call."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advdmd import evaluate
+from advdmd.evaluation import vqa
+from advdmd.evaluation.benchmark import suite_hash
+from advdmd.evaluation.dpg import DPG
+from advdmd.evaluation.generate import image_path, jobs
+from advdmd.evaluation.geneval import GenEval
+from advdmd.models.stock import Stock, StockSampling
+from tests.evaluation import tiny
+from tests.test_product import cli
+
+
+@pytest.fixture(scope="module")
+def foreign(tiny_folder, tmp_path_factory):
+    """A stock SD3 folder without T5 and without a note of ours."""
+    folder = tmp_path_factory.mktemp("foreign") / "pipe"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "advdmd.json").unlink()
+    return folder
+
+
+def test_settings_become_the_pipelines_own_arguments(foreign):
+    stock = Stock(str(foreign), StockSampling(steps=2, guidance=3.0, height=32, width=32))
+    assert stock.told == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
+    assert stock.nfe == 4
+    assert Stock(str(foreign), StockSampling(steps=3, guidance=1.0)).nfe == 3
+    assert Stock(str(foreign), StockSampling()).nfe == 56, "the pipeline's own 28 steps and guidance 7"
+    a, b = (stock.paint(["a picture"], [("s", k)]) for k in (0, 1))
+    assert a.shape == (1, 32, 32, 3)
+    assert not np.array_equal(a, b)
+    assert np.array_equal(stock.paint(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
+    with pytest.raises(ValueError, match="steps=0"):
+        StockSampling(steps=0)
+
+
+def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="cannot be loaded as a diffusers pipeline"):
+        Stock(str(tmp_path), StockSampling())
+
+
+def test_geneval_from_the_command_line_with_a_stock_pipeline(foreign, tmp_path):
+    """One prompt of the 553: drawn, detected, named partial, resumed without drawing again, refused without the flag."""
+    suite = GenEval(1)
+    n = next(n for n in range(400, 2000) if len(jobs(suite, (0, n))) == 1)
+    tiny.detector().save_pretrained(tmp_path / "det")
+    tiny.save_clip(tmp_path / "clip")
+    args = ["eval", foreign, "geneval", "--images", 1, "--steps", 1, "--guidance", 1]
+    args += ["--shard", f"0/{n}", "--out", tmp_path / "out", "--threads", 1, "--clip", tmp_path / "clip"]
+    done = cli(*args)
+    assert done.returncode == 2
+    assert "geneval needs --detector" in done.stderr
+    assert not (tmp_path / "out").exists()
+    args += ["--detector", tmp_path / "det"]
+    done = cli(*args)
+    assert done.returncode == 2, done.stdout
+    assert "only 1/553 images have a verdict" in done.stderr
+    ((item, k),) = jobs(suite, (0, n))
+    when = image_path(tmp_path / "out", item, k).stat().st_mtime
+    done = cli(*args, "--allow-partial")
+    assert done.returncode == 0, done.stderr
+    assert "geneval[mask2former-swin-s + clip (other weights than GenEval's: not comparable)] official" in done.stdout
+    assert "partial 1/553" in done.stdout
+    assert image_path(tmp_path / "out", item, k).stat().st_mtime == when
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert (table["nfe"], table["suite_hash"], table["images"]) == (1, suite_hash(suite.items()), 1)
+
+
+def test_dpg_with_a_judge_gives_categories_and_its_name(tmp_path):
+    """Every image red, so that the question about red holds; answers are kept and not asked for twice."""
+    csv = tiny.save_dpg(tmp_path / "dpg.csv")
+    suite, asked = DPG(str(csv), 2), []
+    for item, k in jobs(suite):
+        image_path(tmp_path, item, k).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(image_path(tmp_path, item, k))
+
+    def answer(picture, question):
+        asked.append(question)
+        return float("blue" not in question and "barking" not in question)
+
+    judge = vqa.Asker("some-judge", "f1", answer)
+    summary = evaluate.score(suite, tmp_path, judge)
+    assert summary["loose"]["overall"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
+    assert summary["strict"]["overall"]["mean"] == 0.5
+    assert summary["breakdown"]["entity - state"] == 0
+    assert summary["breakdown"]["attribute"] == 1
+    assert "dpg[some-judge] official" in (tmp_path / "table.md").read_text()
+    n = len(asked)
+    assert evaluate.score(suite, tmp_path, judge) == summary
+    assert len(asked) == n
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["dpg"], "dpg needs --csv"),
+        (["dpg", "--csv", "{csv}"], "needs --judge qwen-vl"),
+        (["dpg", "--csv", "{csv}", "--judge", "gpt"], "judge 'gpt'"),
+        (["geneval", "--csv", "{csv}"], "--csv is dpg's"),
+        (["mini-geneval", "--shard", "2/2"], "--shard '2/2'"),
+        (["imagenet"], "suite 'imagenet': one of mini-geneval"),
+        (["mini-geneval", "--split", "exam"], "only mini-dpg"),
+    ],
+)
+def test_wrong_suites_judges_and_shards_end_with_one_line(words, says, tmp_path, tiny_folder):
+    csv = tiny.save_dpg(tmp_path / "dpg.csv")
+    done = cli("eval", tiny_folder, *[w.replace("{csv}", str(csv)) for w in words], "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny_folder, tmp_path):
+    """AdvDMD with and without a scorer: the first policy turn differs, the note of the student names it."""
+    from advdmd import run
+    from advdmd.recipes.find import resolve
+    from tests.test_product import SMALL
+
+    weights = tiny.save_clip(tmp_path / "clip")
+    words = [*SMALL, f"teacher={tiny_folder}", "algorithm.warmup=0", "algorithm.gated=false", "iterations=1"]
+    logs = {}
+    for name, more in {"plain": [], "paid": [f"rewards=[2*clipscore:{weights}]"]}.items():
+        student = run.train(*resolve("mini-sd35-advdmd", [*words, *more]), tmp_path / name)
+        logs[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())
+        note = json.loads((student / "advdmd.json").read_text())
+        assert note.get("rewards", {}) == ({"clipscore": 2.0} if more else {})
+    assert "reward/clipscore[clip]_spread" in logs["paid"]
+    assert logs["paid"]["student/policy/norm"] != logs["plain"]["student/policy/norm"]
+    assert logs["paid"]["reward/end"] == logs["plain"]["reward/end"]
+    with pytest.raises(ValueError, match="only AdvDMD has policy turns"):
+        resolve("mini-sd35-dmd2", [f"rewards=[1*clipscore:{weights}]"])
