@@ -183,7 +183,8 @@ def evaluate(
         raise ValueError(f"--dtype {dtype!r}: float32, bfloat16 or float16")
     if against is not None:
         report.read_scores(against)
-    looks = go.judge_of(bench, detector, clip, judge, device)  # before any drawing: what is missing is said now
+    looks = go.judge_of(bench, detector, clip, judge, device)
+    looks.self_test()  # before any drawing: what is missing or broken is said now
     how = go.Scored(shard=part, allow_partial=allow_partial, tolerant=keep_going, trained_on=trained_on)
     if load.is_miniature(model) and (height, width) == (None, None):
         nfe, about = go.draw(model, bench, out, _how(model, steps, guidance), seed, shard=part)

@@ -72,11 +72,11 @@ def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
     path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
     rng = Rng(0, 0, range(64))
     cast.auc.fill_(0.9)
-    gain, _ = algorithm.advantages(cast, path, c, rng)
+    gain, _ = algorithm.advantages(cast, path, Batch(c, c), rng)
     torch.testing.assert_close(gain.unflatten(-1, (8, 8)).sum(-1), torch.zeros(3, 8), atol=1e-4, rtol=0)
     assert gain.abs().max() > 0.5
     cast.auc.fill_(0.5)
-    assert (algorithm.advantages(cast, path, c, rng)[0] == 0).all()
+    assert (algorithm.advantages(cast, path, Batch(c, c), rng)[0] == 0).all()
 
 
 @pytest.mark.parametrize(("credit", "check"), [("step", 0), ("final", 1), ("both", 2)])
@@ -84,7 +84,10 @@ def test_credit_is_what_its_name_says(credit, check):
     world = Mixture()
     cast, c = toy_cast(world, Net(2), 4), torch.arange(64) // 8 % 2
     path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
-    gains = {k: AdvDMD(**ADV, credit=k).advantages(cast, path, c, Rng(0, 0, range(64)))[0] for k in ("step", "final", "both")}
+    gains = {
+        k: AdvDMD(**ADV, credit=k).advantages(cast, path, Batch(c, c), Rng(0, 0, range(64)))[0]
+        for k in ("step", "final", "both")
+    }
     torch.testing.assert_close(gains["both"], 0.5 * (gains["step"] + gains["final"]))
     assert (gains["final"][0] == gains["final"][1]).all()
     assert not torch.equal(gains["step"][0], gains["step"][1])
@@ -222,6 +225,32 @@ def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, misma
         # The table for one shared rollout: 21 with all hops, and the critic's half-depth passes on top.
         assert parts["rollout"] + parts["policy"] + parts["match"] == 19
         assert sum(algorithm.forwards(0, depth, backward=1.0).values()) <= 22
+
+
+@pytest.mark.parametrize(("turns", "every"), [(2, 1), (1, 2), (3, 4)])
+def test_more_matching_on_a_path_and_fewer_samples_judged_cost_as_declared(tiny_folder, backbone, turns, every):
+    algorithm = AdvDMD(group=4, mismatch=0.5, warmup=9, match_turns=turns, judge_every=every, critic_steps=2)
+    declared = algorithm.forwards(5, 0.5, backward=0.0)
+    assert count_passes(tiny_folder, backbone, algorithm) == pytest.approx(sum(declared.values()))
+    assert declared["match"] == turns * 4
+    assert declared["critic"] == pytest.approx(1.5 / every)
+    dmd2 = DMD2(gan=0.0, match_turns=turns)
+    assert count_passes(tiny_folder, backbone, dmd2) == pytest.approx(sum(dmd2.forwards(5, 0.5, backward=0.0).values()))
+
+
+def test_matching_turns_on_one_path_draw_anew(tiny_folder, backbone):
+    """Two turns are not one turn twice: the second looks at hops, levels and noise of its own."""
+    seen = []
+    algorithm = DMD2(gan=0.0, match_turns=2)
+    cast, b = make_cast(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+
+    def teacher(x, t, c):
+        seen.append(t.clone())
+        return cast.teacher(x, t, c)
+
+    algorithm.iteration(cast._replace(teacher=teacher), b, 0, Rng(0, 0, range(len(b))))
+    assert len(seen) == 2
+    assert not torch.equal(*seen)
 
 
 def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone):

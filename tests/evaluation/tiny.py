@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 
 from advdmd.evaluation import mask2former
@@ -76,8 +77,29 @@ def image_processor():
     return CLIPImageProcessorPil()
 
 
-def save_clip(folder, seed=0, hidden_act="quick_gelu"):
+def tell_red_from_blue(model, tokenizer):
+    """Bend the image projection so that the two drawn squares of the self-test land on their names."""
+    from advdmd.evaluation import detector
+
+    colours = detector.Colours(model, tokenizer, image_processor())
+    mask = np.zeros((128, 128), bool)
+    mask[32:96, 32:96] = True
+    crops = []
+    for rgb in ((224, 31, 31), (31, 64, 230)):
+        image = np.full((128, 128, 3), 200, np.uint8)
+        image[mask] = rgb
+        crops.append(detector.crop(image, mask, (32, 32, 96, 96)))
+    with torch.no_grad():
+        pixels = image_processor()(crops, return_tensors="pt").pixel_values
+        seen = model.vision_model(pixel_values=pixels).pooler_output
+        names = colours._classifier("book")[[COLORS.index("red"), COLORS.index("blue")]]
+        model.visual_projection.weight.copy_((torch.linalg.pinv(seen) @ names).T)
+
+
+def save_clip(folder, seed=0, hidden_act="quick_gelu", able=False):
     model, tokenizer = clip(seed, hidden_act)
+    if able:
+        tell_red_from_blue(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)

@@ -44,6 +44,8 @@ class AdvDMD:
     warmup: int = 60
     ramp: int = 60
     match_every: int = 2
+    match_turns: int = 1  # descents on distribution matching per path, where it is due
+    judge_every: int = 1  # one sample in so many is shown to the critic, which costs most where it has a trunk of its own
     credit: Literal["step", "final", "both"] = "both"
     final_levels: tuple[float, ...] = (0.02, 0.1, 0.3)
     mismatch: float = 0.0  # weight of real images under wrong captions as further fakes
@@ -63,10 +65,14 @@ class AdvDMD:
             raise ValueError("AdvDMD(eta=0): without noise a hop is no action to prefer; use 0 < eta <= 1")
         if self.group < 2:
             raise ValueError(f"AdvDMD(group={self.group}): an advantage compares at least two samples of a prompt")
-        for name in ("critic_steps", "micro", "match_every"):
+        for name in ("critic_steps", "micro", "match_every", "match_turns", "judge_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
+        if self.group % self.judge_every:
+            raise ValueError(
+                f"AdvDMD(judge_every={self.judge_every}): must divide group={self.group}, so that no prompt is left out"
+            )
         if self.clip <= 0 or min(self.mismatch, self.gan) < 0 or not 0 <= self.auc_memory < 1:
             raise ValueError(
                 f"AdvDMD(clip={self.clip}, mismatch={self.mismatch}, gan={self.gan}, auc_memory={self.auc_memory}): "
@@ -109,10 +115,10 @@ class AdvDMD:
         return {
             "rollout": self.steps,
             "fake": grad,
-            "critic": self.critic_learns(step) * (2 + bool(self.mismatch)) * depth * (1 + backward * trunk),
+            "critic": self.critic_learns(step) * (2 + bool(self.mismatch)) * depth * (1 + backward * trunk) / self.judge_every,
             "reward": turn.policy * (self.steps - 1 + len(self.final_levels)) * depth,
             "policy": turn.policy * (self.steps - 1) * grad,
-            "match": turn.match * (grad + 2 + 1 + bool(self.gan) * 2 * depth),
+            "match": turn.match * self.match_turns * (grad + 2 + 1 + bool(self.gan) * 2 * depth),
         }
 
     def iteration(self, cast: Cast, batch: Batch, step: int, rng: Rng) -> Log:
@@ -153,7 +159,8 @@ class AdvDMD:
             def landing(k: Tensor) -> Tensor:  # where the critic will meet what hop k saw
                 return torch.where(k + 1 < K, path.t[k + 1], rng.uniform("match.w", *FINAL))
 
-            log |= turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan, level=landing)
+            how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan, "level": landing}
+            log |= turns.match(cast, path, cond, rng, **how)
         return log
 
     def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng, judging: bool) -> Log:
@@ -163,28 +170,31 @@ class AdvDMD:
         noise = rng.normal("critic.real", shape)
         wrong = cond[torch.arange(N).roll(self.group)]  # the same real image under the next prompt of the batch
         other = differ(wrong, cond)  # two prompts of a batch may be the same words
-        real_logits, fake_logits = torch.empty(N), torch.empty(N)
+        real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
+        shown = (torch.arange(N) % self.judge_every == 0) & judging
 
         def judge(i: Tensor) -> Tensor:
-            if not judging:
-                return torch.zeros(len(i))
+            loss, seen = torch.zeros(len(i)), shown[i]
+            if not seen.any():
+                return loss
+            i = i[seen]
             real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
             real_logits[i], fake_logits[i] = real.detach().float(), fake.detach().float()
-            loss = losses.critic(real, fake)
+            told = losses.critic(real, fake)
             if self.mismatch:
-                shown = flow.interpolate(batch.real[i], noise[i], t[i])
-                loss = loss + self.mismatch * other[i] * losses.mismatch(cast.critic(shown, t[i], wrong[i]))
-            return loss
+                image = flow.interpolate(batch.real[i], noise[i], t[i])
+                told = told + self.mismatch * other[i] * losses.mismatch(cast.critic(image, t[i], wrong[i]))
+            return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told)
 
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         if not judging:
             return log
         for level in range(1, K + 1):
-            at = k == level
+            at = shown & (k == level)
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]
             cast.auc[level - 1] = self.auc_memory * cast.auc[level - 1] + (1 - self.auc_memory) * now
             log[f"critic/auc_{level}"] = cast.auc[level - 1].item()
-        log["critic/gap"] = (real_logits.mean() - fake_logits.mean()).item()
+        log["critic/gap"] = (real_logits[shown].mean() - fake_logits[shown].mean()).item()
         return log
 
     def critic_states(self, path: Path, rng: Rng, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:

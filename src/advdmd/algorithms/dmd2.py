@@ -23,13 +23,14 @@ class DMD2:
     shift: float = 3.0
     group: int = 8  # samples per prompt: only the dealing of batches looks at it
     critic_steps: int = 5  # minibatches in which fake score and critic catch up (two time-scale rule)
+    match_turns: int = 1  # descents of the student per path
     micro: int = 64
     gan: float = 5e-3  # weight of the generator's GAN loss
     u_range: tuple[float, float] = (0.02, 0.98)
     auc_memory: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("steps", "group", "critic_steps", "micro"):
+        for name in ("steps", "group", "critic_steps", "match_turns", "micro"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DMD2({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
@@ -48,7 +49,8 @@ class DMD2:
             "rollout": self.steps,
             "fake": grad,
             "critic": gan * 2 * depth * (1 + backward * trunk),
-            "match": grad + 2 + 1 + gan * 2 * depth,  # forward through the trunk, and back to x but not to its weights
+            "match": self.match_turns
+            * (grad + 2 + 1 + gan * 2 * depth),  # forward through the trunk, and back to x but not to its weights
         }
 
     def iteration(self, cast: Cast, batch: Batch, step: int, rng: Rng) -> Log:
@@ -75,4 +77,5 @@ class DMD2:
         now = losses.auc(real_logits, fake_logits)
         cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
         log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}
-        return log | turns.match(cast, path, cond, rng, micro=self.micro, u_range=self.u_range, gan=self.gan)
+        how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan}
+        return log | turns.match(cast, path, cond, rng, **how)

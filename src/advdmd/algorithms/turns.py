@@ -46,18 +46,23 @@ def match(
     *,
     micro: int,
     u_range: tuple[float, float],
+    times: int = 1,
     gan: float = 0.0,
     level: Callable[[Tensor], Tensor] | None = None,
 ) -> Log:
-    """One descent of the student on distribution matching: gradient flows through one random hop of the path.
+    """Descents of the student on distribution matching, `times` on one path: gradient flows through one random hop of it.
 
-    With gan > 0 the critic's gradient joins it: the x0 seen at hops k is shown re-noised to `level(k)`, or where matching
-    looks if there is no such rule.
+    A path costs as much as a descent, and its states stay the student's own for a few small steps. With gan > 0 the critic's
+    gradient joins: the x0 seen at hops k is shown re-noised to `level(k)`, or where matching looks if there is no such rule.
     """
-    k = late_exits(rng, "match.k", path.hops)
-    x, t = path.at(k)
-    u, e = rng.uniform("match.u", *u_range), rng.normal("match.e", path.x.shape[2:])
-    w = level(k) if level else u
-    parts = torch.arange(len(x)).split(micro)
-    parted = (match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], k[i], w[i], gan) for i in parts)
-    return cast.student.descend(parted, turn="match")
+    log: Log = {}
+    for turn in range(times):
+        name = f"match{turn or ''}"  # draws of its own
+        k = late_exits(rng, f"{name}.k", path.hops)
+        x, t = path.at(k)
+        u, e = rng.uniform(f"{name}.u", *u_range), rng.normal(f"{name}.e", path.x.shape[2:])
+        w = level(k) if level else u
+        parts = torch.arange(len(x)).split(micro)
+        parted = (match_teacher(cast, x[i], t[i], cond[i], u[i], e[i], k[i], w[i], gan) for i in parts)
+        log = cast.student.descend(parted, turn="match")
+    return log
