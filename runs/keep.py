@@ -1,6 +1,6 @@
 """What is kept of a run: python runs/keep.py RUN SCORES KEPT
 
-Recipe, metrics (every tenth line, and those with an exam), the last sheet of samples, and scores.json of each evaluation in SCORES.
+Recipe, metrics (every tenth line, and those with an exam), the last sheet of samples, and scores.json of each evaluation.
 """
 
 import json

@@ -1,62 +1,74 @@
-"""docs/results.md and the pictures in it, from the JSON files in results/: no figure there is typed by hand.
+"""docs/results.md, its pictures and the README's table, from the JSON files in results/: no figure there is typed by hand.
 
 Usage: python runs/render.py   (needs matplotlib: pip install 'advdmd[plots]')
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from advdmd.exam import parted
+
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "results", ROOT / "docs" / "results.md"
+RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
+MARKS = ("<!-- results: made by runs/render.py -->", "<!-- /results -->")
 CLAIMS = {
-    "h1": ("H1: AdvDMD at 4 steps against mini-sd35 at 40 guided steps", "mini-dpg"),
-    "h2": ("H2: AdvDMD at 4 steps against mini-sd3 at 40 guided steps, and against DMD2", "mini-geneval"),
+    "h1": ("H1: AdvDMD at 4 steps against mini-sd35 at 40 guided steps", "mini-dpg", ("teacher",)),
+    "h2": ("H2: AdvDMD at 4 steps against mini-sd3 at 40 guided steps, and DMD2", "mini-geneval", ("teacher", "dmd2")),
 }
 LABELS = {"advdmd": "AdvDMD", "dmd2": "DMD2", "dmd": "DMD alone", "teacher": "teacher"}
+COLORS = {"advdmd": "tab:red", "dmd2": "tab:blue", "dmd": "tab:gray"}
+Found = tuple[str, str, dict[str, Any]]  # ours, theirs, comparison
 
 
-def signed(d: dict) -> str:
+def signed(d: dict[str, Any]) -> str:
     return f"{d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]"
 
 
-def comparisons(folder: Path) -> list[tuple[str, str, dict]]:
-    """(ours, theirs, comparison) of every JSON file in a claim's folder."""
+def comparisons(folder: Path) -> list[Found]:
+    """Every comparison among a claim's JSON files."""
     return [(*f.stem.split("-")[-2:], json.loads(f.read_text())) for f in sorted(folder.glob("*.json"))]
 
 
-def verdict(found: dict, suite: str, theirs: str) -> str:
+def is_about(found: Found, suite: str, theirs: str, split: str = "test") -> bool:
+    return (found[0], found[1], found[2]["suite"], found[2]["split"]) == ("advdmd", theirs, suite, split)
+
+
+def verdict(found: dict[str, Any], suite: str, theirs: str) -> str:
     d = found["difference"]["strict"]["overall"]
     low, high = d["interval"]
     word = "holds" if low > 0 else "does not hold" if high < 0 else "is open: the interval contains 0"
-    return f"Against {LABELS[theirs]} on {suite} the claim **{word}**: {signed(d)}."
+    n = len(found["ours"]["strict"])
+    short = "" if n >= 3 else f" Only {n} training seed{'s' * (n > 1)} so far."
+    return f"Against {LABELS[theirs]} on {suite} the claim **{word}**: {signed(d)}, {d['against']:.3f} there.{short}"
 
 
-def table(rows: list[tuple[str, str, dict]]) -> str:
+def table(rows: list[Found]) -> str:
     out = [
-        "| suite, split | ours | against | strict, each seed | mean | theirs | paired difference, strict | loose | diversity |",
-        "|---" * 9 + "|",
+        "| suite, split | ours | against | strict, each seed | mean | theirs | paired difference, strict | loose | diversity |"
     ]
+    out.append("|---" * 9 + "|")
     for ours, theirs, c in rows:
         a, d = c["ours"], c["difference"]
         share = f"{a['diversity']:.2f} / {c['theirs']['diversity']:.2f}" if a["diversity"] else "-"
+        seeds = ", ".join(f"{s:.3f}" for s in a["strict"])
+        means = f"{np.mean(a['strict']):.3f} | {np.mean(c['theirs']['strict']):.3f}"
         out.append(
-            f"| {c['suite']}, {c['split']} | {LABELS[ours]} | {LABELS[theirs]} | {', '.join(f'{s:.3f}' for s in a['strict'])} "
-            f"| {np.mean(a['strict']):.3f} | {np.mean(c['theirs']['strict']):.3f} | {signed(d['strict']['overall'])} "
-            f"| {signed(d['loose']['overall'])} | {share} |"
+            f"| {c['suite']}, {c['split']} | {LABELS[ours]} | {LABELS[theirs]} | {seeds} | {means} "
+            f"| {signed(d['strict']['overall'])} | {signed(d['loose']['overall'])} | {share} |"
         )
     return "\n".join(out)
 
 
-def tasks(rows: list[tuple[str, str, dict]], suite: str) -> str:
-    """Paired difference of AdvDMD to its teacher, task by task."""
-    found = [c for ours, theirs, c in rows if (ours, theirs, c["suite"]) == ("advdmd", "teacher", suite)]
-    if not found or len(found[0]["difference"]["strict"]) < 3:
+def tasks(rows: list[Found]) -> str:
+    """Paired difference of AdvDMD to its teacher on mini-geneval, task by task."""
+    found = [c for row in rows if is_about(row, "mini-geneval", "teacher") for c in [row[2]]]
+    if not found:
         return ""
-    d = found[0]["difference"]["strict"]
-    lines = [f"| {t} | {v['against']:.3f} | {signed(v)} |" for t, v in d.items()]
-    return "\n".join(["| task | teacher | AdvDMD - teacher, strict |", "|---|---|---|", *lines])
+    lines = [f"| {t} | {v['against']:.3f} | {signed(v)} |" for t, v in found[0]["difference"]["strict"].items()]
+    return "\n".join(["| task of mini-geneval | teacher | AdvDMD - teacher, strict |", "|---|---|---|", *lines])
 
 
 def ablations(folder: Path) -> str:
@@ -76,35 +88,104 @@ def ablations(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def plot(folder: Path, path: Path) -> None:
-    """Held-out score, diversity and the critic's reward of every run, against forwards per sample."""
+def runs_of(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Run name (METHOD-SEED) -> its metrics."""
+    files = {f.parent.name: f for f in sorted(folder.glob("*/metrics.jsonl"))}
+    return {name: [json.loads(line) for line in f.read_text().splitlines()] for name, f in files.items()}
+
+
+def smooth(values: list[float], width: int = 9) -> np.ndarray:
+    width = min(width, len(values) // 2 * 2 - 1)
+    return (
+        np.convolve(np.pad(values, width // 2, mode="edge"), np.ones(width) / width, "valid") if width > 1 else np.array(values)
+    )
+
+
+def reward(metrics: list[dict[str, float]], steps: list[int], F: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    paid = [(m["step"], m["reward/end"]) for m in metrics if "reward/end" in m]
+    return (np.interp([s for s, _ in paid], steps, F), smooth([r for _, r in paid])) if len(paid) > 2 else None
+
+
+def curves(folder: Path, runs: dict[str, list[dict[str, float]]]) -> None:
+    """Held-out score and diversity of every run against forwards; and one panel a run with score, diversity and reward."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
-    colors = {"advdmd": "tab:red", "dmd2": "tab:blue", "dmd": "tab:gray"}
-    for run in sorted(p for p in folder.iterdir() if (p / "metrics.jsonl").is_file()):
-        method, _, seed = run.name.rpartition("-")
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        sat = [m for m in steps if "exam/strict" in m]
-        F = np.array([m["exam/forwards"] for m in sat])
-        how = {"color": colors[method], "label": LABELS[method] if seed == "0" else None}
-        axes[0].plot(F, [m["exam/strict"] for m in sat], **how)
-        axes[1].plot(F, [m["exam/diversity"] for m in sat], **how)
-        paid = [(m["step"], m["reward/end"]) for m in steps if "reward/end" in m]
-        if paid:
-            at = np.interp([s for s, _ in paid], [m["step"] for m in sat], F)
-            axes[2].plot(at, np.convolve(np.pad([r for _, r in paid], 10, mode="edge"), np.ones(21) / 21, "valid"), **how)
-    for ax, title in zip(
-        axes, ("held-out score, strict", "diversity against the renderer", "critic's reward, final image"), strict=True
-    ):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    columns = min(3, len(runs))
+    panels, grid = plt.subplots(-(-len(runs) // columns), columns, figsize=(3.6 * columns, 2.4 * -(-len(runs) // columns)))
+    for (name, metrics), ax in zip(runs.items(), np.atleast_1d(grid).flat, strict=False):
+        method, _, seed = name.rpartition("-")
+        sat = [m for m in metrics if "exam/strict" in m]
+        F, steps = np.array([m["exam/forwards"] for m in sat]), [int(m["step"]) for m in sat]
+        score, spread = ([m[f"exam/{k}"] for m in sat] for k in ("strict", "diversity"))
+        label = LABELS[method] if seed == "0" else None
+        axes[0].plot(F, score, color=COLORS[method], label=label)
+        axes[1].plot(F, spread, color=COLORS[method])
+        ax.plot(F, score, color="tab:red", label="score")
+        ax.plot(F, spread, color="tab:green", label="diversity")
+        ax.set(title=f"{LABELS[method]}, seed {seed}", ylim=(0, 1.1))
+        if found := reward(metrics, steps, F):
+            other = ax.twinx()
+            other.plot(*found, color="tab:purple", alpha=0.6)
+            other.tick_params(labelsize=7, colors="tab:purple")
+            ax.plot([], [], color="tab:purple", alpha=0.6, label="critic's reward (right)")
+        ax.tick_params(labelsize=7)
+    for ax in np.atleast_1d(grid).flat[len(runs) :]:
+        ax.set_visible(False)
+    np.atleast_1d(grid).flat[0].legend(frameon=False, fontsize=7)
+    for ax, title in zip(axes, ("exam score, strict", "diversity against the renderer"), strict=True):
         ax.set(title=title, xlabel="forwards per sample")
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    fig.savefig(folder / "curves.png", dpi=90)
+    panels.tight_layout()
+    panels.savefig(folder / "runs.png", dpi=80)
+    plt.close("all")
+
+
+def hacking(runs: dict[str, list[dict[str, float]]]) -> str:
+    """Whether reward and score parted in a run that has rewards."""
+    paid = {name: metrics for name, metrics in runs.items() if any("reward/end" in m for m in metrics)}
+    found = {name: step for name, metrics in paid.items() if (step := parted(metrics)) is not None}
+    said = "; ".join(f"{name} after {step} iterations" for name, step in found.items())
+    return f"Reward and score parted in {len(found)} of {len(paid)} runs with policy turns{': ' + said if said else ''}."
+
+
+def claim(name: str) -> list[str]:
+    """A claim's section, or nothing if it has no results."""
+    folder, (title, suite, _) = RESULTS / name, CLAIMS[name]
+    rows = comparisons(folder) if folder.is_dir() else []
+    if not rows:
+        return []
+    runs = runs_of(folder)
+    curves(folder, runs)
+    lines = ["", f"## {title}", "", f"`runs/{name}.sh` at commit {rows[0][2]['commit']}.", ""]
+    for theirs in LABELS:
+        lines += [f"- {verdict(row[2], suite, theirs)}" for row in rows if is_about(row, suite, theirs)]
+    mine = next((row[2] for row in rows if is_about(row, "mini-geneval", "teacher")), None)
+    if mine:
+        kept = mine["ours"]["diversity"] / mine["theirs"]["diversity"]
+        lines += [f"- Diversity on mini-geneval is {kept:.0%} of the teacher's (at least 90 % is asked for)."]
+    lines += [f"- {hacking(runs)}", "", table(rows), "", tasks(rows), ""]
+    lines += [f"![score and diversity against forwards](../results/{name}/curves.png)", ""]
+    return [*lines, f"![score, diversity and reward of each run](../results/{name}/runs.png)"]
+
+
+def summary() -> str:
+    """The README's table: one row per claim and opponent."""
+    out = ["| claim | suite | teacher or baseline | AdvDMD, 4 steps | paired difference, strict | seeds |", "|---" * 6 + "|"]
+    for name, (_, suite, against) in CLAIMS.items():
+        for ours, theirs, c in comparisons(RESULTS / name) if (RESULTS / name).is_dir() else []:
+            if is_about((ours, theirs, c), suite, theirs) and theirs in against:
+                d, n = c["difference"]["strict"]["overall"], len(c["ours"]["strict"])
+                out.append(
+                    f"| {name.upper()} | {suite} | {LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f} "
+                    f"| {signed(d)} | {n} |"
+                )
+    return "\n".join(out)
 
 
 def main() -> None:
@@ -113,31 +194,18 @@ def main() -> None:
         "",
         "Made by `runs/render.py` from `results/`; every figure is measured in the miniature. Differences are paired by prompt",
         "and noise; intervals are 95 %, over prompts and training seeds. Students take 4 evaluations an image, teachers 80.",
-        "Diversity: spread of what prompts leave open against the renderer's, ours / theirs. Methods had equal forwards.",
+        "Diversity: spread of what prompts leave open, against the renderer's, ours / theirs. Equal forwards. `pairs`",
+        "are prompts with a shape in a colour that training never showed it in.",
     ]
-    for name, (title, suite) in CLAIMS.items():
-        rows = comparisons(RESULTS / name) if (RESULTS / name).is_dir() else []
-        if not rows:
-            continue
-        commit = rows[0][2]["commit"]
-        lines += ["", f"## {title}", "", f"`runs/{name}.sh` at commit {commit}.", ""]
-        for ours, theirs, c in rows:
-            if ours == "advdmd" and (c["suite"], c["split"]) == (suite, "test"):
-                lines += [f"- {verdict(c, suite, theirs)}"]
-        lines += ["", table(rows), "", tasks(rows, "mini-geneval"), ""]
-        plot(RESULTS / name, RESULTS / name / "curves.png")
-        lines += [f"![scores, diversity and reward against forwards](../results/{name}/curves.png)"]
+    for name in CLAIMS:
+        lines += claim(name)
     if any((RESULTS / "ablations").glob("*.json")):
-        rows = ablations(RESULTS / "ablations")
-        lines += [
-            "",
-            "## Ablations",
-            "",
-            "`runs/ablations.sh`: the main job's recipe with one change, equal forwards, strict.",
-            "",
-            rows,
-        ]
+        lines += ["", "## Ablations", "", "`runs/ablations.sh`: one change to the recipe, equal forwards, strict.", ""]
+        lines += [ablations(RESULTS / "ablations")]
     PAGE.write_text("\n".join(lines) + "\n")
+    text = README.read_text()
+    head, tail = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
+    README.write_text(f"{text[:head]}\n{summary()}\n{text[tail:]}")
     print(PAGE)
 
 

@@ -52,13 +52,38 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
     metrics = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     scores = [m["exam/strict"] for m in metrics]
     assert [m["exam/forwards"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
-    assert exam.best(tmp_path / "a") == {"step": scores.index(max(scores)) + 1, "strict": pytest.approx(max(scores), rel=1e-5)}
+    found = {"step": scores.index(max(scores)) + 1, "strict": pytest.approx(max(scores), rel=1e-5), "last": 4}
+    assert exam.best(tmp_path / "a") == found
     kept, sent, last = (
         load_file(f) for f in (tmp_path / "a/best.safetensors", *map(load.weights_file, (student, trained / "student")))
     )
     assert all(torch.equal(kept[k], sent[k]) for k in kept)
     assert not all(torch.equal(kept[k], last[k]) for k in kept)
     assert json.loads((student / "advdmd.json").read_text())["iterations"] == scores.index(max(scores)) + 1
+
+
+def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path):
+    """The tiny teacher never improves: with a patience of one the second exam is the last, and the student is the first's."""
+    words = [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2", "patience=1", "match.lr=1e-9"]
+    name, r = resolve("mini-sd35-advdmd", words)
+    student = run.train(name, r, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == exam.best(tmp_path)["step"] + 1 < 4
+    assert json.loads((student / "advdmd.json").read_text())["iterations"] == exam.best(tmp_path)["step"]
+    assert run.train(name, r, tmp_path) == student
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+    with pytest.raises(ValueError, match="patience=1: counts exams"):
+        resolve("mini-sd35-advdmd", ["patience=1"])
+
+
+def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
+    def run_of(scores, rewards):
+        return [{"step": i, "reward/end": r, "exam/strict": s} for i, (s, r) in enumerate(zip(scores, rewards))]
+
+    assert exam.parted(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 3, 4])) == 4
+    assert exam.parted(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the critic saw it too"
+    assert exam.parted(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad exam is chance"
+    assert exam.parted(run_of([0.3, 0.4], [0, 1])) is None
 
 
 def test_overrides_are_typed_and_reach_every_level():

@@ -269,6 +269,18 @@ def convert_detector(
     print(convert(checkpoint, out))
 
 
+@app.command("convert-hps")
+def convert_hps(
+    checkpoint: Annotated[Path, typer.Argument(help="HPS_v2.1_compressed.pt or HPS_v2_compressed.pt")],
+    base: Annotated[Path, typer.Option(help="laion/CLIP-ViT-H-14-laion2B-s32B-b79K as a folder: config and tokenizer.")],
+    out: Out,
+) -> None:
+    """HPSv2's weights as a CLIP folder, for advdmd metric and rewards."""
+    from advdmd.evaluation.metrics.clip import convert_hps as convert
+
+    print(convert(checkpoint, base, out))
+
+
 def _difference(result: dict[str, Any]) -> str:
     d = result["difference"]["strict"]["overall"]
     low, high = d["interval"]

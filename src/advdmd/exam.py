@@ -1,6 +1,7 @@
 """Scores on held-out images while training: whether reward and score part, and which average to keep."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,46 @@ def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path,
             if suite.name == "mini-geneval":
                 log["exam/diversity"] = diversity(suite, images, [item.id for item, _ in wanted]).get("mean", 0.0)
         log["exam/strict"] = (log["exam/mini-geneval"] + log["exam/mini-dpg"]) / 2
-        if log["exam/strict"] > best(folder)["strict"]:
+        found = best(folder)
+        if log["exam/strict"] > found["strict"]:
             weights = {k: v.contiguous() for k, v in net.state_dict().items()}
             write_atomically(folder / "best.safetensors", lambda p: save_file(weights, p))
-            write_text(folder / "best.json", json.dumps({"step": step, "strict": log["exam/strict"]}))
+            found = {"step": step, "strict": log["exam/strict"]}
+        write_text(folder / "best.json", json.dumps(found | {"last": step}))
     return log
 
 
+def over(r: Recipe, folder: Path) -> bool:
+    """Whether `patience` exams in a row were no better than the best one: the run may end early, the best average is kept."""
+    found = best(folder)
+    return r.patience > 0 and found["last"] - found["step"] >= r.patience * r.exam_every
+
+
+MARGIN = 0.02  # of a score, about the standard error of an exam
+
+
+def parted(metrics: Sequence[Mapping[str, float]]) -> int | None:
+    """The step at which reward and score parted, if they did: two exams in a row more than MARGIN below the best so far, while
+    the critic paid more than it did around that best one. Reward hacking looks like this."""
+    paid: list[float] = []
+    exams: list[tuple[int, float, float]] = []  # step, score, mean reward since the exam before
+    for m in metrics:
+        if "reward/end" in m:
+            paid.append(m["reward/end"])
+        if "exam/strict" in m:
+            exams.append((int(m["step"]) + 1, m["exam/strict"], sum(paid) / len(paid) if paid else float("nan")))
+            paid = []
+    for i in range(2, len(exams)):
+        _, top, then = max(exams[:i], key=lambda e: e[1])
+        if all(score < top - MARGIN and reward > then for _, score, reward in exams[i - 1 : i + 1]):
+            return exams[i - 1][0]
+    return None
+
+
 def best(folder: Path) -> dict[str, float]:
-    """Step and score of the best average kept so far; a score below any other if there is none."""
+    """Step and score of the best average kept so far, and the step of the last exam; a score below all if none was sat."""
     record = folder / "best.json"
-    return json.loads(record.read_text()) if record.is_file() else {"step": 0, "strict": -1.0}
+    return json.loads(record.read_text()) if record.is_file() else {"step": 0, "strict": -1.0, "last": 0}
 
 
 def load_best(folder: Path, net: Any) -> int:

@@ -50,6 +50,7 @@ class Recipe:
     save_every: int = 60
     look_every: int = 60
     exam_every: int = 0  # iterations between scores on the miniature's held-out images; the best average is then the student
+    patience: int = 0  # exams in a row without a better one after which the run ends early; 0: it never does
     rewards: tuple[str, ...] = ()  # "WEIGHT*NAME:FOLDER": scorers paid beside the critic in AdvDMD's policy turns
     exam_images: int = 48  # per short task, and as many dense ones in all
 
@@ -72,6 +73,8 @@ class Recipe:
             raise ValueError("algorithm.mismatch needs prompts_per_step of at least 2: a wrong caption is another prompt's")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema}: a decay lies in [0, 1)")
+        if self.patience < 0 or (self.patience and not self.exam_every):
+            raise ValueError(f"patience={self.patience}: counts exams, so exam_every must be set; 0 turns early stopping off")
         if self.save_every < 0 or self.look_every < 0 or self.exam_every < 0 or self.exam_images < 1:
             raise ValueError(
                 f"save_every={self.save_every}, look_every={self.look_every}, exam_every={self.exam_every} count iterations "

@@ -144,7 +144,8 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
 
     _claim(folder, text, overwrite, change)
     done = checkpoint.newest(folder / "checkpoints")
-    if done and done[1]["step"] == r.iterations and (folder / "student" / load.NOTE).is_file():
+    ended = done and (done[1]["step"] == r.iterations or exam.over(r, folder))
+    if ended and (folder / "student" / load.NOTE).is_file():
         return folder / "student"
     backbone, _ = load.load(r.teacher)
     if not load.in_miniature(backbone):
@@ -167,6 +168,7 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         look=look,
         exam_every=r.exam_every,
         exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step),
+        over=lambda: exam.over(r, folder),
         extra={"auc": players.auc},
         fingerprint=_fingerprint(text),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),

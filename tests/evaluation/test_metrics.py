@@ -94,11 +94,12 @@ def test_open_clips_weights_become_a_clip_model(tmp_path):
     assert ours.keys() == want.keys()
     assert all(torch.equal(ours[k], want[k]) for k in want)
     torch.save({"state_dict": theirs}, tmp_path / "hps.pt")
-    clip.convert_hps(tmp_path / "hps.pt", tmp_path / "out", model.config)
-    tiny.save_clip(tmp_path / "tokenizer")
-    for f in (tmp_path / "tokenizer").glob("*token*"):
-        f.rename(tmp_path / "out" / f.name)
-    assert load_scorer("hpsv2", tmp_path / "out").score(IMAGES, PROMPTS).isfinite().all()
+    base = tiny.save_clip(tmp_path / "base", hidden_act="gelu")
+    clip.convert_hps(tmp_path / "hps.pt", base, tmp_path / "out")
+    want, found = (load_scorer("hpsv2", f).score(IMAGES, PROMPTS) for f in (base, tmp_path / "out"))
+    assert torch.equal(want, found)
+    with pytest.raises(ValueError, match="not empty"):
+        clip.convert_hps(tmp_path / "hps.pt", base, tmp_path / "out")
     with pytest.raises(ValueError, match="no parameter of open_clip"):
         clip.from_open_clip({"conv.weight": torch.zeros(1)})
 

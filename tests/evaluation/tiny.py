@@ -1,6 +1,7 @@
 """Judges of the real classes, as small as they get, with random weights."""
 
 import json
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,12 +40,19 @@ def detector(seed=0, confident=True):
     return net
 
 
+@cache
+def tokenizer_of_clip():
+    """Learned once: two trainings number their tokens differently."""
+    tokenizer = clip_tokenizer(WORDS)
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
 def clip(seed=0, hidden_act="quick_gelu"):
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     torch.manual_seed(seed)
-    tokenizer = clip_tokenizer(WORDS)
-    tokenizer.model_max_length = 77
+    tokenizer = tokenizer_of_clip()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,

@@ -127,5 +127,6 @@ def assess(suite: Benchmark, folder: Path, judge: Perceiver, seed: int) -> Asses
                 dropped += 1
                 continue
             about = {"item": item.id, "k": k, "task": item.task, "prompt": item.prompt, "seed": seed}
-            rows.append(about | {"image": image, "judge": judge.name} | asdict(verdict))
+            by = {"image": image, "judge": judge.name, "judge_hash": judge.fingerprint}
+            rows.append(about | by | asdict(verdict))
     return Assessed(rows, missing, errors, dropped)

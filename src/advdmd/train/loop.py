@@ -31,6 +31,7 @@ def run(
     look: Callable[[int], object] | None = None,
     exam_every: int = 0,
     exam: Callable[[int], Log] | None = None,
+    over: Callable[[], bool] = lambda: False,
     extra: Mapping[str, Tensor] | None = None,
     fingerprint: str = "",
     show: tuple[str, ...] = (),
@@ -39,14 +40,16 @@ def run(
     """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
 
     deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end; what an exam
-    finds is written with the step's metrics. `extra` are tensors changed in place that belong to the run's state; `fingerprint`
-    names the recipe, so that a checkpoint of another one is refused.
+    finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are tensors changed in
+    place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
     """
     players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
     start = checkpoint.resume(folder / "checkpoints", players, extra, fingerprint)
     if start > steps:
         raise ValueError(f"{folder} has already run {start} steps, more than the {steps} asked for: choose another --out")
+    if start and over():
+        return
     book = Book(folder, label, steps, start, show)
     try:
         for step in range(start, steps):
@@ -55,12 +58,15 @@ def run(
                 log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples))
             except FloatingPointError as e:
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
-            if exam and exam_every and due(step + 1, exam_every, steps):
-                log |= exam(step + 1)
+            sat = exam and exam_every and due(step + 1, exam_every, steps)
+            log |= exam(step + 1) if exam and sat else {}
             book.write(step, log)
-            if look and due(step + 1, look_every, steps):
+            last = bool(sat) and over()
+            if look and (last or due(step + 1, look_every, steps)):
                 look(step + 1)
-            if due(step + 1, save_every, steps):
+            if last or due(step + 1, save_every, steps):
                 checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint)
+            if last:
+                return
     finally:
         book.close()

@@ -150,17 +150,32 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def convert_hps(checkpoint: Path, out: Path, settings: Any) -> Path:
-    """HPS_v2.1_compressed.pt -> a CLIPModel folder. `settings`: the CLIPConfig of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
-    from transformers import CLIPModel
+def convert_hps(checkpoint: Path, base: Path, out: Path) -> Path:
+    """HPS_v2.1_compressed.pt -> a CLIPModel folder; only tensors are read from the pickle.
 
+    `base`: folder of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which lends its config and tokenizer. Raises ValueError if `out` is
+    not empty, the file is no such checkpoint, or it does not fit the config.
+    """
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: choose another --out")
     try:
         found = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged or malicious pickle makes torch raise
         raise ValueError(f"{checkpoint} cannot be read as tensors alone: {e}") from None
-    model = CLIPModel(settings)
+    try:
+        config, tokenizer = (c.from_pretrained(base, local_files_only=True) for c in (CLIPConfig, AutoTokenizer))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{base} is no CLIP's folder: {e}") from None
+    model = CLIPModel(config)
     missing, extra = model.load_state_dict(from_open_clip(found.get("state_dict", found)), strict=False)
     if missing or extra:
-        raise ValueError(f"{checkpoint} does not fit the config: {missing[:2]} missing, {extra[:2]} left over")
-    write_folder(out, model.save_pretrained)
+        raise ValueError(f"{checkpoint} does not fit {base}: {missing[:2]} missing, {extra[:2]} left over")
+
+    def write(making: Path) -> None:
+        model.save_pretrained(making)
+        tokenizer.save_pretrained(making)
+
+    write_folder(out, write)
     return out
