@@ -324,7 +324,7 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
     assert a["images"] == 36
     assert a["nfe"] == 4
     assert set(a["strict"]) == {"overall", *suite.tasks}
-    again = score(suite, tmp_path / "a", Checker(), 4, a["model"])
+    again = score(suite, tmp_path / "a", Checker())
     assert again == a
     done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr

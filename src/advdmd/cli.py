@@ -187,11 +187,11 @@ def evaluate(
     looks.self_test()  # before any drawing: what is missing or broken is said now
     how = go.Scored(shard=part, allow_partial=allow_partial, tolerant=keep_going, trained_on=trained_on)
     if load.is_miniature(model) and (height, width) == (None, None):
-        nfe, about = go.draw(model, bench, out, _how(model, steps, guidance), seed, shard=part)
+        go.draw(model, bench, out, _how(model, steps, guidance), seed, shard=part)
     else:
         told = StockSampling(steps=steps, guidance=guidance, height=height, width=width)
-        nfe, about = go.draw_stock(model, bench, out, told, seed, part, revision, device, dtype)
-    summary = go.score(bench, out, looks, nfe, about, how)
+        go.draw_stock(model, bench, out, told, seed, part, revision, device, dtype)
+    summary = go.score(bench, out, looks, how)
     print(report.markdown({Path(model).name: summary}))
     print(f"failures: {out / 'gallery.html'}")
     if against is not None:
@@ -226,7 +226,7 @@ def score(
     bench = go.suite_of(suite, images, prompts, split, world, csv, mode)
     how = go.Scored(shard=_shard(shard), allow_partial=allow_partial, tolerant=keep_going)
     looks = go.judge_of(bench, detector, clip, judge, device)
-    print(report.markdown({folder.name: go.score(bench, folder, looks, how=how)}))
+    print(report.markdown({folder.name: go.score(bench, folder, looks, how)}))
     if against is not None:
         go.side_by_side(folder, against)
         print(_difference(report.compare([folder], [against])))

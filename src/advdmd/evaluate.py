@@ -12,7 +12,7 @@ from advdmd.evaluation import detector, gallery, report, vqa
 from advdmd.evaluation.benchmark import Benchmark, Perceiver, suite_hash
 from advdmd.evaluation.diversity import diversity
 from advdmd.evaluation.dpg import DPG
-from advdmd.evaluation.generate import Painter, Shard, generate, jobs, read_images
+from advdmd.evaluation.generate import Shard, generate, jobs, read_images
 from advdmd.evaluation.geneval import GenEval
 from advdmd.evaluation.scoring import assess, perceive
 from advdmd.evaluation.shapes import Checker, Shapes
@@ -90,12 +90,13 @@ def draw(
     seed: int = 0,
     batch: int = 512,
     shard: Shard = (0, 1),
-) -> tuple[int, dict[str, Any]]:
-    """Draw a suite with a model of the miniature; returns evaluations an image and what is noted of the model."""
+) -> None:
+    """Draw a suite with a model of the miniature; the manifest says which, and how many evaluations an image took."""
     backbone, own = load.load(model)
     how = how or own
     where = load.folder_of(model)
-    about = {"weights": file_hash(load.weights_file(where)), "sampling": asdict(how)} | _rewards(load.read_note(where))
+    model_note = {"name": Path(model).name, **load.read_note(where), **asdict(how)}
+    about = {"weights": file_hash(load.weights_file(where)), "sampling": asdict(how), "nfe": how.nfe, "model": model_note}
     say, done = _progress(suite, shard), [0]
 
     def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
@@ -103,8 +104,7 @@ def draw(
         done[0] += len(prompts)
         return images
 
-    _generate(suite, paint, folder, seed, about, batch, shard)
-    return how.nfe, {"name": Path(model).name, **load.read_note(where), **asdict(how)}
+    generate(suite, paint, folder, seed, about | {"suite_hash": suite_hash(suite.items())}, batch, shard)
 
 
 def draw_stock(
@@ -117,11 +117,12 @@ def draw_stock(
     revision: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
-) -> tuple[int | None, dict[str, Any]]:
+) -> None:
     """Draw a suite with any diffusers pipeline, from a folder or the hub."""
     stock, say, done = Stock(model, how, revision, device, dtype), _progress(suite, shard), [0]
     note = load.read_note(Path(model)) if Path(model).is_dir() else {}
-    about = {"model": model, "revision": revision, "sampling": stock.told, "dtype": dtype} | _rewards(note)
+    about: dict[str, Any] = {"revision": revision, "sampling": stock.told, "dtype": dtype, "nfe": stock.nfe}
+    about["model"] = {"name": model, **note, "sampling": stock.told}
     if Path(model).is_dir():
         weights = sorted(Path(model).rglob("*.safetensors"))
         about["weights"] = [file_hash(f) for f in weights]
@@ -132,47 +133,28 @@ def draw_stock(
         say(done[0])
         return images
 
-    _generate(suite, paint, folder, seed, about, 1, shard)
-    return stock.nfe, {"name": Path(model).name, **note, "sampling": stock.told, "revision": revision}
-
-
-def _rewards(note: dict[str, Any]) -> dict[str, Any]:
-    """What a student was paid for beside the critic goes with its images, so that no metric forgets it."""
-    return {"rewards": note["rewards"]} if "rewards" in note else {}
+    generate(suite, paint, folder, seed, about | {"suite_hash": suite_hash(suite.items())}, 1, shard)
 
 
 def _progress(suite: Benchmark, shard: Shard) -> Callable[[int], None]:
     return Progress(f"drawing {suite.name}", len(jobs(suite, shard)))
 
 
-def _generate(
-    suite: Benchmark, paint: Painter, folder: Path, seed: int, about: dict[str, Any], batch: int, shard: Shard
-) -> None:
-    about = about | {"suite_hash": suite_hash(suite.items())}
-    generate(suite, paint, folder, seed, about, batch, shard)
-
-
 def evaluate(model: str, suite: Shapes, folder: Path, how: Sampling | None = None, seed: int = 0) -> dict[str, Any]:
     """A model of the miniature on one of its suites: draw into `folder`, score from disk; returns the summary."""
-    nfe, about = draw(model, suite, folder, how, seed)
-    return score(suite, folder, Checker(), nfe, about)
+    draw(model, suite, folder, how, seed)
+    return score(suite, folder, Checker())
 
 
-def score(
-    suite: Benchmark,
-    folder: Path,
-    judge: Perceiver,
-    nfe: int | None = None,
-    about: dict[str, Any] | None = None,
-    how: Scored = Scored(),
-) -> dict[str, Any]:
-    """Score a folder of images and write what was found; `about` the model goes into the record.
+def score(suite: Benchmark, folder: Path, judge: Perceiver, how: Scored = Scored()) -> dict[str, Any]:
+    """Score a folder of images and write what was found.
 
     Raises ValueError if images or verdicts are missing (unless partial figures are allowed), if the judge fails, or if the
     model was trained on this judge's own answers.
     """
-    taught = taught_by(about or {}, judge.name, how.trained_on)
-    seed = _seed(folder)
+    drawn = drawn_by(folder)
+    model, seed = drawn.get("model"), drawn.get("seed", 0)
+    taught = taught_by(model or {}, judge.name, how.trained_on)
     perceive(suite, folder, judge, how.shard, how.tolerant, Progress(f"judging {suite.name}", len(jobs(suite, how.shard))))
     found, total = assess(suite, folder, judge, seed), len(jobs(suite))
     short = total - found.dropped - len(found.rows)
@@ -195,8 +177,8 @@ def score(
         "images": len(found.rows),
         "of": total - found.dropped,
         "errors": len(found.errors),
-        "nfe": nfe,
-        "model": about,
+        "nfe": drawn.get("nfe"),
+        "model": model,
         "strict": report.summarise(found.rows, "strict"),
         "loose": report.summarise(found.rows, "loose"),
         "breakdown": suite.breakdown([items[r["item"]] for r in found.rows], [report.verdict_of(r) for r in found.rows]),
@@ -218,9 +200,10 @@ def taught_by(model: dict[str, Any], name: str, allowed: bool) -> bool:
     return taught
 
 
-def _seed(folder: Path) -> int:
+def drawn_by(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder's images; empty if something else drew them."""
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text())["seed"] if manifest.is_file() else 0
+    return json.loads(manifest.read_text()) if manifest.is_file() else {}
 
 
 def _spread(suite: Benchmark, folder: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from advdmd.evaluate import taught_by
+from advdmd.evaluate import drawn_by, taught_by
 from advdmd.evaluation import report
 from advdmd.evaluation.benchmark import Benchmark, suite_hash
 from advdmd.evaluation.generate import image_path, jobs
@@ -46,8 +46,7 @@ def measure(
     paths = [image_path(folder, item, k) for item, k in wanted]
     if lost := [p for p in paths if not p.exists()]:
         raise ValueError(f"{folder}: {len(lost)} of {len(paths)} images are missing, the first {lost[0]}")
-    manifest = folder / "manifest.json"
-    taught = taught_by(json.loads(manifest.read_text()) if manifest.is_file() else {}, metric, trained_on)
+    taught = taught_by(drawn_by(folder).get("model") or {}, metric, trained_on)
     about = {"suite": suite.name, "suite_hash": suite_hash(suite.items()), "images": len(paths)}
     if metric in SCORERS:
         found = _scored(wanted, paths, load_scorer(metric, weights, device))

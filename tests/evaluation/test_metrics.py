@@ -190,7 +190,7 @@ def test_variety_is_within_prompts_only():
 
 def test_a_metric_is_measured_over_a_suite_and_written_down(weights, tmp_path):
     suite, folder = Shapes("mini-geneval", 4, 2), tmp_path / "drawn"
-    generate(suite, paint_true(suite), folder, 0, {"model": "renderer", "rewards": {"pickscore": 0.5}})
+    generate(suite, paint_true(suite), folder, 0, {"model": {"name": "renderer", "rewards": {"pickscore": 0.5}}})
     found = measure.measure(suite, folder, "clipscore", weights)
     assert len(found["rows"]) == found["images"] == 24
     assert found["interval"][0] <= found["mean"] <= found["interval"][1]

@@ -26,7 +26,7 @@ SUITE = Shapes("mini-geneval", 8, 4)
 def drawn(tmp_path):
     """True images, the last one of each task spoilt."""
     folder = tmp_path / "drawn"
-    generate(SUITE, paint_true(SUITE), folder, 3, {"model": "renderer"})
+    generate(SUITE, paint_true(SUITE), folder, 3, {"model": {"name": "renderer"}, "nfe": 7})
     for item in {i.task: i for i in SUITE.items()}.values():
         Image.new("RGB", (32, 32), "white").save(image_path(folder, item, item.n_images - 1))
     return folder
@@ -42,8 +42,8 @@ def test_two_shards_equal_one_run(drawn, tmp_path):
     for f in drawn.glob("perceptions-*"):
         f.unlink()
     with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other shards"):
-        evaluate.score(SUITE, drawn, Checker(), how=evaluate.Scored(shard=(0, 2)))
-    assert evaluate.score(SUITE, drawn, Checker(), how=evaluate.Scored(shard=(1, 2))) == whole
+        evaluate.score(SUITE, drawn, Checker(), evaluate.Scored(shard=(0, 2)))
+    assert evaluate.score(SUITE, drawn, Checker(), evaluate.Scored(shard=(1, 2))) == whole
     assert {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())} == records
     assert len(list(drawn.glob("perceptions-*.jsonl"))) == 2
     assert len(lines(drawn)) == len(jobs(SUITE)) == whole["images"] == 48
@@ -128,9 +128,9 @@ def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(dra
     with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was seen before is kept"):
         evaluate.score(SUITE, drawn, Moody())
     with pytest.raises(ValueError, match=r"only 42/48.*0 images missing, 6 failed.*out of memory"):
-        evaluate.score(SUITE, drawn, Moody(), how=evaluate.Scored(tolerant=True))
+        evaluate.score(SUITE, drawn, Moody(), evaluate.Scored(tolerant=True))
     assert not (drawn / "table.md").exists()
-    summary = evaluate.score(SUITE, drawn, Moody(), how=evaluate.Scored(tolerant=True, allow_partial=True))
+    summary = evaluate.score(SUITE, drawn, Moody(), evaluate.Scored(tolerant=True, allow_partial=True))
     assert (summary["images"], summary["of"], summary["errors"]) == (42, 48, 6)
     assert "partial 42/48" in (drawn / "table.md").read_text()
     assert evaluate.score(SUITE, drawn, Checker())["errors"] == 0, "a later run tries them again"
@@ -152,11 +152,17 @@ def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
         report.compare([drawn], [tmp_path / "b.json"])
 
 
-def test_a_model_is_not_scored_by_its_own_reward_unless_the_table_says_so(drawn):
+def test_a_model_is_not_scored_by_its_own_reward_unless_the_table_says_so(tmp_path):
+    generate(SUITE, paint_true(SUITE), tmp_path, 3, {"model": {"rewards": {"checker": 0.5}}})
     with pytest.raises(ValueError, match="trained with checker as a reward"):
-        evaluate.score(SUITE, drawn, Checker(), about={"rewards": {"checker": 0.5}})
-    summary = evaluate.score(SUITE, drawn, Checker(), about={"rewards": {"checker": 0.5}}, how=evaluate.Scored(trained_on=True))
+        evaluate.score(SUITE, tmp_path, Checker())
+    summary = evaluate.score(SUITE, tmp_path, Checker(), evaluate.Scored(trained_on=True))
     assert "| **trained on this judge** | yes |" in report.markdown({"x": summary})
+
+
+def test_scoring_again_forgets_nothing_of_the_model(drawn):
+    summary = evaluate.score(SUITE, drawn, Checker())
+    assert (summary["nfe"], summary["model"]["name"], summary["seed"]) == (7, "renderer", 3)
 
 
 def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn, tmp_path):
@@ -166,7 +172,7 @@ def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn
     assert "expected" in page
     assert "http" not in page.replace("http-equiv", "")
     other = tmp_path / "other"
-    generate(SUITE, paint_true(SUITE), other, 3, {"model": "renderer"})
+    generate(SUITE, paint_true(SUITE), other, 3, {"model": {"name": "renderer"}, "nfe": 7})
     evaluate.score(SUITE, other, Checker())
     evaluate.side_by_side(drawn, other)
     page = (drawn / "gallery.html").read_text()
