@@ -20,6 +20,7 @@ FLOORS = [
     {"look", "exam", "evaluate"},
     {"measure"},
     {"run", "pretrain"},
+    {"cli_evaluate"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

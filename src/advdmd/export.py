@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
 from advdmd.models.backbone import Backbone
-from advdmd.models.load import read_note, save_pipeline
+from advdmd.models.load import TARGET_TIME, read_note, save_pipeline
 from advdmd.models.sampler import Sampling
+from advdmd.models.target_time import TargetTime
 from advdmd.train.checkpoint import write_folder
 
 
@@ -35,17 +37,21 @@ def export_student(
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    parts = dict(backbone.pipe.components)
+    parts, standing = dict(backbone.pipe.components), None
+    if isinstance(net, TargetTime):
+        standing, net = net.standing(), net.net
     parts["transformer"] = net
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=how.eta == 1)
     pipe = type(backbone.pipe)(**parts)
-    sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta}
+    sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta} | ({"gap": how.gap} if how.gap else {})
     base = read_note(teacher).get("name", teacher.name)
     told = {"stock_load": backbone.stock_load, "stock_call": backbone.stock_call(how.steps)}
     record = {"sampling": sampling, **backbone.note, **told, "base_model": base, **note}
 
     def write(making: Path) -> None:
         save_pipeline(pipe, making, record)
+        if standing is not None:
+            save_file({"standing": standing}, making / TARGET_TIME)
         (making / "README.md").write_text(_card(folder.name, how, backbone, record))
 
     write_folder(folder, write)
@@ -54,6 +60,8 @@ def export_student(
 
 def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) -> str:
     warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
+    if how.gap is not None:
+        warning = "\n**A TwinFlow student reads a target time: stock pipelines cannot sample it, `advdmd sample` can.**\n"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image

@@ -47,6 +47,16 @@ def grid(steps: int, a: float = 1.0) -> Tensor:
     return shift(torch.linspace(1, 0, steps + 1), a)
 
 
+def twin_grid(steps: int, gap: float) -> Tensor:
+    """[steps + 1] times of TwinFlow's sampler (2512.05150): 1 - linspace(.001, 1 - gap, steps), then 0; one step: .999, 0.
+
+    Raises ValueError if steps < 1 or gap, the last time before 0, is outside (0, .999).
+    """
+    if steps < 1 or not 0 < gap < 0.999:
+        raise ValueError(f"steps={steps}, gap={gap}: at least one step, and a last time before 0 inside (0, .999)")
+    return torch.cat([1 - torch.linspace(0.001, 1 - gap, steps), torch.zeros(1)])
+
+
 def logit_normal(e: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Training times of SD3 (Esser et al. 2024, Eq. 19) from standard normal draws e [N]."""
     return torch.sigmoid(mean + std * e)

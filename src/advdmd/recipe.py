@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
+from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.models.critic import CriticConfig
 from advdmd.train.learner import Optim
@@ -32,7 +33,7 @@ class Recipe:
     """Everything that decides a distillation run. `teacher` is a pipeline folder or a shipped name."""
 
     teacher: str
-    algorithm: AdvDMD | DMD2
+    algorithm: AdvDMD | DMD2 | TwinFlow
     guidance: float  # of the teacher, where distribution matching looks at it
     iterations: int
     prompts_per_step: int = 8
@@ -67,6 +68,8 @@ class Recipe:
             parse_reward(text)
         if self.rewards and not isinstance(self.algorithm, AdvDMD):
             raise ValueError(f"rewards={self.rewards}: only AdvDMD has policy turns to pay them in")
+        if isinstance(self.algorithm, TwinFlow) and self.batch % 4:
+            raise ValueError(f"{self.batch} samples an iteration: TwinFlow needs four equal quarters")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.prompts_per_step < 2 and getattr(self.algorithm, "mismatch", 0):

@@ -1,5 +1,6 @@
 """The verbs of the product as functions: train, paint, evaluate, export, and the main job of the miniature."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.func import functional_call
 
 from advdmd import exam
+from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.base import Bonus, Cast
+from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.data import shapes
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
@@ -26,7 +30,9 @@ from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
 from advdmd.look import LOOK_PROMPTS, grid_image, painter, to_bytes, watch
 from advdmd.models import cast, load
+from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling
+from advdmd.models.target_time import TargetTime
 from advdmd.recipe import Data, Recipe, differences, dump
 from advdmd.recipes import find
 from advdmd.train import checkpoint, loop
@@ -117,9 +123,44 @@ def make_cast(r: Recipe, backbone: Any) -> Cast:
     )
 
 
+def make_twin(r: Recipe, backbone: Any) -> Twin:
+    """TwinFlow's one player: a copy of the teacher that also reads a target time, and the same with averaged weights."""
+    backbone.net.requires_grad_(False).eval()
+    with torch.no_grad():
+        null = backbone.embed(backbone.tokenize([""]))
+    torch.manual_seed(r.seed)
+    copied = isinstance(backbone, QwenImage)
+    net = TargetTime(copy.deepcopy(backbone.net).requires_grad_(True), backbone.time_scale, copied)
+
+    def call(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
+        with net.toward(target):
+            return backbone.velocity(net, x, t, cond)
+
+    student = Learner("student", net, call, {"main": (r.match, [(net.parameters(), 1.0)])}, ema=r.ema)
+
+    @torch.no_grad()
+    def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
+        weights = student.averaged()
+        with net.toward(target):
+            return backbone.velocity(lambda **kw: functional_call(net, weights, (), kw), x, t, cond)
+
+    return Twin(student, average, null)
+
+
 def student_sampling(r: Recipe) -> Sampling:
     a = r.algorithm
-    return Sampling(steps=a.steps, shift=a.shift, eta=getattr(a, "eta", 1.0))
+    if isinstance(a, TwinFlow):
+        return Sampling(steps=a.steps, eta=1.0, gap=a.gap)
+    return Sampling(steps=a.steps, shift=a.shift, eta=a.eta if isinstance(a, AdvDMD) else 1.0)
+
+
+def make_players(r: Recipe, backbone: Any) -> Cast | Twin:
+    return make_twin(r, backbone) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone)
+
+
+def _extra(players: Cast | Twin) -> dict[str, Tensor]:
+    """Tensors beside the players that belong to a run's state."""
+    return {"auc": players.auc} if isinstance(players, Cast) else {}
 
 
 def _recorded(name: str, r: Recipe, folder: Path) -> str:
@@ -150,7 +191,7 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
     backbone, _ = load.load(r.teacher)
     if not load.in_miniature(backbone):
         raise ValueError(f"teacher={r.teacher}: only pipelines of the miniature can be distilled so far")
-    players, how = make_cast(r, backbone), student_sampling(r)
+    players, how = make_players(r, backbone), student_sampling(r)
 
     def look(step: int) -> None:
         with players.student.averaging() as net:
@@ -169,7 +210,7 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         exam_every=r.exam_every,
         exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step),
         over=lambda: exam.over(r, folder),
-        extra={"auc": players.auc},
+        extra=_extra(players),
         fingerprint=_fingerprint(text),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
@@ -181,13 +222,13 @@ def _fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _export(r: Recipe, name: str, backbone: Any, players: Cast, run: Path, out: Path) -> Path:
+def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path, out: Path) -> Path:
     """Write the averaged student as it is now or, where exams were sat, as it was at its best."""
     with players.student.averaging() as net:
         step = exam.load_best(run, net) if r.exam_every else 0
         note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
         note["forwards"] = r.forwards_until(note["iterations"]) * r.batch
-        if players.bonus:
+        if r.rewards:
             note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
         return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)
 
@@ -205,9 +246,9 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     if student_sampling(r).eta != 1:
         raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
     backbone, _ = load.load(r.teacher)
-    players = make_cast(r, backbone)
+    players = make_players(r, backbone)
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
-    if not checkpoint.resume(run / "checkpoints", learners, {"auc": players.auc}, _fingerprint(text)):
+    if not checkpoint.resume(run / "checkpoints", learners, _extra(players), _fingerprint(text)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
     return _export(r, name, backbone, players, run, out)
 

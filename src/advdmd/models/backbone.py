@@ -45,6 +45,7 @@ class Backbone(Protocol):
     net: nn.Module  # the pipeline's own transformer: the teacher
     latent_shape: tuple[int, ...]
     token_width: int  # of the image tokens that blocks put out
+    time_scale: float  # what times are multiplied by before the transformer sees them
 
     note: dict[str, Any]  # what must be known beside the pipeline to read it again (load.as_backbone)
     stock_load: dict[str, Any]  # what the stock pipeline must be told when it is loaded

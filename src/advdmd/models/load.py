@@ -5,12 +5,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from advdmd.models.backbone import Backbone
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling
 from advdmd.models.sd3 import SD3
+from advdmd.models.target_time import attach
 
 SHIPPED = ("mini-sd3", "mini-sd35")
+TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
 NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
 
 
@@ -108,6 +112,8 @@ def load(name: str) -> tuple[Backbone, Sampling]:
             '{"sampling": {"steps": 40, "shift": 3.0, "guidance": 4.0}}'
         )
     backbone = as_backbone(pipe, note)
+    if (path / TARGET_TIME).is_file():
+        attach(backbone.net, load_file(path / TARGET_TIME)["standing"], backbone.time_scale)
     backbone.net.requires_grad_(False).eval()
     return backbone, sampling_of(path)
 

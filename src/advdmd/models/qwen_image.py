@@ -39,7 +39,7 @@ class QwenImage:
         self.pipe, self.vae, self.note = pipe, pipe.vae, {"side": side}
         self.net: Any = pipe.transformer
         self.stock_load: dict[str, Any] = {}
-        self.token_width = pipe.transformer.inner_dim
+        self.token_width, self.time_scale = pipe.transformer.inner_dim, 1.0
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
 
     def stock_call(self, steps: int) -> dict[str, Any]:

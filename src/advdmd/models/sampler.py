@@ -22,15 +22,21 @@ class Sampling:
     shift: float = 3.0
     guidance: float = 1.0
     eta: float | None = None
+    gap: float | None = None  # TwinFlow's grid instead of the shifted one
 
     def __post_init__(self) -> None:
-        flow.grid(self.steps, self.shift)
+        assert len(self.grid) == self.steps + 1
         if self.eta is not None:
             cps(self.eta)
         if self.guidance < 1:
             raise ValueError(f"guidance={self.guidance}: must be at least 1, which turns it off")
         if self.eta is not None and self.guidance != 1:
             raise ValueError(f"guidance={self.guidance}: a few-step student has its guidance built in; leave it at 1")
+
+    @property
+    def grid(self) -> Tensor:
+        """[steps + 1] times from noise to data."""
+        return flow.grid(self.steps, self.shift) if self.gap is None else flow.twin_grid(self.steps, self.gap)
 
     @property
     def nfe(self) -> int:
@@ -54,7 +60,7 @@ def sample(
     say: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1]; noise [>= hops, N, ...] as from `draw_noise` (the ODE uses the first)."""
-    grid, out = flow.grid(how.steps, how.shift), []
+    grid, out = how.grid, []
     null = backbone.embed(backbone.tokenize([""]))
     velocity = Teacher(backbone, how.guidance, null, net)
     for i in torch.arange(len(prompts)).split(batch):

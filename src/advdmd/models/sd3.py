@@ -26,7 +26,7 @@ class SD3:
         self.net: Any = pipe.transformer
         self.vae = pipe.vae
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
-        self.token_width = pipe.transformer.inner_dim
+        self.token_width, self.time_scale = pipe.transformer.inner_dim, 1000.0
         side = pipe.transformer.config.sample_size
         self.latent_shape = (pipe.transformer.config.in_channels, side, side)
 
@@ -78,7 +78,7 @@ class SD3:
         """v = e - x0 at x [N, C, H, W], t [N]; SD3 takes t * 1000 and already points from data to noise."""
         return net(
             hidden_states=x,
-            timestep=t * 1000,
+            timestep=t * self.time_scale,
             encoder_hidden_states=cond.embeds,
             pooled_projections=cond.pooled,
             return_dict=False,

@@ -1,0 +1,136 @@
+"""TwinFlow: one network, signed times, no other score: positive t is the data's trajectory, negative t the student's own
+(arXiv 2512.05150; defaults from its repository)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from advdmd import flow, losses
+from advdmd.rng import Rng
+from advdmd.types import Batch, Cond, Log
+
+BACK = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
+
+
+class Twin(NamedTuple):
+    """The one player: its network F(x, t, r, c), the same with averaged weights, and the empty prompt."""
+
+    student: Any
+    average: Any
+    null: Any
+
+
+def robust(error: Tensor, c: float = 1e-3) -> Tensor:
+    """mse (mse / c^2 + 1)^(-1/2) / c with the factor detached (Barron's loss at alpha = 1). [N, ...] -> [N]"""
+    mse = losses.mean_flat(error.float().square())
+    return mse * ((mse / c**2 + 1) ** -0.5 / c).detach()
+
+
+def repeated(cond: Any, n: int) -> Any:
+    return cond[torch.zeros(n, dtype=torch.long)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinFlow:
+    """Hyperparameters. `steps` and `gap` are the student's sampler; `order` the sub-steps of the integral; `guidance` the
+    strength w of the enhanced target; `group` only deals batches."""
+
+    steps: int = 2
+    gap: float = 0.6  # .5 for 4 steps
+    order: int = 2
+    guidance: float = 0.8
+    near: float = 0.05  # how far below t the targets of the second quarter lie, as a share of t
+    rectify: float = 0.5
+    group: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "order", "group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TwinFlow({name}={getattr(self, name)}): must be at least 1")
+        if not 0 < self.gap < 0.999 or not 0 < self.near <= 1:
+            raise ValueError(f"TwinFlow(gap={self.gap}, near={self.near}): gap inside (0, .999), near inside (0, 1]")
+        if self.guidance < 0 or self.rectify < 0:
+            raise ValueError(f"TwinFlow(guidance={self.guidance}, rectify={self.rectify}): weights cannot be negative")
+
+    def forwards(self, step: int, depth: float = 1.0, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
+        """Forwards per sample by part (see AdvDMD.forwards): quarters of a batch count as quarters."""
+        return {
+            "student": 1 + backward,
+            "fake": 0.25,
+            "guidance": (self.guidance > 0) * 2 * 0.5,
+            "integral": 0.75 * self.order,
+            "rectify": (self.rectify > 0) * 2 * 0.25,
+        }
+
+    def times(self, rng: Rng, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, r, quarter) of n samples: end to end, near, any, and the student's own at negative times."""
+        if n % 4:
+            raise ValueError(f"TwinFlow: {n} samples per rank do not make four quarters")
+        quarter, u, share = torch.arange(n) % 4, rng.uniform("t"), rng.uniform("r")
+        t = torch.where(quarter == 0, torch.ones(n), u.clamp(1e-3, 1 - 1e-3))
+        far = torch.where(quarter == 1, self.near * share, share)
+        r = torch.where(quarter == 0, torch.zeros(n), t * (1 - far))
+        return torch.where(quarter == 3, -t, t), torch.where(quarter == 3, -t, r), quarter
+
+    def iteration(self, cast: Twin, batch: Batch, step: int, rng: Rng) -> Log:
+        (N, *shape), cond = batch.real.shape, batch.cond
+        t, r, quarter = self.times(rng, N)
+        z, own, first = rng.normal("z", shape), (quarter == 3).nonzero()[:, 0], (quarter == 0).nonzero()[:, 0]
+
+        # A quarter of the data are the student's own images, drawn in one step.
+        x0 = batch.real.clone()
+        with torch.no_grad():
+            start = rng.normal("fake", shape)[own]
+            one, zero = torch.ones(len(own)), torch.zeros(len(own))
+            x0[own] = flow.clean(start, cast.student(start, one, zero, cond[own]), one)
+        x, v = flow.interpolate(x0, z, t.abs()), z - x0
+
+        F = cast.student(x, t, r, cond)
+        target = self.target(cast, F.detach(), x, t, r, v, cond, quarter)
+        weight = torch.where(quarter == 3, torch.ones(N), torch.tan((1 - (t - r)) * math.pi / 2.5) + 1)
+        loss = weight * robust(F - target)
+        log: Log = {
+            f"twin/{name}": loss.detach()[quarter == q].mean().item() for q, name in enumerate(("end", "near", "any", "own"))
+        }
+
+        # Where the two trajectories disagree at the image of one step, that image moves towards the data's.
+        if self.rectify:
+            seen, again = flow.clean(x[first], F[first].detach(), t[first]), rng.normal("again", shape)[first]
+            u = rng.uniform("again.t")[first].clamp(1e-3, 1 - 1e-3)
+            x_u = flow.interpolate(seen, again, u)
+            with torch.no_grad():
+                theirs, ours = (cast.student(x_u, s, s, cond[first]) for s in (-u, u))
+            g = (theirs - ours).clamp(-1, 1)
+            extra = self.rectify * robust(F[first] - (F[first].detach() - g))
+            loss = loss.index_add(0, first, extra)
+            log["twin/rectify"] = extra.detach().mean().item()
+        return log | cast.student.descend([loss])
+
+    @torch.no_grad()
+    def target(self, cast: Twin, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Cond, quarter: Tensor) -> Tensor:
+        """What F(x, t, r) should be: the average velocity from r to t, by one short step along v and the averaged network
+        for the rest, clipped to +-1 around F. The student's own samples and r = t keep v itself."""
+        guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
+        if self.guidance and len(guided):
+            at = (x[guided], t[guided], t[guided])
+            null = repeated(cast.null, len(guided))
+            v = v.index_add(0, guided, self.guidance * (cast.average(*at, cond[guided]) - cast.average(*at, null)))
+        far = (quarter < 3).nonzero()[:, 0]
+        integral = torch.zeros_like(x)
+        integral[far] = self.integrate(cast, x[far] - BACK * v[far], (t[far] - BACK).maximum(r[far]), r[far], cond[far])
+        short = t < r + BACK
+        a = torch.where(short, torch.ones_like(t), (t - r) / BACK)
+        b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / BACK))  # nothing is left to integrate
+        away = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
+        return F - away.clamp(-1, 1)
+
+    def integrate(self, cast: Twin, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
+        """The averaged network's displacement from t down to r, in `order` sub-steps of equal length."""
+        dt, total = (t - r) / self.order, torch.zeros_like(x)
+        for _ in range(self.order):
+            move = flow.bcast(dt, x) * cast.average(x, t, t - dt, cond)
+            x, total, t = x - move, total + move, t - dt
+        return total

@@ -1,0 +1,150 @@
+"""TwinFlow: signed times, quarters, the target of an exact flow, its sampler, and a student on disk."""
+
+import json
+
+import pytest
+import torch
+
+from advdmd import flow, run
+from advdmd.algorithms.twinflow import Twin, TwinFlow, robust
+from advdmd.look import painter
+from advdmd.models import load, mini
+from advdmd.models.target_time import TargetTime, attach
+from advdmd.recipes.find import resolve
+from advdmd.rng import Rng
+from advdmd.types import Batch
+from advdmd.world.caption import VOCABULARY
+from tests.conftest import TINY
+from tests.test_product import SMALL
+
+
+@pytest.fixture(scope="module", params=["mini-sd3", "mini-sd35", "mini-qwen"])
+def any_backbone(request):
+    if request.param == "mini-qwen":
+        pipe = mini.qwen_image(VOCABULARY, TINY)
+    else:
+        pipe = mini.sd3(VOCABULARY, TINY, sd35=request.param == "mini-sd35")
+    backbone = load.as_backbone(pipe, {"t5_length": 0, "side": mini.LATENT})
+    backbone.net.requires_grad_(False).eval()
+    return backbone
+
+
+def inputs(backbone, n=4):
+    g = torch.Generator().manual_seed(0)
+    cond = backbone.embed(backbone.tokenize(["a picture of a red circle"] * n))
+    return torch.randn(n, *backbone.latent_shape, generator=g), torch.linspace(0.1, 1, n), cond
+
+
+@torch.no_grad()
+def test_with_r_at_t_the_pretrained_network_is_unchanged(any_backbone):
+    """Also at negative times, and whatever emb2 is; towards another r it is not."""
+    x, t, cond = inputs(any_backbone)
+    net = TargetTime(any_backbone.net, any_backbone.time_scale)
+    for s in (t, -t):
+        with net.toward(s):
+            assert torch.equal(any_backbone.velocity(net, x, s, cond), any_backbone.velocity(any_backbone.net, x, s, cond))
+    with net.toward(0.5 * t):
+        assert not torch.allclose(any_backbone.velocity(net, x, t, cond), any_backbone.velocity(any_backbone.net, x, t, cond))
+
+
+@torch.no_grad()
+def test_what_is_kept_for_sampling_is_the_network_toward_zero(any_backbone):
+    x, t, cond = inputs(any_backbone)
+    import copy
+
+    net = TargetTime(copy.deepcopy(any_backbone.net), any_backbone.time_scale, copied=True)
+    want = any_backbone.velocity(net, x, t, cond)
+    with net.toward(torch.zeros(4)):
+        assert torch.equal(want, any_backbone.velocity(net, x, t, cond))
+    plain = net.net
+    assert not torch.allclose(want, any_backbone.velocity(plain, x, t, cond))
+    attach(plain, net.standing(), any_backbone.time_scale)
+    torch.testing.assert_close(any_backbone.velocity(plain, x, t, cond), want)
+
+
+def test_quarters_are_equal_and_have_their_times():
+    t, r, quarter = TwinFlow().times(Rng(0, 0, range(400)), 400)
+    assert torch.bincount(quarter).tolist() == [100] * 4
+    assert (t[quarter == 0] == 1).all()
+    assert (r[quarter == 0] == 0).all()
+    near, far, own = (quarter == k for k in (1, 2, 3))
+    assert ((t - r)[near] <= 0.05 * t[near] + 1e-6).all()
+    assert ((t - r)[near] >= 0).all()
+    assert ((r >= 0) & (r <= t))[far].all()
+    assert (t - r)[far].max() > 0.5
+    assert (t[own] < 0).all()
+    assert torch.equal(t[own], r[own])
+    with pytest.raises(ValueError, match="four quarters"):
+        TwinFlow().times(Rng(0, 0, range(6)), 6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "gap", "want"), [(1, 0.6, [0.999, 0]), (2, 0.6, [0.999, 0.6, 0]), (4, 0.5, [0.999, 0.83267, 0.66633, 0.5, 0])]
+)
+def test_grids_are_those_of_its_repository(steps, gap, want):
+    assert flow.twin_grid(steps, gap).tolist() == pytest.approx(want, abs=1e-4)
+
+
+def test_the_target_of_an_exact_flow_is_that_flow():
+    """One data point: v = z - x0 is the average velocity between any two times, so nothing is left to correct."""
+    x0 = torch.tensor([[0.3, -0.7]])
+    exact = lambda x, t, r, c: (x - x0) / flow.bcast(t, x)  # noqa: E731
+    algorithm = TwinFlow(guidance=0.0)
+    t, r, quarter = algorithm.times(Rng(0, 0, range(400)), 400)
+    t = torch.where(quarter == 3, t, t.clamp(min=0.05))
+    r = torch.where(quarter == 3, t, torch.minimum(r, t))
+    z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    x, v = flow.interpolate(x0.expand(400, 2), z, t.abs()), z - x0
+    cast = Twin(exact, exact, None)
+    target = algorithm.target(cast, v, x, t, r, v, torch.zeros(400), quarter)
+    torch.testing.assert_close(target, v, atol=2e-4, rtol=0)
+    off = algorithm.target(cast, v + 0.01, x, t, r, v, torch.zeros(400), quarter)
+    assert ((off - v - 0.01)[(t - r).abs() > 0.02] < 0).all(), "and what is off is moved towards it"
+
+
+def test_an_error_weighs_like_its_root():
+    """The robust loss grows like |error|, so that no sample outweighs the others by its square."""
+    small, large = robust(torch.full((1, 4), 0.1)), robust(torch.full((1, 4), 1.0))
+    assert (large / small).item() == pytest.approx(10, rel=0.01)
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    words = [w for w in SMALL if "warmup" not in w and "ramp" not in w]
+    return resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "twin"
+
+
+def test_forwards_are_as_counted(folder, backbone):
+    (_, r), _ = folder
+    twin, counts = run.make_twin(r, backbone), {"grad": 0, "none": 0}
+
+    def count(module, args, kw):
+        counts["grad" if torch.is_grad_enabled() else "none"] += len(kw["hidden_states"])
+
+    twin.student.net.net.transformer_blocks[0].register_forward_pre_hook(count, with_kwargs=True)
+    cond = backbone.embed(backbone.tokenize(["a picture of a red circle"] * 8))
+    r.algorithm.iteration(twin, Batch(cond, torch.randn(8, 4, 8, 8)), 0, Rng(0, 0, range(8)))
+    parts = r.algorithm.forwards(0, backward=0.0)
+    assert counts["grad"] == 8
+    assert counts["none"] == 8 * (sum(parts.values()) - 1)
+    assert sum(r.algorithm.forwards(0).values()) == pytest.approx(6.25)
+
+
+def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tiny_folder):
+    (name, r), out = folder
+    student = run.train(name, r, out)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"twin/end", "twin/near", "twin/any", "twin/own", "twin/rectify"} <= set(metrics[0])
+    assert run.train(name, r, out) == student
+    backbone, how = load.load(str(student))
+    assert (how.steps, how.gap, how.nfe) == (2, 0.6, 2)
+    own = load.load(str(tiny_folder))[0]
+    twin = run.make_twin(r, own)
+    from advdmd.train import checkpoint
+
+    checkpoint.resume(out / "checkpoints", {"student": twin.student})
+    with twin.student.averaging() as net:
+        want = painter(own, net, how)(["a picture of a red circle"] * 2, [0, 1])
+    found = painter(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])
+    assert (abs(want.astype(int) - found.astype(int)) <= 1).all()
+    assert "stock pipelines cannot sample it" in (student / "README.md").read_text()
