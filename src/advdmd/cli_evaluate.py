@@ -33,10 +33,10 @@ Images = Annotated[
 Prompts = Annotated[
     int, typer.Option(help="Of a suite of the miniature: prompts per task, at most, that the images are spread over.")
 ]
-Csv = Annotated[Path | None, typer.Option("--csv", help="DPG-Bench's dpg_bench.csv.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="DPG-Bench's dpg_bench.csv, or OWNER/NAME/FILE.csv on the hub.")]
 Mode = Annotated[str, typer.Option(help="dpg: fixed, or official for the published script's arithmetic.")]
-DetectorFolder = Annotated[Path | None, typer.Option("--detector", help="geneval: Mask2Former, see convert-detector.")]
-ClipFolder = Annotated[Path | None, typer.Option("--clip", help="geneval: openai/clip-vit-large-patch14 as a folder.")]
+DetectorFolder = Annotated[Path | None, typer.Option("--detector", help="geneval: Mask2Former, a folder or hub id.")]
+ClipFolder = Annotated[Path | None, typer.Option("--clip", help="geneval: openai/clip-vit-large-patch14, a folder or hub id.")]
 JudgeName = Annotated[str | None, typer.Option("--judge", help="dpg: qwen-vl:FOLDER, mplug:INTERPRETER or endpoint:URL#MODEL.")]
 ShardText = Annotated[str, typer.Option("--shard", help="I/N: only the items of process I (from 0) of N.")]
 Partial = Annotated[bool, typer.Option("--allow-partial", help="Give a figure, named partial, when not all images are judged.")]
@@ -153,7 +153,7 @@ def metric(
     folder: Annotated[Path, typer.Argument(help="Folder of a suite's images, as eval leaves it.")],
     suite: SuiteName,
     name: Annotated[str, typer.Argument(help="clipscore, pickscore, hpsv2, imagereward, diversity, frechet or kernel")],
-    weights: Annotated[Path, typer.Option(help="The metric's model as a folder; a CLIP for the last three.")],
+    weights: Annotated[Path, typer.Option(help="The metric's model, a folder or hub id; a CLIP for the last three.")],
     reference: Annotated[Path | None, typer.Option(help="frechet, kernel: folder of images to compare with.")] = None,
     split: Split = "test",
     world: WorldName = "half",

@@ -16,6 +16,7 @@ from advdmd.evaluation.generate import Shard, generate, jobs, read_images
 from advdmd.evaluation.geneval import GenEval
 from advdmd.evaluation.scoring import assess, perceive
 from advdmd.evaluation.shapes import Checker, Shapes
+from advdmd.evaluation.weights import located
 from advdmd.look import painter
 from advdmd.models import load
 from advdmd.models.sampler import Sampling
@@ -54,10 +55,24 @@ def suite_of(
     if name == "dpg":
         if csv is None:
             raise ValueError("dpg needs --csv: DPG-Bench's prompts are not shipped, name its dpg_bench.csv")
-        return DPG(str(csv), images or 4, mode)
+        return DPG(str(_table(csv)), images or 4, mode)
     if name == "geneval":
         return GenEval(images or 4)
     return Shapes(name, images or 96, prompts, split, world)
+
+
+def _table(name: Path) -> Path:
+    """A local CSV, or OWNER/NAME/FILE.csv of a data set on the hub. Raises ValueError if it cannot be had."""
+    owner, _, rest = str(name).partition("/")
+    repo, _, file = rest.partition("/")
+    if name.exists() or not file or name.is_absolute():
+        return name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file, repo_type="dataset"))
+    except Exception as e:  # whatever an unreachable hub or an unknown repository makes the library raise
+        raise ValueError(f"{name}: no such file, and not to be had from the hub: {str(e).splitlines()[0]}") from None
 
 
 def judge_of(suite: Benchmark, detection: Path | None, clip: Path | None, judge: str | None, device: str) -> Perceiver:
@@ -70,10 +85,10 @@ def judge_of(suite: Benchmark, detection: Path | None, clip: Path | None, judge:
                 "geneval needs --detector (a folder made by advdmd convert-detector, or facebook's Mask2Former, which is not "
                 "comparable) and --clip (openai/clip-vit-large-patch14 as a folder)"
             )
-        return detector.load(detection, clip, device)
+        return detector.load(located(detection), located(clip), device)
     kind, _, where = (judge or "").partition(":")
     if kind == "qwen-vl" and where:
-        return vqa.qwen_vl(Path(where), device)
+        return vqa.qwen_vl(located(where), device)
     if kind == "mplug" and where:
         return vqa.mplug(where)
     if kind == "endpoint" and "#" in where:

@@ -16,6 +16,7 @@ from advdmd.evaluation.metrics import distance
 from advdmd.evaluation.metrics.clip import clip_score
 from advdmd.evaluation.metrics.named import SCORERS, load_scorer
 from advdmd.evaluation.scoring import read_image
+from advdmd.evaluation.weights import located
 from advdmd.train.book import Progress
 from advdmd.train.checkpoint import write_text
 
@@ -49,7 +50,7 @@ def measure(
     taught = taught_by(drawn_by(folder).get("model") or {}, metric, trained_on)
     about = {"suite": suite.name, "suite_hash": suite_hash(suite.items()), "images": len(paths)}
     if metric in SCORERS:
-        found = _scored(wanted, paths, load_scorer(metric, weights, device))
+        found = _scored(wanted, paths, load_scorer(metric, located(weights), device))
     else:
         found = _of_sets(metric, paths, [item.prompt for item, _ in wanted], weights, reference, device)
     result = {**about, **found, "name": found["name"] + (report.OWN_REWARD if taught else "")}
@@ -76,7 +77,7 @@ def _scored(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> dict[s
 def _of_sets(
     metric: str, paths: Sequence[Path], prompts: Sequence[str], weights: Path, reference: Path | None, device: str
 ) -> dict[str, Any]:
-    clip = clip_score(weights, device)
+    clip = clip_score(located(weights), device)
 
     def features(files: Sequence[Path]) -> np.ndarray:
         say, out = Progress(f"{metric}: features", len(files)), []

@@ -138,15 +138,21 @@ def twinflow(name: str, guidance: float, iterations: int = 1300, rate: float = 3
 
 
 def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
-    """Where quality counts: twice as long, more prompts for the critic to learn from, guidance that keeps diversity."""
+    """Where quality counts: longer, more prompts for the critic to learn from, guidance that keeps diversity; two matching
+    turns on each path and half of the samples judged, which at equal forwards is worth .06 on mini-geneval (docs/log.md)."""
     short = advdmd(name, guidance, iterations, gan=0.05, rate=7e-4, policy=5e-5)
-    return replace(short, ema=0.99, data=Data(prompts=6000), critic=replace(short.critic, hidden=256))
+    algorithm = replace(short.algorithm, match_turns=2, judge_every=2)
+    match = replace(short.match, decay=2 * iterations)
+    more = {"ema": 0.99, "data": Data(prompts=6000), "critic": replace(short.critic, hidden=256)}
+    return replace(short, algorithm=algorithm, match=match, **more)
 
 
 def dmd2_long(name: str, guidance: float, iterations: int = 1780) -> Recipe:
-    """The baseline at the same length, prompts and guidance."""
+    """The baseline at the same prompts, guidance and turns on a path."""
     short = dmd2(name, guidance, iterations, rate=7e-4)
-    return replace(short, ema=0.99, data=Data(prompts=6000), critic=replace(short.critic, hidden=256))
+    algorithm, match = replace(short.algorithm, match_turns=2), replace(short.match, decay=2 * iterations)
+    more = {"ema": 0.99, "data": Data(prompts=6000), "critic": replace(short.critic, hidden=256)}
+    return replace(short, algorithm=algorithm, match=match, **more)
 
 
 # Of the teacher in distribution matching: more is faster and costs diversity.
