@@ -14,9 +14,14 @@ from advdmd.exam import parted
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 MARKS = ("<!-- results: made by runs/render.py -->", "<!-- /results -->")
+H1 = "H1: AdvDMD at 4 steps against mini-sd35 at 40 guided steps"
+H2 = "H2: AdvDMD at 4 steps against mini-sd3 at 40 guided steps, and DMD2"
+ONE = "one matching turn a path, the recipe before"
 CLAIMS = {
-    "h1": ("H1: AdvDMD at 4 steps against mini-sd35 at 40 guided steps", "mini-dpg", ("teacher",)),
-    "h2": ("H2: AdvDMD at 4 steps against mini-sd3 at 40 guided steps, and DMD2", "mini-geneval", ("teacher", "dmd2")),
+    "h1": (H1, "mini-dpg", ("teacher",)),
+    "h1-one-turn": (f"{H1} ({ONE})", "mini-dpg", ("teacher",)),
+    "h2": (H2, "mini-geneval", ("teacher", "dmd2")),
+    "h2-one-turn": (f"{H2} ({ONE})", "mini-geneval", ("teacher", "dmd2")),
 }
 LABELS = {"advdmd": "AdvDMD", "dmd2": "DMD2", "dmd": "DMD alone", "teacher": "teacher"}
 COLORS = {"advdmd": "tab:red", "dmd2": "tab:blue", "dmd": "tab:gray"}
@@ -162,7 +167,7 @@ def claim(name: str) -> list[str]:
         return []
     runs = runs_of(folder)
     curves(folder, runs)
-    lines = ["", f"## {title}", "", f"`runs/{name}.sh` at commit {rows[0][2]['commit']}.", ""]
+    lines = ["", f"## {title}", "", f"`runs/{name[:2]}.sh` at commit {rows[0][2]['commit']}.", ""]
     for theirs in LABELS:
         lines += [f"- {verdict(row[2], suite, theirs)}" for row in rows if is_about(row, suite, theirs)]
     mine = next((row[2] for row in rows if is_about(row, "mini-geneval", "teacher")), None)
@@ -182,7 +187,7 @@ def summary() -> str:
             if is_about((ours, theirs, c), suite, theirs) and theirs in against:
                 d, n = c["difference"]["strict"]["overall"], len(c["ours"]["strict"])
                 out.append(
-                    f"| {name.upper()} | {suite} | {LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f} "
+                    f"| {name[:2].upper() + name[2:].replace('-', ' ')} | {suite} | {LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f} "
                     f"| {signed(d)} | {n} |"
                 )
     return "\n".join(out)
