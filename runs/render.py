@@ -186,10 +186,9 @@ def summary() -> str:
         for ours, theirs, c in comparisons(RESULTS / name) if (RESULTS / name).is_dir() else []:
             if is_about((ours, theirs, c), suite, theirs) and theirs in against:
                 d, n = c["difference"]["strict"]["overall"], len(c["ours"]["strict"])
-                out.append(
-                    f"| {name[:2].upper() + name[2:].replace('-', ' ')} | {suite} | {LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f} "
-                    f"| {signed(d)} | {n} |"
-                )
+                label = name[:2].upper() + name[2:].replace("-", " ")
+                scores = f"{LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f}"
+                out.append(f"| {label} | {suite} | {scores} | {signed(d)} | {n} |")
     return "\n".join(out)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advdmd.evaluation.weights import fresh, tensors_of
 from advdmd.train.checkpoint import file_hash, write_folder
 
 NOTE, SOURCE = "advdmd.json", "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
@@ -169,18 +170,8 @@ def convert(checkpoint: Path, out: Path, settings: Any = None) -> Path:
     """
     from transformers import Mask2FormerForUniversalSegmentation
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty: choose another --out")
-    try:
-        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise ValueError(f"{checkpoint} cannot be opened: {e}") from None
-    except Exception as e:  # whatever a damaged or malicious pickle makes torch raise
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"{checkpoint} cannot be read as tensors alone, and running code from it is refused: {why}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{checkpoint} holds a {type(found).__name__}, not a state dict")
-    state = converted(found.get("state_dict", found))
+    fresh(out)
+    state = converted(tensors_of(checkpoint))
     model = Mask2FormerForUniversalSegmentation(settings or config())
     load_state(model, state)
     note = {"source": SOURCE, "sha256": file_hash(checkpoint)}

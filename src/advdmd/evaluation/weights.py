@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advdmd.models.load import quiet
 from advdmd.train.checkpoint import file_hash
 
@@ -36,6 +38,30 @@ def weights_hash(folder: Path) -> str:
     if not files:
         raise ValueError(f"{folder} holds no safetensors: name a model's folder (pickled weights are never loaded)")
     return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Any]:
+    """The state dict of a .pt or .pth, whole or under "state_dict". Such a file is a pickle: only its tensors are read.
+
+    Raises ValueError if it cannot be opened, would run code, is damaged, or holds no state dict.
+    """
+    try:
+        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise ValueError(f"{checkpoint} cannot be opened: {e}") from None
+    except Exception as e:  # whatever a damaged or malicious pickle makes torch raise
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{checkpoint} cannot be read as tensors alone, and running code from it is refused: {why}") from None
+    state = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint} holds a {type(found).__name__}, not a state dict")
+    return state
+
+
+def fresh(out: Path) -> None:
+    """Raise ValueError if a folder to write weights into is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: choose another --out")
 
 
 def load_strictly(kind: Any, folder: Path, **more: Any) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from advdmd.evaluation.weights import load_strictly, weights_hash
+from advdmd.evaluation.weights import fresh, load_strictly, tensors_of, weights_hash
 from advdmd.train.checkpoint import write_folder
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -158,18 +158,14 @@ def convert_hps(checkpoint: Path, base: Path, out: Path) -> Path:
     """
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty: choose another --out")
-    try:
-        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a damaged or malicious pickle makes torch raise
-        raise ValueError(f"{checkpoint} cannot be read as tensors alone: {e}") from None
+    fresh(out)
+    state = from_open_clip(tensors_of(checkpoint))
     try:
         config, tokenizer = (c.from_pretrained(base, local_files_only=True) for c in (CLIPConfig, AutoTokenizer))
     except (OSError, ValueError) as e:
         raise ValueError(f"{base} is no CLIP's folder: {e}") from None
     model = CLIPModel(config)
-    missing, extra = model.load_state_dict(from_open_clip(found.get("state_dict", found)), strict=False)
+    missing, extra = model.load_state_dict(state, strict=False)
     if missing or extra:
         raise ValueError(f"{checkpoint} does not fit {base}: {missing[:2]} missing, {extra[:2]} left over")
 

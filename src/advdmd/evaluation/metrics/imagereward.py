@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd.evaluation.metrics.clip import cropped
+from advdmd.evaluation.weights import tensors_of
 from advdmd.train.checkpoint import file_hash
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rating over the authors' validation set
@@ -113,14 +114,8 @@ def image_reward(folder: Path, device: str = "cpu", settings: tuple[Any, Any] | 
     from transformers import AutoTokenizer
 
     file = folder / "ImageReward.pt"
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise ValueError(f"{file} cannot be opened: {e}") from None
-    except Exception as e:  # whatever a damaged or malicious pickle makes torch raise
-        raise ValueError(f"{file} cannot be read as tensors alone: {e}") from None
     net = Network(*(settings or published()))
-    missing, extra = net.load_state_dict(converted(state), strict=False)
+    missing, extra = net.load_state_dict(converted(tensors_of(file)), strict=False)
     if missing or extra:
         raise ValueError(f"{file} does not fit: {missing[:2]} missing, {extra[:2]} left over")
     return ImageReward(net, AutoTokenizer.from_pretrained(folder, local_files_only=True), file_hash(file)[:16], device)
