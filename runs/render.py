@@ -173,7 +173,7 @@ def claim(name: str) -> list[str]:
     mine = next((row[2] for row in rows if is_about(row, "mini-geneval", "teacher")), None)
     if mine:
         kept = mine["ours"]["diversity"] / mine["theirs"]["diversity"]
-        lines += [f"- Diversity on mini-geneval is {kept:.0%} of the teacher's (at least 90 % is asked for)."]
+        lines += [f"- Diversity on mini-geneval is {kept:.1%} of the teacher's (at least 90 % is asked for)."]
     lines += [f"- {hacking(runs)}", "", table(rows), "", tasks(rows), ""]
     lines += [f"![score and diversity against forwards](../results/{name}/curves.png)", ""]
     return [*lines, f"![score, diversity and reward of each run](../results/{name}/runs.png)"]

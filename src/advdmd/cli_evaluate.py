@@ -152,9 +152,16 @@ def score(
 def metric(
     folder: Annotated[Path, typer.Argument(help="Folder of a suite's images, as eval leaves it.")],
     suite: SuiteName,
-    name: Annotated[str, typer.Argument(help="clipscore, pickscore, hpsv2, imagereward, diversity, frechet or kernel")],
-    weights: Annotated[Path, typer.Option(help="The metric's model, a folder or hub id; a CLIP for the last three.")],
-    reference: Annotated[Path | None, typer.Option(help="frechet, kernel: folder of images to compare with.")] = None,
+    name: Annotated[
+        str, typer.Argument(help="clipscore, pickscore, hpsv2, imagereward, diversity, frechet, kernel, fid or kid")
+    ],
+    weights: Annotated[
+        Path,
+        typer.Option(
+            help="The metric's model, a folder or hub id; a CLIP for diversity, frechet, kernel; FID's Inception file."
+        ),
+    ],
+    reference: Annotated[Path | None, typer.Option(help="frechet, kernel, fid, kid: folder of images to compare with.")] = None,
     split: Split = "test",
     world: WorldName = "half",
     images: Images = None,

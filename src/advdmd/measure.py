@@ -14,13 +14,15 @@ from advdmd.evaluation.benchmark import Benchmark, suite_hash
 from advdmd.evaluation.generate import image_path, jobs
 from advdmd.evaluation.metrics import distance
 from advdmd.evaluation.metrics.clip import clip_score
+from advdmd.evaluation.metrics.inception import load_inception
 from advdmd.evaluation.metrics.named import SCORERS, load_scorer
 from advdmd.evaluation.scoring import read_image
 from advdmd.evaluation.weights import located
 from advdmd.train.book import Progress
 from advdmd.train.checkpoint import write_text
 
-OF_SETS = ("diversity", "frechet", "kernel")  # one figure for all images, in the features of a CLIP
+OF_SETS = ("diversity", "frechet", "kernel", "fid", "kid")  # one figure for all images, in features; the last two Inception's
+DISTANCES = {"frechet": distance.frechet, "kernel": distance.kernel, "fid": distance.frechet, "kid": distance.kernel}
 METRICS = (*SCORERS, *OF_SETS)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 BATCH = 16
@@ -41,8 +43,8 @@ def measure(
     """
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r}: one of {', '.join(METRICS)}")
-    if (reference is not None) != (metric in ("frechet", "kernel")):
-        raise ValueError(f"--reference goes with frechet and kernel, a folder of images to compare with; metric={metric}")
+    if (reference is not None) != (metric in DISTANCES):
+        raise ValueError(f"--reference goes with {', '.join(DISTANCES)}: a folder of images to compare with; metric={metric}")
     wanted = jobs(suite)
     paths = [image_path(folder, item, k) for item, k in wanted]
     if lost := [p for p in paths if not p.exists()]:
@@ -77,20 +79,20 @@ def _scored(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> dict[s
 def _of_sets(
     metric: str, paths: Sequence[Path], prompts: Sequence[str], weights: Path, reference: Path | None, device: str
 ) -> dict[str, Any]:
-    clip = clip_score(located(weights), device)
+    network: Any = load_inception(weights, device) if metric in ("fid", "kid") else clip_score(located(weights), device)
 
     def features(files: Sequence[Path]) -> np.ndarray:
         say, out = Progress(f"{metric}: features", len(files)), []
         for i in range(0, len(files), BATCH):
-            out.append(clip.embed([read_image(p) for p in files[i : i + BATCH]]))
+            out.append(network.embed([read_image(p) for p in files[i : i + BATCH]]))
             say(min(i + BATCH, len(files)))
         return torch.cat(out).numpy()
 
-    name = f"{metric}[{clip.name.partition('[')[2]}"
+    name = metric if metric in ("fid", "kid") else f"{metric}[{network.name.partition('[')[2]}"
     if reference is None:
-        return {"name": name, "weights": clip.fingerprint, "mean": distance.within_prompts(features(paths), prompts)}
+        return {"name": name, "weights": network.fingerprint, "mean": distance.within_prompts(features(paths), prompts)}
     theirs = sorted(p for p in reference.rglob("*") if p.suffix.lower() in PICTURES)
     if not theirs:
         raise ValueError(f"{reference} holds no images ({', '.join(sorted(PICTURES))})")
-    value = {"frechet": distance.frechet, "kernel": distance.kernel}[metric](features(paths), features(theirs))
-    return {"name": name, "weights": clip.fingerprint, "mean": value, "reference_images": len(theirs)}
+    value = DISTANCES[metric](features(paths), features(theirs))
+    return {"name": name, "weights": network.fingerprint, "mean": value, "reference_images": len(theirs)}

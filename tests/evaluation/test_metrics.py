@@ -199,10 +199,18 @@ def test_a_metric_is_measured_over_a_suite_and_written_down(weights, tmp_path):
     assert same["mean"] == pytest.approx(0, abs=1e-4)
     assert same["name"] == "frechet[tiny-clip]"
     assert 0 < measure.measure(suite, folder, "diversity", weights)["mean"] < 2
+    from safetensors.torch import save_file
+
+    from advdmd.evaluation.metrics.inception import Inception
+
+    save_file(Inception().state_dict(), tmp_path / "inception.safetensors")
+    fid = measure.measure(suite, folder, "fid", tmp_path / "inception.safetensors", reference=folder / "images")
+    assert (fid["name"], fid["reference_images"]) == ("fid", 24)
+    assert fid["mean"] == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="trained with pickscore"):
         measure.measure(suite, folder, "pickscore", weights)
     assert "own training reward" in measure.measure(suite, folder, "pickscore", weights, trained_on=True)["name"]
-    for bad, message in (({"metric": "fid"}, "one of clipscore"), ({"metric": "kernel"}, "--reference goes with")):
+    for bad, message in (({"metric": "psnr"}, "one of clipscore"), ({"metric": "kernel"}, "--reference goes with")):
         with pytest.raises(ValueError, match=message):
             measure.measure(suite, folder, **{"weights": weights, **bad})
 
@@ -216,3 +224,23 @@ def test_rewards_that_make_no_sense_are_refused(text):
 def test_a_reward_is_written_weight_times_name():
     weight, kind, where = parse_reward("0.5*pickscore:models/pick")
     assert (weight, kind, str(where)) == (0.5, "pickscore", "models/pick")
+
+
+def test_fids_network_has_the_published_shape_and_names(tmp_path):
+    """Shapes and names of torchvision's InceptionV3, whose classifier and counters are let pass; others are refused."""
+    from advdmd.evaluation.metrics import inception
+
+    torch.manual_seed(0)
+    net = inception.Inception().eval()
+    assert sum(p.numel() for p in net.parameters()) == 21_785_568  # InceptionV3's 23,834,568 less its 2,049,000 classifier
+    assert "Mixed_7c.branch3x3dbl_3b.bn.running_var" in net.state_dict()
+    torch.save(net.state_dict() | {"fc.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}, tmp_path / "w.pth")
+    features = inception.load_inception(tmp_path / "w.pth")
+    assert features.embed([IMAGES[0][:, :40], IMAGES[1]]).shape == (2, inception.WIDTH)
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="not FID's Inception"):
+        inception.load_inception(tmp_path / "x.pth")
+    x = torch.ones(1, 1, 4, 4)
+    assert (inception.average(x) == 1).all(), "padding is left out of averages"
+    assert net.Mixed_7b.pool is inception.average
+    assert net.Mixed_7c.pool is inception.maximum
