@@ -28,7 +28,6 @@ score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on 
 
 for seed in $seeds; do
   for method in $methods; do
-    complete "$kept/$method-$seed" && continue
     run=$work/$method-$seed
     case $method in
       advdmd) what=("$teacher-advdmd-long") ;;
@@ -37,7 +36,12 @@ for seed in $seeds; do
       *) echo "METHODS: advdmd, dmd2, dmd; not $method" >&2 && exit 2 ;;
     esac
     n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" "iterations=$iterations" -- "${what[@]}")
-    "$bin/advdmd" train "${what[@]}" "iterations=$n" "seed=$seed" exam_every=100 --out "$run" >/dev/null
+    what+=("iterations=$n" "seed=$seed" exam_every=100)
+    if complete "$kept/$method-$seed"; then
+      "$bin/python" runs/same.py "$kept/$method-$seed/recipe.yaml" "${what[@]}"
+      continue
+    fi
+    "$bin/advdmd" train "${what[@]}" --out "$run" >/dev/null
     score "$run/student" "$work/scores/$method-$seed"
     "$bin/python" runs/keep.py "$run" "$work/scores/$method-$seed" "$kept/$method-$seed"
   done

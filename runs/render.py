@@ -21,6 +21,7 @@ CLAIMS = {
     "h1": (H1, "mini-dpg", ("teacher",)),
     "h1-one-turn": (f"{H1} ({ONE})", "mini-dpg", ("teacher",)),
     "h2": (H2, "mini-geneval", ("teacher", "dmd2")),
+    "h2-guidance-3.2": (f"{H2} (matching guidance 3.2)", "mini-geneval", ("teacher",)),
     "h2-one-turn": (f"{H2} ({ONE})", "mini-geneval", ("teacher", "dmd2")),
 }
 LABELS = {"advdmd": "AdvDMD", "dmd2": "DMD2", "dmd": "DMD alone", "teacher": "teacher"}
@@ -156,7 +157,10 @@ def hacking(runs: dict[str, list[dict[str, float]]]) -> str:
     paid = {name: metrics for name, metrics in runs.items() if any("reward/end" in m for m in metrics)}
     found = {name: step for name, metrics in paid.items() if (step := parted(metrics)) is not None}
     said = "; ".join(f"{name} after {step} iterations" for name, step in found.items())
-    return f"Reward and score parted in {len(found)} of {len(paid)} runs with policy turns{': ' + said if said else ''}."
+    first = [next(int(m["step"]) for m in metrics if "reward/end" in m) for metrics in paid.values()]
+    sat = sum("exam/strict" in m and m["step"] >= f for f, metrics in zip(first, paid.values(), strict=True) for m in metrics)
+    judged = f"judged on the {sat} exams after their policy turns began"
+    return f"Reward and score parted in {len(found)} of {len(paid)} runs, {judged}{': ' + said if said else ''}."
 
 
 def claim(name: str) -> list[str]:

@@ -84,6 +84,9 @@ def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
     assert exam.parted(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the critic saw it too"
     assert exam.parted(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad exam is chance"
     assert exam.parted(run_of([0.3, 0.4], [0, 1])) is None
+    late = run_of([0.5, 0.45, 0.44, 0.43], [0, 1, 2, 3])
+    del late[0]["reward/end"]
+    assert exam.parted(late) == 3, "paid only after the best exam"
 
 
 def test_overrides_are_typed_and_reach_every_level():

@@ -192,6 +192,7 @@ def score(suite: Benchmark, folder: Path, judge: Perceiver, how: Scored = Scored
         "images": len(found.rows),
         "of": total - found.dropped,
         "errors": len(found.errors),
+        "dropped": found.dropped,
         "nfe": drawn.get("nfe"),
         "model": model,
         "strict": report.summarise(found.rows, "strict"),

@@ -1,6 +1,7 @@
 """Scores on held-out images while training: whether reward and score part, and which average to keep."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ MARGIN = 0.02  # of a score, about the standard error of an exam
 
 def parted(metrics: Sequence[Mapping[str, float]]) -> int | None:
     """The step at which reward and score parted, if they did: two exams in a row more than MARGIN below the best so far, while
-    the critic paid more than it did around that best one. Reward hacking looks like this."""
+    the critic paid more than it did around that best one. Reward hacking looks like this.
+
+    The critic pays only from the first policy turn on: a best exam from before counts as paid like the first one after."""
     paid: list[float] = []
     exams: list[tuple[int, float, float]] = []  # step, score, mean reward since the exam before
     for m in metrics:
@@ -77,6 +80,8 @@ def parted(metrics: Sequence[Mapping[str, float]]) -> int | None:
             paid = []
     for i in range(2, len(exams)):
         _, top, then = max(exams[:i], key=lambda e: e[1])
+        if math.isnan(then):
+            then = next((reward for _, _, reward in exams if not math.isnan(reward)), then)
         if all(score < top - MARGIN and reward > then for _, score, reward in exams[i - 1 : i + 1]):
             return exams[i - 1][0]
     return None

@@ -136,11 +136,13 @@ def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(dra
     assert evaluate.score(SUITE, drawn, Checker())["errors"] == 0, "a later run tries them again"
 
 
-def test_broken_images_are_named(drawn):
-    item = SUITE.items()[0]
+def test_a_broken_image_is_named_and_takes_no_other_of_its_batch_with_it(drawn):
+    item = SUITE.items()[3]
     image_path(drawn, item, 0).write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match=r"cannot be read as an image"):
+    with pytest.raises(ValueError, match=rf"{item.id}/0\.png: checker: .*cannot be read as an image"):
         evaluate.score(SUITE, drawn, Checker())
+    summary = evaluate.score(SUITE, drawn, Checker(), evaluate.Scored(tolerant=True, allow_partial=True))
+    assert (summary["images"], summary["errors"]) == (47, 1)
 
 
 def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
@@ -184,13 +186,14 @@ def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn
 def test_text_from_prompts_cannot_become_markup(tmp_path):
     from advdmd.evaluation import gallery
 
-    row = {"item": "x", "k": 0, "task": "t", "prompt": "<script>alert(1)</script>", "loose": 0, "strict": 0, "reason": "<b>"}
+    row = {"item": "x", "k": 0, "task": "t", "prompt": "<script>alert(1)</script>", "loose": 0, "strict": 0, "reason": "<em>"}
     row["details"] = {"objects": [{"label": "<i>", "box": [0, 0, 1, 1], "confidence": 1.0}]}
     path = tmp_path / "images/x/0.png"
     path.parent.mkdir(parents=True)
     Image.new("RGB", (600, 900)).save(path)
     page = gallery.page([("<u>", tmp_path, [row])])
-    assert not any(tag in page for tag in ("<script>alert", "<b>x", "<i>", "<u>"))
+    assert not any(tag in page for tag in ("<script>", "<em>", "<i>", "<u>"))
+    assert all(shown in page for shown in ("&lt;script&gt;", "&lt;em&gt;", "&lt;i&gt;", "&lt;u&gt;"))
 
 
 def test_genevals_own_layout_is_read(tmp_path):

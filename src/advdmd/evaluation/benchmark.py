@@ -32,6 +32,10 @@ class Verdict:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class Dropped(Exception):
+    """Raised by `verdict` where a published script's own arithmetic leaves a prompt out of its mean."""
+
+
 class Benchmark(Protocol):
     """A suite: a new one is one file with these."""
 

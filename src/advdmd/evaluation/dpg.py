@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from advdmd.evaluation.benchmark import Item, Perception, Verdict
+from advdmd.evaluation.benchmark import Dropped, Item, Perception, Verdict
 from advdmd.train.checkpoint import file_hash
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -132,13 +132,15 @@ class DPG:
     def verdict(self, item: Item, perception: Perception) -> Verdict:
         """`loose` is DPG's score, the share of questions that hold; `strict` wants all of them.
 
-        Raises LookupError where the official arithmetic drops the prompt.
+        Raises Dropped where the official arithmetic loses the prompt, KeyError if the judge left a question unanswered.
         """
         asked, said = self._asked(item), {int(k): v for k, v in perception["answers"].items()}
         yes = {q.id: said[q.id] >= YES for q in asked}
         if self.mode == "fixed":
             holds = cascade(asked, yes)
         else:  # in the file's order: a parent that stands later is looked at before its own parents are
+            if any(p not in yes for q in asked for p in q.parents):
+                raise Dropped(item.id)
             holds = dict(yes)
             for q in asked:
                 holds[q.id] = holds[q.id] and all(holds[p] for p in q.parents)

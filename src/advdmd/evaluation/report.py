@@ -171,6 +171,8 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> str:
         lines.append(row("**trained on this judge**", lambda s: "yes" if s["judge"].endswith(OWN_REWARD) else "no"))
     if any(s.get("images") != s.get("of") for s in summaries.values()):
         lines.append(row("**how much of it**", lambda s: f"partial {s['images']}/{s['of']}"))
+    if any(s.get("dropped") for s in summaries.values()):
+        lines.append(row("**images left out by the official arithmetic**", lambda s: str(s.get("dropped", 0))))
     for task in first[rule]:
         label = f"**{task}**" if task == "overall" else task
         lines.append(row(label, lambda s, task=task: _cell(s[rule][task])))

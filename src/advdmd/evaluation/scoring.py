@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from advdmd.evaluation.benchmark import Benchmark, Item, Perceiver, Perception
+from advdmd.evaluation.benchmark import Benchmark, Dropped, Item, Perceiver, Perception
 from advdmd.evaluation.generate import Shard, image_path, jobs
 from advdmd.train.checkpoint import file_hash
 
@@ -45,8 +45,9 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
         for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 found = json.loads(line)
-                assert {"item", "k", "image", "judge"} <= set(found)
-            except (ValueError, TypeError, AssertionError):
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) or not {"item", "k", "image", "judge"} <= set(found):
                 raise ValueError(f"{path}, line {n} is damaged: delete the line, its image is looked at again") from None
             yield found
 
@@ -94,18 +95,22 @@ def perceive(
             file.flush()
             os.fsync(file.fileno())
             if error and not tolerant:
-                raise ValueError(f"{part[0][2]}: {judge.name}: {error}; what was seen before is kept")
+                path = next(p for (_, _, p, _), s in zip(part, seen, strict=True) if "error" in s)
+                raise ValueError(f"{path}: {judge.name}: {error}; what was seen before is kept")
             if say:
                 say(min(i + judge.batch, len(todo)))
 
 
 def _look(judge: Perceiver, items: Sequence[Item], paths: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
-    """One record per image, {"seen": ...} or {"error": ...}, and the error."""
+    """One record per image, {"seen": ...} or {"error": ...}, and the first error; what fails in a batch is looked at alone."""
     try:
         return [{"seen": s} for s in judge.look(items, [read_image(p) for p in paths])], ""
     except (ValueError, RuntimeError, OSError) as e:  # a judge's failure is a finding, not a crash
-        error = f"{type(e).__name__}: {e}"
-        return [{"error": error}] * len(items), error
+        if len(items) == 1:
+            error = f"{type(e).__name__}: {e}"
+            return [{"error": error}], error
+    alone = [_look(judge, [item], [path]) for item, path in zip(items, paths, strict=True)]
+    return [records[0] for records, _ in alone], next((error for _, error in alone if error), "")
 
 
 def assess(suite: Benchmark, folder: Path, judge: Perceiver, seed: int) -> Assessed:
@@ -123,7 +128,7 @@ def assess(suite: Benchmark, folder: Path, judge: Perceiver, seed: int) -> Asses
             seen: Perception = found["seen"]
             try:
                 verdict = suite.verdict(item, seen)
-            except LookupError:
+            except Dropped:
                 dropped += 1
                 continue
             about = {"item": item.id, "k": k, "task": item.task, "prompt": item.prompt, "seed": seed}

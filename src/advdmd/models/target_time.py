@@ -34,10 +34,6 @@ class TargetTime(nn.Module):
                 nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=0.02)
         self._r: Tensor | None = None
 
-    @property
-    def config(self) -> Any:
-        return self.net.config
-
     @contextmanager
     def toward(self, r: Tensor) -> Iterator[None]:
         """Passes inside ask for the way to r [N]."""

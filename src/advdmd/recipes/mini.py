@@ -125,7 +125,7 @@ def dmd2(name: str, guidance: float, iterations: int = 860, rate: float = 1e-3) 
 
 
 def twinflow(name: str, guidance: float, iterations: int = 1300, rate: float = 3e-4) -> Recipe:
-    """TwinFlow at two steps; not tuned yet. `guidance` is the teacher's elsewhere: here its strength enhances the target."""
+    """TwinFlow at two steps; not tuned yet. v + w (F - F_null) with w = guidance - 1 is what guides the teacher elsewhere."""
     return Recipe(
         teacher=name,
         algorithm=TwinFlow(guidance=guidance - 1),
@@ -139,7 +139,7 @@ def twinflow(name: str, guidance: float, iterations: int = 1300, rate: float = 3
 
 def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
     """Where quality counts: longer, more prompts for the critic to learn from, guidance that keeps diversity; two matching
-    turns on each path and half of the samples judged, which at equal forwards is worth .06 on mini-geneval (docs/log.md)."""
+    turns on each path and half of the samples judged, which at equal forwards is worth .05 on mini-geneval (docs/log.md)."""
     short = advdmd(name, guidance, iterations, gan=0.05, rate=7e-4, policy=5e-5)
     algorithm = replace(short.algorithm, match_turns=2, judge_every=2)
     match = replace(short.match, decay=2 * iterations)
@@ -147,8 +147,8 @@ def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
     return replace(short, algorithm=algorithm, match=match, **more)
 
 
-def dmd2_long(name: str, guidance: float, iterations: int = 1780) -> Recipe:
-    """The baseline at the same prompts, guidance and turns on a path."""
+def dmd2_long(name: str, guidance: float, iterations: int = 1380) -> Recipe:
+    """The baseline at the same prompts, guidance and turns on a path; as many forwards as `advdmd_long`."""
     short = dmd2(name, guidance, iterations, rate=7e-4)
     algorithm, match = replace(short.algorithm, match_turns=2), replace(short.match, decay=2 * iterations)
     more = {"ema": 0.99, "data": Data(prompts=6000), "critic": replace(short.critic, hidden=256)}
@@ -157,7 +157,7 @@ def dmd2_long(name: str, guidance: float, iterations: int = 1780) -> Recipe:
 
 # Of the teacher in distribution matching: more is faster and costs diversity.
 QUICK = {"mini-sd35": 4.8, "mini-sd3": 4.0}
-CALM = {"mini-sd35": 3.5, "mini-sd3": 3.2}
+CALM = {"mini-sd35": 3.5, "mini-sd3": 3.0}
 RECIPES = {
     f"{name}-{make.__name__.replace('_', '-')}": partial(make, name, guidance)
     for makers, guidances in (((advdmd, dmd2, twinflow), QUICK), ((advdmd_long, dmd2_long), CALM))
