@@ -53,8 +53,8 @@ def match(
     """Descents of the student on distribution matching, `times` on one path: gradient flows through one random hop of it.
 
     A path costs half as much as a descent with its teacher and fake score, and its states stay the student's own for a few
-    small steps. With gan > 0 the critic's gradient joins: the x0 seen at hops k is shown re-noised to `level(k)`, or where matching
-    looks if there is no such rule.
+    small steps. With gan > 0 the critic's gradient joins: the x0 seen at hops k is shown re-noised to `level(k)`, or where
+    matching looks if there is no such rule.
     """
     log: Log = {}
     for turn in range(times):
