@@ -30,7 +30,7 @@ order="recipe final_reward_only step_reward_only frozen_critic no_gate no_warmup
 names="recipe ${ONLY:-${order#recipe }}" # every change is compared to the recipe
 suites=(mini-geneval mini-dpg)
 complete() { # KEPT: whether both suites are scored there
-  for suite in "${suites[@]}"; do [ -f "$1/$suite.json" ] || return 1; done
+  local suite; for suite in "${suites[@]}"; do [ -f "$1/$suite.json" ] || return 1; done
 }
 for seed in $seeds; do
   for name in $names; do

@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work" "$kept"
 
 complete() { # KEPT: whether all suites are scored there
-  for what in "${suites[@]}"; do [ -f "$1/$what.json" ] || return 1; done
+  local suite; for suite in "${suites[@]}"; do [ -f "$1/$suite.json" ] || return 1; done
 }
 
 score() { # MODEL FOLDER: both suites on held-out prompts, and the dense one on held-out shape x colour pairs
