@@ -25,9 +25,12 @@ Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as alg
 def show(
     recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; none lists them.")] = None,
     changes: Changes = None,
+    card: Annotated[float | None, typer.Option(help="GB of the card it is to run on.")] = None,
+    resolution: Annotated[int, typer.Option(help="Side of its images in pixels, for the memory of a published model.")] = 1024,
 ) -> None:
-    """Print a resolved recipe and what one of its iterations costs."""
-    from advdmd.recipe import dump
+    """Print a resolved recipe, what an iteration costs and what it takes of a card, before anything is loaded."""
+    from advdmd import memory
+    from advdmd.recipe import Cached, dump
     from advdmd.recipes import find
 
     if recipe is None:
@@ -43,6 +46,15 @@ def show(
     )
     mean = r.forwards_until(r.iterations) / r.iterations
     print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
+    if not isinstance(r.data, Cached) and card is None:
+        return
+    need = memory.need(r, resolution)
+    each = f", {need.adapter / 1e6:.0f} M in each of {memory.roles(r)} adapters" if need.adapter else ""
+    print(f"transformer: {need.base / 1e9:.2f} B parameters{each}")
+    print(f"memory at {resolution} pixels, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items()))
+    print(f"in all {need.total / 1e9:.1f} GB; activations are an estimate")
+    if card is not None:
+        print(memory.advice(r, need, card))
 
 
 @app.command()
@@ -65,6 +77,31 @@ def pretrain(
     from advdmd.pretrain import pretrain as go
 
     go(stage, out, start, steps, threads)
+
+
+@app.command()
+def encode(
+    source: Annotated[Path, typer.Argument(help="A .txt of prompts, a .jsonl, a folder with metadata.jsonl, a .tar or many.")],
+    teacher: Annotated[str, typer.Argument(help="Pipeline folder, hub id or shipped name: whose encoders.")],
+    out: Out,
+    resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default the teacher's own.")] = None,
+    reals: Annotated[str, typer.Option(help="source, or teacher: it draws what the critic takes for real.")] = "source",
+    per_prompt: Annotated[int, typer.Option(help="Images of each prompt, with --reals teacher.")] = 1,
+    shard: Annotated[str, typer.Option(help="I/N: this is process I of N, from 0.")] = "0/1",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Prompts or images at a time.")] = 8,
+    threads: Threads = 2,
+) -> None:
+    """Encode prompts and captioned images once, for training; rerun to resume."""
+    import torch
+
+    from advdmd.encode import encode as go
+    from advdmd.models.load import device_of
+
+    torch.set_num_threads(threads)
+    of = cli_evaluate.shard_of(shard)
+    done = go(source, teacher, out, resolution, reals, per_prompt, of, device_of(device), batch)
+    print(f"cache: {out}" if done else f"{out}: the shards of process {shard} are done, others are missing")
 
 
 @app.command()

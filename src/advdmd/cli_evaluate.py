@@ -45,7 +45,7 @@ TrainedOn = Annotated[bool, typer.Option("--trained-on", help="Score a model by 
 Device = Annotated[str, typer.Option(help="cpu or cuda, for real models and judges.")]
 
 
-def _shard(text: str) -> tuple[int, int]:
+def shard_of(text: str) -> tuple[int, int]:
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise ValueError(f"--shard {text!r}: write I/N with I from 0 to N - 1, such as 0/4")
@@ -93,7 +93,7 @@ def evaluate(
 
     torch.set_num_threads(threads)
     bench = go.suite_of(suite, images, prompts, split, world, csv, mode)
-    part = _shard(shard)
+    part = shard_of(shard)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype!r}: float32, bfloat16 or float16")
     if against is not None:
@@ -139,7 +139,7 @@ def score(
     from advdmd.evaluation import report
 
     bench = go.suite_of(suite, images, prompts, split, world, csv, mode)
-    how = go.Scored(shard=_shard(shard), allow_partial=allow_partial, tolerant=keep_going)
+    how = go.Scored(shard=shard_of(shard), allow_partial=allow_partial, tolerant=keep_going)
     looks = go.judge_of(bench, detector, clip, judge, device)
     print(report.markdown({folder.name: go.score(bench, folder, looks, how)}))
     if against is not None:
@@ -220,7 +220,7 @@ def compare(
     import json
 
     from advdmd.evaluation import report
-    from advdmd.train.checkpoint import write_text
+    from advdmd.files import write_text
 
     result = report.compare(ours, against) | {"commit": commit}
     print(_difference(result))

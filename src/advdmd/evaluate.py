@@ -16,13 +16,13 @@ from advdmd.evaluation.generate import Shard, generate, jobs, read_images
 from advdmd.evaluation.geneval import GenEval
 from advdmd.evaluation.scoring import assess, perceive
 from advdmd.evaluation.shapes import Checker, Shapes
-from advdmd.evaluation.weights import located
+from advdmd.files import file_hash, write_text
 from advdmd.look import painter
 from advdmd.models import load
+from advdmd.models.hub import located
 from advdmd.models.sampler import Sampling
 from advdmd.models.stock import Stock, StockSampling
 from advdmd.train.book import Progress
-from advdmd.train.checkpoint import file_hash, write_text
 
 SUITES = ("mini-geneval", "mini-dpg", "geneval", "dpg")
 JUDGES = "qwen-vl:FOLDER, mplug:INTERPRETER or endpoint:URL#MODEL"

@@ -12,10 +12,10 @@ from advdmd.evaluation import report
 from advdmd.evaluation.diversity import diversity
 from advdmd.evaluation.generate import jobs
 from advdmd.evaluation.shapes import Shapes
+from advdmd.files import write_atomically, write_text
 from advdmd.look import painter
 from advdmd.models.sampler import Sampling
-from advdmd.recipe import Recipe
-from advdmd.train.checkpoint import write_atomically, write_text
+from advdmd.recipe import Data, Recipe
 from advdmd.train.learner import Learner
 from advdmd.types import Log
 from advdmd.world.scene import TASKS
@@ -24,6 +24,7 @@ from advdmd.world.scene import TASKS
 def suites(r: Recipe) -> tuple[Shapes, Shapes]:
     """Short prompts of the train split (most are too few to be kept back) and as many dense ones that neither training nor any
     test has; with noise of their own, so that no image of an exam is one of an evaluation."""
+    assert isinstance(r.data, Data)  # Recipe refuses exams on others
     n, dense = r.exam_images, len(TASKS) * r.exam_images
     return (
         Shapes("mini-geneval", images_per_task=n, split="train", world=r.data.world),

@@ -1,16 +1,22 @@
 """A student as other people load it: a stock diffusers folder, its scheduler, a model card."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
+from advdmd.comfyui import workflow
+from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
-from advdmd.models.load import TARGET_TIME, read_note, save_pipeline
+from advdmd.models.load import ENCODERS, TARGET_TIME, read_note, save_pipeline
+from advdmd.models.lora import Role
 from advdmd.models.sampler import Sampling
 from advdmd.models.target_time import TargetTime
-from advdmd.train.checkpoint import write_folder
+
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def snippet(folder: str, backbone: Backbone, steps: int) -> str:
@@ -37,9 +43,11 @@ def export_student(
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    parts, standing = dict(backbone.pipe.components), None
+    parts, standing, adapter = dict(backbone.pipe.components), None, None
     if isinstance(net, TargetTime):
         standing, net = net.standing(), net.net
+    if isinstance(net, Role):
+        adapter, net = net.weights(), plain(net)
     parts["transformer"] = net
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=how.eta == 1)
     pipe = type(backbone.pipe)(**parts)
@@ -50,12 +58,36 @@ def export_student(
 
     def write(making: Path) -> None:
         save_pipeline(pipe, making, record)
+        _complete(making, teacher)
+        if adapter is not None:
+            told = {"format": "pt", "advdmd": json.dumps(record)}
+            save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA, told)
+        nodes = workflow(backbone, how, LORA if adapter is not None else None)
+        (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
         if standing is not None:
             save_file({"standing": standing}, making / TARGET_TIME)
         (making / "README.md").write_text(_card(folder.name, how, backbone, record))
 
     write_folder(folder, write)
     return folder
+
+
+def plain(role: Role) -> Any:
+    """A transformer of its own with an adapter's weights added to the base's."""
+    base: Any = role.roles.net
+    net = type(base).from_config(base.config)
+    net.load_state_dict(role.fused(), assign=True)
+    return net.eval()
+
+
+def _complete(folder: Path, teacher: Path) -> None:
+    """Text encoders that stayed on disk during a run come from the teacher's folder."""
+    index, ours = (json.loads((f / "model_index.json").read_text()) for f in (teacher, folder))
+    for part, kind in index.items():
+        if part in ENCODERS and kind[0] and ours.get(part, [None])[0] is None:
+            shutil.copytree(teacher / part, folder / part)
+            ours[part] = kind
+    (folder / "model_index.json").write_text(json.dumps(ours, indent=2) + "\n")
 
 
 def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from advdmd.evaluation.generate import Painter
-from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd.models.sampler import Sampling, decode, draw_noise, sample, walk
+from advdmd.types import Cond
 
 LOOK_PROMPTS = (
     "a picture of a red circle",
@@ -24,7 +25,7 @@ LOOK_PROMPTS = (
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """[N, 3, H, W] in [-1, 1] -> [N, H, W, 3] uint8."""
-    return ((images.permute(0, 2, 3, 1).float().numpy() + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
+    return ((images.permute(0, 2, 3, 1).float().cpu().numpy() + 1) * 127.5 + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def painter(backbone: Any, net: torch.nn.Module, how: Sampling, say: Callable[[int], object] | None = None) -> Painter:
@@ -45,9 +46,12 @@ def grid_image(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
-def watch(backbone: Any, net: torch.nn.Module, how: Sampling, folder: Path, step: int) -> None:
-    """samples/step-NNNNNN.png in a run's folder: three images of each prompt to look at, the same noise every time."""
-    prompts = [p for p in LOOK_PROMPTS for _ in range(3)]
-    images = painter(backbone, net, how)(prompts, [("look", k) for k in range(len(prompts))])
+def watch(backbone: Any, net: torch.nn.Module, how: Sampling, cond: Cond, null: Cond, folder: Path, step: int) -> None:
+    """samples/step-NNNNNN.png in a run's folder: three images of each condition, the same noise every time."""
+    n = 3 * len(cond)
+    noise = draw_noise([("look", k) for k in range(n)], backbone.latent_shape, how.steps)
+    x0 = walk(backbone, net, cond[torch.arange(len(cond)).repeat_interleave(3)], null, noise, how)
+    images = to_bytes(torch.cat([decode(backbone, x) for x in x0.split(4)]))
     (folder / "samples").mkdir(exist_ok=True)
-    grid_image([images[i : i + 9] for i in (0, 9)]).save(folder / "samples" / f"step-{step:06d}.png")
+    rows, scale = (images[: n // 2], images[n // 2 : n // 2 * 2]), 3 if images.shape[1] < 128 else 1
+    grid_image(rows, scale).save(folder / "samples" / f"step-{step:06d}.png")

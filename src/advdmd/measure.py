@@ -17,9 +17,9 @@ from advdmd.evaluation.metrics.clip import clip_score
 from advdmd.evaluation.metrics.inception import load_inception
 from advdmd.evaluation.metrics.named import SCORERS, load_scorer
 from advdmd.evaluation.scoring import read_image
-from advdmd.evaluation.weights import located
+from advdmd.files import write_text
+from advdmd.models.hub import located
 from advdmd.train.book import Progress
-from advdmd.train.checkpoint import write_text
 
 OF_SETS = ("diversity", "frechet", "kernel", "fid", "kid")  # one figure for all images, in features; the last two Inception's
 DISTANCES = {"frechet": distance.frechet, "kernel": distance.kernel, "fid": distance.frechet, "kid": distance.kernel}

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from advdmd.look import watch
+from advdmd.files import file_hash, write_text
+from advdmd.look import LOOK_PROMPTS, watch
 from advdmd.models import load, mini
 from advdmd.models.sampler import Sampling
 from advdmd.recipes.mini import STAGES
-from advdmd.train import checkpoint, pretraining
+from advdmd.train import pretraining
 from advdmd.world.caption import VOCABULARY
 
 
@@ -21,7 +22,7 @@ def _claim_stage(folder: Path, plan: pretraining.Stage, origin: str) -> None:
     if record.exists() and record.read_text() != text:
         raise ValueError(f"{folder} holds another stage, or one with other settings: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(record, text)
+    write_text(record, text)
 
 
 def _started(stage: str, origin: str, start: Path | None) -> Path:
@@ -54,7 +55,7 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
         plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
     torch.set_num_threads(threads)
     source = None if plan.origin == "nothing" else _started(stage, plan.origin, start)
-    _claim_stage(folder, plan, checkpoint.file_hash(load.weights_file(source)) if source else "nothing")
+    _claim_stage(folder, plan, file_hash(load.weights_file(source)) if source else "nothing")
     if source is None:
         torch.manual_seed(plan.seed)
         make = mini.qwen_autoencoder if plan.model == "qwen-autoencoder" else mini.autoencoder
@@ -76,4 +77,10 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
         if plan.model == "mini-sd3":
             mini.as_sd3(pipe, plan.seed)
     how = Sampling(steps=20, guidance=pretraining.GUIDANCE)
-    return pretraining.train_flow(plan, folder, pipe, lambda b, step: watch(b, b.net, how, folder, step))
+
+    @torch.no_grad()
+    def look(backbone: Any, step: int) -> None:
+        cond, null = (backbone.embed(backbone.tokenize(p)) for p in (list(LOOK_PROMPTS), [""]))
+        watch(backbone, backbone.net, how, cond, null, folder, step)
+
+    return pretraining.train_flow(plan, folder, pipe, look)

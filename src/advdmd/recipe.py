@@ -29,6 +29,13 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cached:
+    """Prompts and images of one's own: `folder` is what `advdmd encode` wrote."""
+
+    folder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a distillation run. `teacher` is a pipeline folder or a shipped name."""
 
@@ -44,7 +51,11 @@ class Recipe:
     trunk_rate: float = 0.3  # the same for a trunk that is the critic's own
     exits_rate: float = 5.0  # the same for the vectors that tell the fake score the hop
     critic: CriticConfig = CriticConfig()
-    data: Data = Data()
+    lora_rank: int = 0  # of each player's adapter on one shared teacher; 0: every player is a whole network
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters are float32 either way
+    device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: a GPU if there is one
+    checkpointing: bool = False  # keep only what enters the blocks and run them twice: less memory, a forward more
+    data: Data | Cached = Data()
     ema: float = 0.95
     seed: int = 0
     threads: int = 1  # two share the work of these small networks badly: 1.35 times slower than one (docs/log.md)
@@ -70,6 +81,16 @@ class Recipe:
             raise ValueError(f"rewards={self.rewards}: only AdvDMD has policy turns to pay them in")
         if isinstance(self.algorithm, TwinFlow) and self.batch % 4:
             raise ValueError(f"{self.batch} samples an iteration: TwinFlow needs four equal quarters")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: the rank of adapters, 0 for full fine-tuning")
+        if self.dtype != "float32" and not self.lora_rank:
+            raise ValueError(
+                f"dtype={self.dtype}: whole networks learn in float32; only adapters (lora_rank) can do with such a base"
+            )
+        if isinstance(self.data, Cached) and self.exam_every:
+            raise ValueError(
+                "exam_every: exams are the miniature's; with data of your own leave it at 0 and evaluate the student"
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if self.prompts_per_step < 2 and getattr(self.algorithm, "mismatch", 0):
@@ -90,8 +111,10 @@ class Recipe:
         return self.prompts_per_step * self.algorithm.group
 
     def forwards(self, step: int) -> dict[str, float]:
-        """Forwards per sample of iteration `step` by part, all networks trained in full."""
-        return self.algorithm.forwards(step, max(self.critic.blocks), trunk=self.critic.gradient > 0)
+        """Forwards per sample of iteration `step` by part: a backward counts two, one with adapters, whose frozen base needs
+        no weight gradients, and one more where checkpointing runs the blocks again."""
+        backward = (1.0 if self.lora_rank else 2.0) + self.checkpointing
+        return self.algorithm.forwards(step, max(self.critic.blocks), backward, trunk=self.critic.gradient > 0)
 
     def forwards_until(self, step: int) -> float:
         """Forwards per sample of all iterations before `step`: the compute by which runs are compared."""

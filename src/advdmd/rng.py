@@ -10,7 +10,12 @@ from torch import Tensor
 def generator(*key: object) -> torch.Generator:
     """A CPU generator seeded by the hash of a key."""
     digest = blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+
+
+def home(drawn: Tensor) -> Tensor:
+    """What was drawn, which happens on the CPU so that all machines draw the same, where tensors are made by default."""
+    return drawn.to(torch.get_default_device())
 
 
 class Rng:
@@ -24,16 +29,17 @@ class Rng:
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[N, *shape] standard normal."""
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._each(name)])
+        return home(torch.stack([torch.randn(tuple(shape), generator=g, device="cpu") for g in self._each(name)]))
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """[N] uniform in [low, high)."""
-        return low + (high - low) * torch.stack([torch.rand((), generator=g) for g in self._each(name)])
+        return low + (high - low) * home(torch.stack([torch.rand((), generator=g, device="cpu") for g in self._each(name)]))
 
     def index(self, name: str, low: int, high: int) -> Tensor:
         """[N] integers in [low, high)."""
-        return torch.stack([torch.randint(low, high, (), generator=g) for g in self._each(name)])
+        return home(torch.stack([torch.randint(low, high, (), generator=g, device="cpu") for g in self._each(name)]))
 
     def permutation(self, name: str) -> Tensor:
         """[N] one random order of all samples of the step (it belongs to the step, not to a sample)."""
-        return torch.randperm(len(self.samples), generator=generator(self.seed, self.step, "all", name))
+        order = torch.randperm(len(self.samples), generator=generator(self.seed, self.step, "all", name), device="cpu")
+        return home(order)

@@ -1,6 +1,5 @@
 """The verbs of the product as functions: train, paint, evaluate, export, and the main job of the miniature."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -9,38 +8,34 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.func import functional_call
 
 from advdmd import exam
-from advdmd.algorithms.advdmd import AdvDMD
-from advdmd.algorithms.base import Bonus, Cast
-from advdmd.algorithms.twinflow import Twin, TwinFlow
-from advdmd.data import shapes
+from advdmd.algorithms.base import Cast
+from advdmd.algorithms.twinflow import Twin
+from advdmd.data.cache import Cache
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
-from advdmd.evaluation.metrics.named import load_scorer, parse_reward
+from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
-from advdmd.look import LOOK_PROMPTS, grid_image, painter, to_bytes, watch
-from advdmd.models import cast, load
-from advdmd.models.qwen_image import QwenImage
+from advdmd.files import write_text
+from advdmd.look import LOOK_PROMPTS, grid_image, painter, watch
+from advdmd.models import load
 from advdmd.models.sampler import Sampling
-from advdmd.models.target_time import TargetTime
+from advdmd.players import extra, make_players, student_sampling
 from advdmd.recipe import Data, Recipe, differences, dump
 from advdmd.recipes import find
+from advdmd.supply import Supply, open_cache, supply
 from advdmd.train import checkpoint, loop
-from advdmd.train.book import Progress, duration
+from advdmd.train.book import duration
 from advdmd.train.learner import Learner
 from advdmd.types import Batch
 from advdmd.world.caption import check_prompt
-from advdmd.world.scene import WORLDS
 
 # What a run writes, and --overwrite may lose.
 OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student", "best.safetensors", "best.json")
@@ -61,106 +56,7 @@ def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[]
     if record.exists() and record.read_text() != text:
         raise ValueError(f"{folder} holds another run ({change()}): choose another --out, or --overwrite to lose it")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(record, text)
-
-
-@lru_cache(maxsize=1)
-def _pool(d: Data, seed: int) -> shapes.Pool:
-    return shapes.make_pool(d.prompts, seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
-
-
-def make_deal(r: Recipe, backbone: Any) -> Callable[[int], tuple[Batch, list[int]]]:
-    """step -> groups of one prompt each, with real latents of the same prompt. Pure in (recipe, step)."""
-    d, G, pool = r.data, r.algorithm.group, _pool(r.data, r.seed)
-    latents, ids = shapes.encode(backbone, pool, Progress("encoding images", d.prompts)), backbone.tokenize(pool.prompts)
-
-    def deal(step: int) -> tuple[Batch, list[int]]:
-        i, order = shapes.deal(d.prompts, r.prompts_per_step, r.seed, step)
-        samples = [n * G + g for n in order for g in range(G)]
-        which = torch.tensor([(g + n // d.prompts) % d.reals for n in order for g in range(G)])
-        i = i.repeat_interleave(G)
-        with torch.no_grad():
-            cond = backbone.embed(ids[i[::G]])[torch.arange(len(order)).repeat_interleave(G)]
-        return Batch(cond, latents[i, which], i), samples
-
-    return deal
-
-
-def make_bonus(r: Recipe, backbone: Any) -> Bonus | None:
-    """What a recipe pays beside the critic: its scorers, on final images as people would see them."""
-    if not r.rewards:
-        return None
-    paid = [(weight, load_scorer(kind, where)) for weight, kind, where in map(parse_reward, r.rewards)]
-    prompts = _pool(r.data, r.seed).prompts
-
-    def bonus(x0: Tensor, prompt: Tensor | None) -> dict[str, tuple[float, Tensor]]:
-        assert prompt is not None
-        with torch.no_grad():
-            images = list(to_bytes(backbone.decode(x0)))
-        said = [prompts[int(i)] for i in prompt]
-        return {scorer.name: (weight, scorer.score(images, said)) for weight, scorer in paid}
-
-    return bonus
-
-
-def make_cast(r: Recipe, backbone: Any) -> Cast:
-    """The players of a recipe: full copies of the teacher as student and fake score, heads on the critic's trunk."""
-    with torch.no_grad():
-        null = backbone.embed(backbone.tokenize([""]))
-    student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, null)
-    velocity = backbone.velocity
-    turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
-    groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
-    if fake.trunk is not None:
-        groups.append((fake.trunk.parameters(), r.trunk_rate))
-    return Cast(
-        teacher=cast.Teacher(backbone, r.guidance, null),
-        student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),
-        fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
-        critic=cast.Critic(backbone, fake, r.critic),
-        auc=torch.full((r.algorithm.steps,), 0.5),
-        bonus=make_bonus(r, backbone),
-    )
-
-
-def make_twin(r: Recipe, backbone: Any) -> Twin:
-    """TwinFlow's one player: a copy of the teacher that also reads a target time, and the same with averaged weights."""
-    backbone.net.requires_grad_(False).eval()
-    with torch.no_grad():
-        null = backbone.embed(backbone.tokenize([""]))
-    torch.manual_seed(r.seed)
-    copied = isinstance(backbone, QwenImage)
-    net = TargetTime(copy.deepcopy(backbone.net).requires_grad_(True), backbone.time_scale, copied)
-
-    def call(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        with net.toward(target):
-            return backbone.velocity(net, x, t, cond)
-
-    student = Learner("student", net, call, {"main": (r.match, [(net.parameters(), 1.0)])}, ema=r.ema)
-
-    @torch.no_grad()
-    def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        weights = student.averaged()
-        with net.toward(target):
-            return backbone.velocity(lambda **kw: functional_call(net, weights, (), kw), x, t, cond)
-
-    return Twin(student, average, null)
-
-
-def student_sampling(r: Recipe) -> Sampling:
-    a = r.algorithm
-    if isinstance(a, TwinFlow):
-        return Sampling(steps=a.steps, eta=1.0, gap=a.gap)
-    return Sampling(steps=a.steps, shift=a.shift, eta=a.eta if isinstance(a, AdvDMD) else 1.0)
-
-
-def make_players(r: Recipe, backbone: Any) -> Cast | Twin:
-    return make_twin(r, backbone) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone)
-
-
-def _extra(players: Cast | Twin) -> dict[str, Tensor]:
-    """Tensors beside the players that belong to a run's state."""
-    return {"auc": players.auc} if isinstance(players, Cast) else {}
+    write_text(record, text)
 
 
 def _recorded(name: str, r: Recipe, folder: Path) -> str:
@@ -183,24 +79,28 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
     def change() -> str:
         return "; ".join(differences(find.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
 
+    encoded = open_cache(r)
     _claim(folder, text, overwrite, change)
     done = checkpoint.newest(folder / "checkpoints")
     ended = done and (done[1]["step"] == r.iterations or exam.over(r, folder))
     if ended and (folder / "student" / load.NOTE).is_file():
         return folder / "student"
-    backbone, _ = load.load(r.teacher)
-    if not load.in_miniature(backbone):
-        raise ValueError(f"teacher={r.teacher}: only pipelines of the miniature can be distilled so far")
-    players, how = make_players(r, backbone), student_sampling(r)
+    backbone, data, players = stage(r, encoded)
+    how = student_sampling(r)
 
     def look(step: int) -> None:
         with players.student.averaging() as net:
-            watch(backbone, net, how, folder, step)
+            watch(backbone, net, how, data.look, data.null, folder, step)
+
+    def deal(step: int) -> tuple[Batch, list[int]]:
+        with torch.device("cpu"):  # data, text encoders and the autoencoder live there
+            batch, samples = data.deal(step)
+        return batch.to(torch.get_default_device()), samples
 
     loop.run(
         r.algorithm,
         players,
-        make_deal(r, backbone),
+        deal,
         folder,
         seed=r.seed,
         steps=r.iterations,
@@ -210,12 +110,27 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         exam_every=r.exam_every,
         exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step),
         over=lambda: exam.over(r, folder),
-        extra=_extra(players),
+        extra=extra(players),
         fingerprint=_fingerprint(text),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
     )
     return _export(r, name, backbone, players, folder, folder / "student")
+
+
+def stage(r: Recipe, encoded: Cache | None) -> tuple[Any, Supply, Cast | Twin]:
+    """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
+    if (device := load.device_of(r.device)) != "cpu":  # not otherwise: a default device costs the CPU's small calls time
+        torch.set_default_device(device)
+    side = encoded.latent_shape[-1] if encoded else None
+    backbone, _ = load.load(r.teacher, encoders=not encoded, dtype=getattr(torch, r.dtype), side=side)
+    if encoded is None and not load.in_miniature(backbone):
+        raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs a recipe with data.folder, from advdmd encode")
+    with torch.device("cpu"):
+        data = supply(r, backbone)
+    backbone.net.to(device)
+    data = data._replace(null=data.null.to(device), look=data.look.to(device))
+    return backbone, data, make_players(r, backbone, data)
 
 
 def _fingerprint(text: str) -> str:
@@ -245,10 +160,9 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     name, r = find.resolve(str(run / "recipe.yaml"))
     if student_sampling(r).eta != 1:
         raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
-    backbone, _ = load.load(r.teacher)
-    players = make_players(r, backbone)
+    backbone, _, players = stage(r, open_cache(r))
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
-    if not checkpoint.resume(run / "checkpoints", learners, _extra(players), _fingerprint(text)):
+    if not checkpoint.resume(run / "checkpoints", learners, extra(players), _fingerprint(text)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
     return _export(r, name, backbone, players, run, out)
 
@@ -258,6 +172,8 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     began = time.monotonic()
     name = "mini-sd35-advdmd"
     r = find.resolve(name, words)[1]
+    if not isinstance(r.data, Data):
+        raise ValueError("advdmd mini draws its own data: leave data.folder out, or use advdmd train")
     suite = Shapes("mini-geneval", images_per_task=images, world=r.data.world)
     steps, guided = r.algorithm.steps, load.sampling_of(load.folder_of(r.teacher))
     labels = [f"teacher, {guided.steps} steps", f"teacher, {steps} steps", f"AdvDMD, {steps} steps"]
@@ -288,8 +204,8 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     took = duration(time.monotonic() - began)
     text = report.markdown(out)
     text += f"\nShare of the gap between {steps} and {guided.steps} teacher steps closed: {closed:.0%}. Took {took}.\n"
-    checkpoint.write_text(folder / "table.md", text)
-    checkpoint.write_text(folder / "table.json", json.dumps({"models": out, "gap_closed": closed}, indent=1))
+    write_text(folder / "table.md", text)
+    write_text(folder / "table.json", json.dumps({"models": out, "gap_closed": closed}, indent=1))
     return {"table": text, "models": out, "gap_closed": closed, "student": student}
 
 

@@ -81,9 +81,10 @@ def test_times_are_cast_as_the_pipeline_casts_them(qwen):
     seen = []
     hook = qwen.net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["timestep"]), with_kwargs=True)
     cond = qwen.embed(qwen.tokenize(PROMPTS[:1]))
-    half = Cond(cond.embeds.bfloat16(), mask=cond.mask)
     t = torch.tensor([0.75])  # where rounding t and rounding 1000 t part
-    qwen.velocity(qwen.net.bfloat16(), torch.randn(1, 4, 8, 8).bfloat16(), t, half)
+    qwen.net.bfloat16()
+    half = QwenImage(qwen.pipe, 8)
+    assert half.velocity(half.net, torch.randn(1, 4, 8, 8), t, cond).dtype == torch.float32
     hook.remove()
     assert torch.equal(seen[0], (t * 1000).bfloat16() / 1000)
     assert not torch.equal(seen[0], t.bfloat16())
@@ -160,13 +161,19 @@ def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(reci
     assert torch.equal(pack(path.x[-1]), theirs)
 
 
-def test_a_pipeline_that_shifts_by_size_must_say_how_it_is_sampled(folder, tmp_path):
+def test_a_scheduler_that_shifts_by_image_size_has_the_static_shift_of_that_size(folder, tmp_path):
     import shutil
+
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "scheduler/scheduler_config.json").read_text())
-    (copy / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"use_dynamic_shifting": True}))
-    assert load.load(str(copy))[1].steps == 4
+    config |= {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift": 1.0}
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"shift_terminal": None}))
+    assert load.load(str(copy))[1].steps == 4, "its own note goes before"
     (copy / "advdmd.json").write_text(json.dumps({"side": 8}))
-    with pytest.raises(ValueError, match="say how to sample it"):
-        load.load(str(copy))
+    backbone, how = load.load(str(copy))
+    scheduler = backbone.pipe.scheduler
+    mu = calculate_shift(16, base_seq_len=scheduler.config.base_image_seq_len, max_seq_len=8192, base_shift=0.5, max_shift=0.9)
+    scheduler.set_timesteps(sigmas=flow.grid(how.steps)[:-1].numpy(), mu=mu)
+    torch.testing.assert_close(scheduler.sigmas, how.grid, atol=1e-6, rtol=0)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.files import write_atomically, write_text
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Book, Progress, duration
 from advdmd.train.learner import Learner, Optim
@@ -152,14 +153,14 @@ def test_old_checkpoints_are_dropped(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x"
-    checkpoint.write_text(path, "old")
+    write_text(path, "old")
 
     def broken(p):
         p.write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(path, broken)
+        write_atomically(path, broken)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from advdmd.evaluation.benchmark import Dropped, Item, Perception, Verdict
-from advdmd.train.checkpoint import file_hash
+from advdmd.files import file_hash
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 YES = 0.5  # probability from which an answer counts as yes

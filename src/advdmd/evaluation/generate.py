@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from advdmd.evaluation.benchmark import Benchmark, Item
-from advdmd.train.checkpoint import write_atomically, write_text
+from advdmd.files import write_atomically, write_text
 
 Shard = tuple[int, int]  # (i, n): process i of n
 Painter = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys) -> [N, H, W, 3] uint8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from advdmd.evaluation.weights import fresh, tensors_of
-from advdmd.train.checkpoint import file_hash, write_folder
+from advdmd.files import file_hash, write_folder
 
 NOTE, SOURCE = "advdmd.json", "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 SWIN, PIXEL, QUERY = "model.pixel_level_module.encoder.swin", "model.pixel_level_module.decoder", "model.transformer_module"

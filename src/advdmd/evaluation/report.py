@@ -10,7 +10,7 @@ import numpy as np
 
 from advdmd.evaluation.benchmark import Benchmark, Verdict
 from advdmd.evaluation.generate import jobs
-from advdmd.train.checkpoint import write_text
+from advdmd.files import write_text
 
 RESAMPLES = 2000
 OWN_REWARD = " (its own training reward)"

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from advdmd.evaluation.benchmark import Benchmark, Dropped, Item, Perceiver, Perception
 from advdmd.evaluation.generate import Shard, image_path, jobs
-from advdmd.train.checkpoint import file_hash
+from advdmd.files import file_hash
 
 Key = tuple[str, int, str]  # item, k, hash of the image file
 

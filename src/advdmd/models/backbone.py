@@ -4,9 +4,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from advdmd.types import Cond
+
+# What diffusers names the projections of joint attention, for text and for image.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class _Enough(Exception):
@@ -43,9 +47,12 @@ class Backbone(Protocol):
 
     pipe: Any  # the diffusers pipeline it was read from
     net: nn.Module  # the pipeline's own transformer: the teacher
+    vae: Any  # its autoencoder
+    dtype: torch.dtype  # of its weights; velocities and features leave in float32
     latent_shape: tuple[int, ...]
     token_width: int  # of the image tokens that blocks put out
     time_scale: float  # what times are multiplied by before the transformer sees them
+    lora_targets: tuple[str, ...]  # endings of the names of the linear layers that adapters are put on
 
     note: dict[str, Any]  # what must be known beside the pipeline to read it again (load.as_backbone)
     stock_load: dict[str, Any]  # what the stock pipeline must be told when it is loaded

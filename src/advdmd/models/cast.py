@@ -1,7 +1,7 @@
 """Who plays: teacher, student, fake score and critic, all made from one backbone."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from advdmd.models.backbone import Backbone
 from advdmd.models.critic import CriticConfig, Heads, scale_gradient
+from advdmd.models.lora import Role, Roles, checkpointed
 from advdmd.types import Cond
 
 
@@ -87,11 +88,27 @@ def frozen(net: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def distillation(backbone: Backbone, config: CriticConfig, seed: int, hops: int, null: Cond) -> tuple[nn.Module, Networks]:
-    """Student, and fake score with the critic: full copies of the teacher, which is frozen in place."""
+def parts(backbone: Backbone, names: Sequence[str], rank: int, seed: int, checkpointing: bool) -> list[nn.Module]:
+    """A trainable network for each name, the teacher at first: full copies or, with a rank, adapters on the teacher itself,
+    which stays as it was outside of them and is frozen either way."""
     backbone.net.requires_grad_(False).eval()
-    own = config.trunk == "own"
-    student, score, *trunk = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2 + own))
+    if rank:
+        roles = Roles(backbone.net, names, rank, backbone.lora_targets, seed)
+        if checkpointing:
+            checkpointed(backbone.net, roles)
+        return [Role(roles, name) for name in names]
+    nets = [copy.deepcopy(backbone.net).requires_grad_(True) for _ in names]
+    for net in nets if checkpointing else []:
+        checkpointed(net)
+    return nets
+
+
+def distillation(
+    backbone: Backbone, config: CriticConfig, seed: int, hops: int, null: Cond, rank: int = 0, checkpointing: bool = False
+) -> tuple[nn.Module, Networks]:
+    """Student, and fake score with the critic; its trunk, if it has one of its own, is one more network."""
+    names = ["student", "fake"] + ["trunk"] * (config.trunk == "own")
+    student, score, *trunk = parts(backbone, names, rank, seed, checkpointing)
     torch.manual_seed(seed)
     heads = Heads(backbone.token_width, config.taps(len(backbone.blocks(score))), config.hidden)
     told = null.embeds if null.pooled is None else null.pooled

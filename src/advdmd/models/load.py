@@ -1,12 +1,18 @@
 """Pipeline folders to backbones: shipped names, diffusers folders, and students we exported."""
 
+import hashlib
 import json
+import math
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
+from advdmd.files import file_hash
+from advdmd.models import hub
 from advdmd.models.backbone import Backbone
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling
@@ -24,8 +30,10 @@ def located(name: str | Path) -> Path:
 
 
 def folder_of(name: str) -> Path:
-    """`located`, checked: raises ValueError if it is not a pipeline."""
+    """`located`, or fetched from the hub, and checked: raises ValueError if it is not a pipeline."""
     path = located(name)
+    if not path.exists() and hub.HUB_ID.fullmatch(name):
+        path = hub.located(name)
     if not (path / "model_index.json").is_file():
         raise ValueError(
             f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no model_index.json)"
@@ -55,8 +63,12 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def load_pipeline(path: Path) -> Any:
-    """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network."""
+def load_pipeline(path: Path, encoders: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network.
+
+    `encoders`: without them the text encoders stay on disk, for runs whose text is encoded already. `dtype` is the
+    transformer's; the other parts are float32.
+    """
     import diffusers
 
     quiet()
@@ -68,8 +80,12 @@ def load_pipeline(path: Path) -> Any:
         raise ValueError(f"{path} holds a {index.get('_class_name')}: {' and '.join(known)} are supported")
     # A pipeline saved without its third encoder must be told so again when it is loaded.
     absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [True])[0] is None}
+    if not encoders:
+        absent |= {k: None for k in ("text_encoder", "text_encoder_2", "text_encoder_3") if k in index}
     try:
-        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(path, local_files_only=True, **absent)
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+            path, local_files_only=True, dtype={"transformer": dtype, "default": torch.float32}, **absent
+        )
     except Exception as e:  # whatever a broken folder makes the library raise
         raise ValueError(f"{path} cannot be loaded as a pipeline: {e}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -96,26 +112,44 @@ def sampling_of(path: Path) -> Sampling:
 
 
 def as_backbone(pipe: Any, note: dict[str, Any]) -> Backbone:
-    """The backbone of a pipeline; its note may say `t5_length` (SD3) and the latents' `side` (Qwen-Image)."""
+    """The backbone of a pipeline; its note may say `t5_length` (SD3) and the latents' `side`."""
     if type(pipe).__name__ == "QwenImagePipeline":
         return QwenImage(pipe, side=note.get("side", pipe.default_sample_size))
-    return SD3(pipe, t5_length=note.get("t5_length", 256))
+    return SD3(pipe, t5_length=note.get("t5_length", 256), side=note.get("side"))
 
 
-def load(name: str) -> tuple[Backbone, Sampling]:
-    """Backbone and its own way of sampling."""
+def resized(backbone: Backbone, path: Path, resolution: int) -> Backbone:
+    """The same pipeline for images of another side. Raises ValueError if its autoencoder or transformer cannot."""
+    scale = backbone.pipe.vae_scale_factor
+    if resolution < 1 or resolution % scale:
+        raise ValueError(f"resolution={resolution}: a multiple of {scale}, of which this autoencoder makes one latent")
+    return as_backbone(backbone.pipe, read_note(path) | {"side": resolution // scale})
+
+
+def load(
+    name: str, encoders: bool = True, dtype: torch.dtype = torch.float32, side: int | None = None
+) -> tuple[Backbone, Sampling]:
+    """Backbone and its own way of sampling; `side` of the latents if not the model's own, the rest as in `load_pipeline`."""
     path = folder_of(name)
-    pipe, note = load_pipeline(path), read_note(path)
-    if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in note:
-        raise ValueError(
-            f"{path} shifts its times by image size, which is not read here: say how to sample it in {path / NOTE}, such as "
-            '{"sampling": {"steps": 40, "shift": 3.0, "guidance": 4.0}}'
-        )
+    pipe, note = load_pipeline(path, encoders, dtype), read_note(path)
+    if side:
+        note = note | {"side": side}
     backbone = as_backbone(pipe, note)
     if (path / TARGET_TIME).is_file():
         attach(backbone.net, load_file(path / TARGET_TIME)["standing"], backbone.time_scale)
     backbone.net.requires_grad_(False).eval()
-    return backbone, sampling_of(path)
+    own = sampling_of(path)
+    if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in note:
+        own = replace(own, shift=dynamic_shift(pipe.scheduler.config, backbone.latent_shape[-1]))
+    return backbone, own
+
+
+def dynamic_shift(config: Any, side: int) -> float:
+    """The time shift e^mu of a scheduler that shifts by image size, mu linear in the number of tokens, two latents on a side
+    (Qwen-Image's pipeline; its `shift_terminal`, which moves the last step slightly, is left out here)."""
+    tokens = (side // 2) ** 2
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return math.exp(config["base_shift"] + slope * (tokens - config["base_image_seq_len"]))
 
 
 def in_miniature(backbone: Backbone) -> bool:
@@ -129,3 +163,25 @@ def is_miniature(name: str) -> bool:
     if not (path / "model_index.json").is_file() or not (note := read_note(path)):
         return False
     return note.get("t5_length") == 0 or "side" in note
+
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """What decides how a pipeline encodes text and images: its family, lengths, and the hash of every encoder's files."""
+    index, note = json.loads((path / "model_index.json").read_text()), read_note(path)
+    found: dict[str, Any] = {"family": index["_class_name"], "t5_length": note.get("t5_length", 256)}
+    for part in ENCODERS:
+        files = sorted(f for f in (path / part).glob("*") if f.is_file()) if index.get(part, [None])[0] else []
+        if files:
+            digest = hashlib.sha256("".join(f"{f.name} {file_hash(f)}\n" for f in files).encode())
+            found[part] = digest.hexdigest()
+    return found
+
+
+def device_of(asked: str) -> str:
+    """Raises ValueError if a GPU is asked for and there is none."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no GPU here; use device=cpu or auto")
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

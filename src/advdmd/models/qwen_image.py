@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advdmd.models.backbone import outputs
+from advdmd.models.backbone import ATTENTION, outputs
 from advdmd.types import Cond
+
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 PREFIX = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
 
@@ -38,8 +40,10 @@ class QwenImage:
             raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
         self.pipe, self.vae, self.note = pipe, pipe.vae, {"side": side}
         self.net: Any = pipe.transformer
+        self.dtype = self.net.dtype  # asked once: with adapters of another type the library's answer would change
         self.stock_load: dict[str, Any] = {}
         self.token_width, self.time_scale = pipe.transformer.inner_dim, 1.0
+        self.lora_targets: tuple[str, ...] = ATTENTION + MLP
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
 
     def stock_call(self, steps: int) -> dict[str, Any]:
@@ -95,14 +99,14 @@ class QwenImage:
         """v = e - x0 at x [N, C, H, W], t [N]. The pipeline rounds 1000 t to the latents' dtype; so must training."""
         n, _, h, w = x.shape
         out = net(
-            hidden_states=pack(x),
-            timestep=(t * 1000).to(x.dtype) / 1000,
-            encoder_hidden_states=cond.embeds,
+            hidden_states=pack(x.to(self.dtype)),
+            timestep=(t * 1000).to(self.dtype) / 1000,
+            encoder_hidden_states=cond.embeds.to(self.dtype),
             encoder_hidden_states_mask=None if cond.mask is None or bool(cond.mask.all()) else cond.mask,
             img_shapes=[[(1, h // 2, w // 2)]] * n,
             return_dict=False,
         )[0]
-        return unpack(out, h, w)
+        return unpack(out.float(), h, w)
 
     def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Guidance as the pipeline has it: the combination gets back the length of v, token by token."""
@@ -113,7 +117,7 @@ class QwenImage:
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1] for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

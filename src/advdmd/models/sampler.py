@@ -10,8 +10,9 @@ from advdmd import flow
 from advdmd.kernels import cps
 from advdmd.models.backbone import Backbone
 from advdmd.models.cast import Teacher
-from advdmd.rng import generator
+from advdmd.rng import generator, home
 from advdmd.rollout import rollout, sample_ode
+from advdmd.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,22 @@ class Sampling:
 
 def draw_noise(keys: Sequence[object], shape: Sequence[int], hops: int) -> Tensor:
     """[hops, N, *shape]: every image has a stream of its own, so results do not depend on batches."""
-    return torch.stack([torch.randn(hops, *shape, generator=generator("image", k)) for k in keys], 1)
+    return home(torch.stack([torch.randn(hops, *shape, generator=generator("image", k), device="cpu") for k in keys], 1))
+
+
+@torch.no_grad()
+def decode(backbone: Backbone, x0: Tensor) -> Tensor:
+    """Latents to images where the autoencoder lives, which need not be where the transformer does."""
+    return backbone.decode(x0.to(backbone.vae.device))
+
+
+@torch.no_grad()
+def walk(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, how: Sampling) -> Tensor:
+    """Latents [N, ...] of conditions [N] from noise [>= hops, N, ...] (the ODE uses the first); null [1] is for guidance."""
+    velocity = Teacher(backbone, how.guidance, null, net)
+    if how.eta is None:
+        return sample_ode(velocity, cond, noise[0], how.grid)
+    return rollout(velocity, cond, noise, how.grid, cps(how.eta)).x[-1]
 
 
 @torch.no_grad()
@@ -60,16 +76,10 @@ def sample(
     say: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1]; noise [>= hops, N, ...] as from `draw_noise` (the ODE uses the first)."""
-    grid, out = how.grid, []
-    null = backbone.embed(backbone.tokenize([""]))
-    velocity = Teacher(backbone, how.guidance, null, net)
+    out, null = [], backbone.embed(backbone.tokenize([""])).to(noise.device)
     for i in torch.arange(len(prompts)).split(batch):
-        cond = backbone.embed(backbone.tokenize([prompts[int(k)] for k in i]))
-        if how.eta is None:
-            x0 = sample_ode(velocity, cond, noise[0, i], grid)
-        else:
-            x0 = rollout(velocity, cond, noise[:, i], grid, cps(how.eta)).x[-1]
-        out.append(backbone.decode(x0))
+        cond = backbone.embed(backbone.tokenize([prompts[int(k)] for k in i])).to(noise.device)
+        out.append(decode(backbone, walk(backbone, net, cond, null, noise[:, i], how)))
         if say:
             say(int(i[-1]) + 1)
     return torch.cat(out)

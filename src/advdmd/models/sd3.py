@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import outputs
+from advdmd.models.backbone import ATTENTION, outputs
 from advdmd.types import Cond
+
+MLP = ("net.0.proj", "net.2")
 
 
 class SD3:
@@ -16,18 +18,22 @@ class SD3:
 
     `t5_length` is the pipeline's max_sequence_length: SD3 attends to padding, so text length is part of the function, and
     training must use exactly the length that sampling uses. Without a third encoder the pipeline feeds that many zeros.
+    `side`: of the latents, by default the transformer's own.
     """
 
-    def __init__(self, pipe: Any, t5_length: int = 256):
-        if pipe.text_encoder_3 is not None:
-            raise ValueError("this pipeline has a T5 encoder: only SD3 pipelines without one are supported so far")
-        self.pipe, self.t5_length, self.note = pipe, t5_length, {"t5_length": t5_length}
-        self.stock_load: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
+    def __init__(self, pipe: Any, t5_length: int = 256, side: int | None = None):
+        self.pipe, self.t5_length, self.note = pipe, t5_length, {"t5_length": t5_length} | ({"side": side} if side else {})
+        self.stock_load: dict[str, Any] = {} if pipe.tokenizer_3 else {"text_encoder_3": None, "tokenizer_3": None}
         self.net: Any = pipe.transformer
-        self.vae = pipe.vae
-        self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
+        self.vae, self.dtype = pipe.vae, pipe.transformer.dtype
+        self.tokenizers = [t for t in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if t is not None]
         self.token_width, self.time_scale = pipe.transformer.inner_dim, 1000.0
-        side = pipe.transformer.config.sample_size
+        self.lora_targets: tuple[str, ...] = ATTENTION + MLP
+        patch = pipe.transformer.config.patch_size
+        side = int(side or pipe.transformer.config.sample_size)
+        if side % patch or side // patch > pipe.transformer.config.pos_embed_max_size:
+            limit = patch * pipe.transformer.config.pos_embed_max_size
+            raise ValueError(f"side={side}: latents of this transformer have a multiple of {patch} up to {limit} on a side")
         self.latent_shape = (pipe.transformer.config.in_channels, side, side)
 
     def stock_call(self, steps: int) -> dict[str, Any]:
@@ -43,25 +49,33 @@ class SD3:
 
     @property
     def encoders(self) -> list[nn.Module]:
-        return [self.pipe.text_encoder, self.pipe.text_encoder_2]
+        """Both CLIP text encoders, and T5 if the pipeline has it."""
+        found = [self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3]
+        return found[: len(self.tokenizers)]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """[N, 2, L] token ids of both CLIP tokenizers, padded to their full length."""
+        """[N, 2 or 3, L] token ids: both CLIP tokenizers', padded to their full length, and T5's, padded to `t5_length`; rows
+        are filled up with zeros to one L, which `embed` cuts off again."""
+        said = list(prompts)
         ids = [
-            t(
-                list(prompts), padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt"
-            ).input_ids
-            for t in self.tokenizers
+            t(said, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
+            for t, n in zip(self.tokenizers, self._lengths, strict=True)
         ]
-        return torch.stack(ids, 1)
+        return torch.stack([nn.functional.pad(i, (0, max(self._lengths) - i.shape[1])) for i in ids], 1)
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Tokens each tokenizer pads to."""
+        return [t.model_max_length for t in self.tokenizers[:2]] + [self.t5_length] * (len(self.tokenizers) - 2)
 
     def embed(self, ids: Tensor) -> Cond:
-        """Token ids [N, 2, L] -> the pipeline's prompt embeddings [N, L + t5_length, D] and pooled ones [N, P]."""
-        out = [e(ids[:, i], output_hidden_states=True) for i, e in enumerate(self.encoders)]
+        """Token ids from `tokenize` -> the pipeline's prompt embeddings [N, L + t5_length, D] and pooled ones [N, P]."""
+        rows = [ids[:, i, :n] for i, n in enumerate(self._lengths)]
+        out = [e(row, output_hidden_states=True) for e, row in zip(self.encoders[:2], rows[:2], strict=True)]
         clip = torch.cat([o.hidden_states[-2] for o in out], -1)
         width = self.net.config.joint_attention_dim
         clip = nn.functional.pad(clip, (0, width - clip.shape[-1]))
-        t5 = clip.new_zeros(len(ids), self.t5_length, width)
+        t5 = self.encoders[2](rows[2])[0] if len(rows) > 2 else clip.new_zeros(len(ids), self.t5_length, width)
         return Cond(torch.cat([clip, t5], 1), torch.cat([o.text_embeds for o in out], -1))
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -76,13 +90,14 @@ class SD3:
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]; SD3 takes t * 1000 and already points from data to noise."""
+        cond = cond.to(self.dtype)
         return net(
-            hidden_states=x,
+            hidden_states=x.to(self.dtype),
             timestep=t * self.time_scale,
             encoder_hidden_states=cond.embeds,
             pooled_projections=cond.pooled,
             return_dict=False,
-        )[0]
+        )[0].float()
 
     def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance as the pipeline has it."""
@@ -90,7 +105,7 @@ class SD3:
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1] for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from advdmd.recipe import Recipe, flatten, override, parse_overrides
-from advdmd.recipes import mini
+from advdmd.recipes import mini, real
 
 
 def known() -> dict[str, Any]:
     """Recipe name -> function that makes it."""
-    return dict(mini.RECIPES)
+    return mini.RECIPES | real.RECIPES
 
 
 def named(name: str, iterations: Any = None) -> Recipe:

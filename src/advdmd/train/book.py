@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from advdmd.train.checkpoint import write_text
+from advdmd.files import write_text
 from advdmd.types import Log
 
 

@@ -154,7 +154,7 @@ class Learner:
             t.updates, moved = counters["turns"][key]["updates"], counters["turns"][key]["moved"]
             for i, p in enumerate(q for group, _ in t.groups for q in group):
                 if saved := part(f"adam/{key}/{i}/"):
-                    t.adam.state[p] = {k: v.clone() for k, v in saved.items()}
+                    t.adam.state[p] = {k: v.to(p.device, copy=True) for k, v in saved.items()}
             whole = sum(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in t.adam.state.values())
             if whole != moved:
                 raise ValueError(f"{self.name}/{key}: whole optimizer state of {whole} parameters, {moved} were saved")

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
 from advdmd.data import shapes
+from advdmd.files import write_folder
 from advdmd.models import mini
 from advdmd.models.backbone import Backbone
 from advdmd.models.load import as_backbone, save_pipeline
-from advdmd.train import checkpoint, loop
+from advdmd.train import loop
 from advdmd.train.book import Progress
 from advdmd.train.learner import Learner, Optim
 from advdmd.types import Batch
@@ -142,5 +143,5 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[Backbone, 
     net.load_state_dict(learner.averaged())
     net.eval()
     note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, **MINIATURE}
-    checkpoint.write_folder(folder / "pipeline", lambda p: save_pipeline(pipe, p, note))
+    write_folder(folder / "pipeline", lambda p: save_pipeline(pipe, p, note))
     return pipe

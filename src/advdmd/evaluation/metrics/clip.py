@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from advdmd.evaluation.weights import fresh, load_strictly, tensors_of, weights_hash
-from advdmd.train.checkpoint import write_folder
+from advdmd.files import write_folder
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT_LENGTH = 77

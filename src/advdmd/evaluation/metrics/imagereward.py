@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from advdmd.evaluation.metrics.clip import cropped
 from advdmd.evaluation.weights import tensors_of
-from advdmd.train.checkpoint import file_hash
+from advdmd.files import file_hash
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rating over the authors' validation set
 LENGTH = 35  # tokens of a prompt

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advdmd.evaluation.weights import tensors_of
-from advdmd.train.checkpoint import file_hash
+from advdmd.files import file_hash
 
 SIDE, WIDTH = 299, 2048
 average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)

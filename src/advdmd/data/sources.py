@@ -1,0 +1,157 @@
+"""Prompts and captioned images as people have them: text files, folders with metadata.jsonl, webdataset tars."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTION_KEYS, FILE_KEYS = ("text", "prompt", "caption"), ("file_name", "image")
+FORMS = "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset .tar or a folder of them"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prompt, and one image of it: a file, or `member` of a tar file."""
+
+    prompt: str
+    image: Path | None = None
+    member: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"{self.image}:{self.member}" if self.member else str(self.image)
+
+
+def read_entries(source: Path) -> list[Entry]:
+    """Everything a source holds, in its order. Raises ValueError that names file and line of what cannot be used."""
+    if source.is_dir():
+        tars = sorted(source.glob("*.tar"))
+        if (source / "metadata.jsonl").is_file():
+            found = list(_jsonl(source / "metadata.jsonl"))
+        elif tars:
+            found = [e for tar in tars for e in _tar(tar)]
+        else:
+            raise ValueError(f"{source} holds neither metadata.jsonl nor .tar files: give {FORMS}")
+    elif not source.is_file():
+        raise ValueError(f"{source}: no such file or folder; give {FORMS}")
+    elif source.suffix == ".txt":
+        found = [Entry(line.strip()) for line in _text(source) if line.strip()]
+    elif source.suffix == ".jsonl":
+        found = list(_jsonl(source))
+    elif source.suffix == ".tar":
+        found = list(_tar(source))
+    else:
+        raise ValueError(f"{source}: give {FORMS}")
+    if not found:
+        raise ValueError(f"{source} holds no prompts")
+    return found
+
+
+def _text(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e}") from None
+
+
+def _caption(row: Any, where: str) -> str:
+    said = next((row[k] for k in CAPTION_KEYS if isinstance(row, dict) and k in row), None)
+    if not isinstance(said, str) or not said.strip():
+        raise ValueError(f"{where}: needs an object with the caption under one of {', '.join(CAPTION_KEYS)}")
+    return said.strip()
+
+
+def _jsonl(path: Path) -> Iterator[Entry]:
+    root = path.parent.resolve()
+    for n, line in enumerate(_text(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {n}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+        prompt, file = _caption(row, where), next((row[k] for k in FILE_KEYS if row.get(k)), None)
+        if file is None:
+            yield Entry(prompt)
+            continue
+        image = (root / str(file)).resolve()
+        if not image.is_relative_to(root):
+            raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
+        if not image.is_file():
+            raise ValueError(f"{where}: there is no image {str(file)!r}")
+        yield Entry(prompt, image)
+
+
+def _tar(path: Path) -> Iterator[Entry]:
+    """Pairs KEY.jpg (or .png, .webp) and KEY.txt (or KEY.json with the caption); nothing is ever unpacked to disk."""
+    parts: dict[str, dict[str, str]] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for m in tar.getmembers():
+                if not m.isfile():
+                    continue
+                key, dot, kind = m.name.rpartition(".")
+                parts.setdefault(key, {})[f"{dot}{kind.lower()}"] = m.name
+            for key, found in parts.items():
+                image = next((found[k] for k in IMAGES if k in found), None)
+                said = next((found[k] for k in (".txt", ".json") if k in found), None)
+                if image is None or said is None:
+                    continue
+                text = tar.extractfile(said).read().decode("utf-8")  # type: ignore[union-attr] - a file, as checked above
+                where = f"{path}, {key}"
+                if said.endswith("json"):
+                    yield Entry(_caption(json.loads(text), where), path, image)
+                else:
+                    yield Entry(_caption({"text": text}, where), path, image)
+    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def load_image(entry: Entry, height: int, width: int) -> np.ndarray:
+    """[3, H, W] float32 in [-1, 1]: turned as its camera says, scaled to cover the size, the middle cut out.
+
+    Raises ValueError that names the image if it cannot be read.
+    """
+    assert entry.image is not None
+    try:
+        if entry.member:
+            with tarfile.open(entry.image) as tar:
+                data = io.BytesIO(tar.extractfile(entry.member).read())  # type: ignore[union-attr]
+        else:
+            data = io.BytesIO(entry.image.read_bytes())
+        with Image.open(data) as image:
+            image = ImageOps.fit(ImageOps.exif_transpose(_flat(image)), (width, height), Image.Resampling.LANCZOS)
+    except Exception as e:  # whatever a damaged or hostile file makes the library raise
+        raise ValueError(f"image {entry.place} cannot be read: {e}") from None
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """The first frame in RGB, what is transparent on white; 16-bit greys scaled, not cut."""
+    exif = image.getexif()
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.getexif().update(exif)
+    return image
+
+
+def unique(entries: Sequence[Entry]) -> tuple[list[str], list[list[Entry]]]:
+    """Each prompt once, in order of appearance, and its distinct images."""
+    found: dict[str, dict[str, Entry]] = {}
+    for e in entries:
+        images = found.setdefault(e.prompt, {})
+        if e.image is not None:
+            images[e.place] = e
+    return list(found), [list(images.values()) for images in found.values()]

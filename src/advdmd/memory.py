@@ -1,0 +1,112 @@
+"""What a recipe takes of a card, by part, from the transformer's configuration alone: nothing is loaded."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from advdmd.algorithms.twinflow import TwinFlow
+from advdmd.models import load
+from advdmd.models.backbone import ATTENTION
+from advdmd.recipe import Recipe
+from advdmd.recipes.real import MODELS
+
+GB = 1e9
+BYTES = {"float32": 4, "bfloat16": 2}
+INSIDE = 34  # widths a block holds for its own backward, per token: queries, keys, values, the wide layer and what lies between
+TEXT = 77  # tokens of a prompt where nobody says
+
+
+@dataclass(frozen=True)
+class Need:
+    """Parameters, and bytes of a card by part; `activations` is an estimate, the rest is counted."""
+
+    base: int
+    adapter: int  # of one role; 0 for whole networks
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def transformer(r: Recipe) -> tuple[Any, int]:
+    """The recipe's transformer without memory behind it, and how many tokens of text it sees.
+
+    Raises ValueError if the teacher is neither published nor a pipeline folder.
+    """
+    import diffusers
+
+    published = {m.hub: m for m in MODELS.values()}
+    if r.teacher in published:
+        model = published[r.teacher]
+        name, config, text = model.transformer, model.config, model.text
+    else:
+        folder = load.folder_of(r.teacher)
+        config = json.loads((folder / "transformer/config.json").read_text())
+        name, text = config["_class_name"], TEXT + load.read_note(folder).get("t5_length", 256)
+    cls = getattr(diffusers, name)
+    with torch.device("meta"):
+        return cls.from_config(config) if "_class_name" in config else cls(**config), text
+
+
+def roles(r: Recipe) -> int:
+    """Trainable networks of a recipe, or adapters on one."""
+    return 1 if isinstance(r.algorithm, TwinFlow) else 2 + (r.critic.trunk == "own")
+
+
+def need(r: Recipe, resolution: int = 1024) -> Need:
+    """Bytes of a card that a recipe takes at a resolution in pixels. Text encoders and autoencoder are not on it: text is
+    encoded before, and pictures to look at are decoded on the CPU."""
+    net, text = transformer(r)
+    base = sum(p.numel() for p in net.parameters())
+    # Every target of SD3 and Qwen-Image is a linear layer of a block, in attention or behind it.
+    inside = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _adapted(k)]
+    adapter = r.lora_rank * sum(m.in_features + m.out_features for m in inside)
+    learned, n = adapter or base, roles(r)
+    turns = 1 if n == 1 else 2  # of the student, matching and policy, each with Adam's two moments
+    parts = {
+        "frozen base": float(base * BYTES[r.dtype]),
+        "trained weights": 4.0 * learned * n,
+        "gradients": 4.0 * learned * max(1, n - 1),  # fake score and trunk learn together, the student after them
+        "Adam": 8.0 * learned * (n - 1 + turns),
+        "average": 4.0 * learned * (2 if n == 1 and adapter else 1),  # TwinFlow also walks it, as one more adapter
+    }
+    width = net.inner_dim
+    patch = net.config.patch_size if "patch_size" in net.config else 2
+    tokens = (resolution // 8 // patch) ** 2 + text
+    samples = getattr(r.algorithm, "micro", r.batch)
+    samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
+    held = net.config.num_layers * (1 if r.checkpointing else INSIDE) + INSIDE
+    parts["activations"] = float(samples * tokens * width * BYTES[r.dtype] * held)
+    parts["paths and text"] = 4.0 * r.batch * (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2 + 4.0 * (
+        r.batch * text * net.config.joint_attention_dim
+    )
+    return Need(base, adapter, parts)
+
+
+def _adapted(name: str) -> bool:
+    return "transformer_blocks." in name and (name.endswith(ATTENTION) or (".net." in name))
+
+
+def advice(r: Recipe, found: Need, card: float) -> str:
+    """Whether a card of so many GB will do, and if not what to change."""
+    free = card * 0.94 - found.total / GB  # what the driver and fragments leave
+    if free >= 0:
+        return f"fits a {card:g} GB card with {free:.0f} GB to spare"
+    ways = []
+    if not r.lora_rank:
+        ways.append("lora_rank=32 (adapters on one base)")
+    if not r.checkpointing:
+        ways.append("checkpointing=true")
+    if getattr(r.algorithm, "micro", 1) > 1:
+        ways.append("algorithm.micro=1")
+    if found.parts["activations"] > 0.2 * found.total:
+        ways.append("a smaller resolution when encoding")
+    if r.lora_rank > 16:
+        ways.append("lora_rank=16")
+    least = found.parts["frozen base"] / GB
+    if least > card * 0.94:
+        ways = [f"the frozen base alone takes {least:.0f} GB: only a larger card or a smaller model will do"]
+    return f"needs {found.total / GB:.0f} GB, too much for a {card:g} GB card: " + ", ".join(ways or ["a larger card"])

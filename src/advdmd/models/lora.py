@@ -1,0 +1,133 @@
+"""Adapters of several roles on one frozen base, and gradient checkpointing that remembers the role.
+
+Switching adapters the libraries' way flips `requires_grad`, and checkpointing recomputes under whatever adapter is active when
+gradients flow: both corrupt gradients without a word. Here a pass only changes the routing, and what is recomputed runs in
+the role, and with the frozen parameters, that it first ran with. Uses peft's private routing fields, so peft is pinned.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does not allow
+
+
+class Roles:
+    """One network with an adapter for each of `names`; outside `playing` it is the untouched base, bit for bit.
+
+    `targets`: endings of the names of the linear layers that get one. Alpha equals the rank, so the scale is 1 and an
+    exported adapter means the same with or without its metadata.
+    """
+
+    def __init__(self, net: nn.Module, names: Sequence[str], rank: int, targets: Sequence[str], seed: int = 0):
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        net.requires_grad_(False)
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            for name in names:
+                inject_adapter_in_model(config, net, name)
+        self.net, self.names, self.now = net, tuple(names), ""
+        self.layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+        for key, p in net.named_parameters():
+            p.requires_grad_("lora_" in key)
+        self._route("")
+
+    def _route(self, name: str) -> None:
+        for layer in self.layers:
+            layer._disable_adapters, layer._active_adapter = not name, [name]
+        self.now = name
+
+    @contextmanager
+    def playing(self, name: str) -> Iterator[None]:
+        """Passes inside go through the adapter `name`; through the base alone if it is empty."""
+        before = self.now
+        self._route(name)
+        try:
+            yield
+        finally:
+            self._route(before)
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters, named by their place: "blocks.0.attn.to_q.lora_A"."""
+        marked = ((k.partition(f".{name}.weight"), p) for k, p in self.net.named_parameters())
+        return {head: p for (head, found, _), p in marked if found and ".lora_" in head}
+
+
+class Role(nn.Module):
+    """The base in one role: called like the transformer, but its parameters are the adapter's alone."""
+
+    def __init__(self, roles: Roles, name: str):
+        super().__init__()
+        self._roles, self.name = (roles,), name  # in a tuple: the base is nobody's submodule
+        for key, p in roles.parameters(name).items():
+            self.register_parameter(key.replace(".", SEP), p)
+
+    @property
+    def roles(self) -> Roles:
+        return self._roles[0]
+
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        with self.roles.playing(self.name):
+            return self.roles.net(*args, **kw)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Of the base: where backbones look for blocks and embeddings."""
+        return self.roles.net.get_submodule(target) if target else self
+
+    def weights(self) -> dict[str, Tensor]:
+        """The adapter as diffusers and ComfyUI name it: "transformer.blocks.0.attn.to_q.lora_A.weight"."""
+        return {f"transformer.{k.replace(SEP, '.')}.weight": v.detach() for k, v in self.named_parameters()}
+
+    @torch.no_grad()
+    def fused(self) -> dict[str, Tensor]:
+        """State dict of a plain transformer: base weights with this adapter added to them."""
+        state = {k.replace(".base_layer.", "."): v for k, v in self.roles.net.state_dict().items() if ".lora_" not in k}
+        mine = dict(self.named_parameters())
+        for key, a in mine.items():
+            place, _, kind = key.rpartition(f"{SEP}lora_")
+            if kind == "A":
+                weight, b = place.replace(SEP, ".") + ".weight", mine[f"{place}{SEP}lora_B"]
+                state[weight] = (state[weight].to(b.dtype) + b @ a).to(state[weight].dtype)
+        return state
+
+
+def checkpointed(net: nn.Module, roles: Roles | None = None) -> None:
+    """Have a diffusers transformer keep only what enters its blocks and run them again when gradients flow.
+
+    A block runs again as it ran: in its role, and with the same parameters frozen (models.cast.frozen), or the graphs of the
+    two passes would differ.
+    """
+
+    def run(block: nn.Module, *args: Any) -> Any:
+        learning = [p.requires_grad for p in block.parameters()]
+        role = roles.now if roles else ""
+
+        def again(*args: Any) -> Any:
+            now = [p.requires_grad for p in block.parameters()]
+            _set(block, learning)
+            try:
+                if roles is None:
+                    return block(*args)
+                with roles.playing(role):
+                    return block(*args)
+            finally:
+                _set(block, now)
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+    enable: Any = net
+    enable.enable_gradient_checkpointing(run)
+
+
+def _set(block: nn.Module, flags: Sequence[bool]) -> None:
+    for p, flag in zip(block.parameters(), flags, strict=True):
+        p.requires_grad_(flag)

@@ -1,0 +1,115 @@
+"""The players of a recipe: networks of the cast with their optimizers, and how the student will be sampled."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.algorithms.base import Bonus, Cast
+from advdmd.algorithms.twinflow import Twin, TwinFlow
+from advdmd.evaluation.metrics.named import load_scorer, parse_reward
+from advdmd.look import to_bytes
+from advdmd.models import cast
+from advdmd.models.lora import Role
+from advdmd.models.qwen_image import QwenImage
+from advdmd.models.sampler import Sampling, decode
+from advdmd.models.target_time import TargetTime
+from advdmd.recipe import Recipe
+from advdmd.supply import Supply
+from advdmd.train.learner import Learner
+
+
+def make_bonus(r: Recipe, backbone: Any, prompts: Any) -> Bonus | None:
+    """What a recipe pays beside the critic: its scorers, on final images as people would see them."""
+    if not r.rewards:
+        return None
+    paid = [(weight, load_scorer(kind, where)) for weight, kind, where in map(parse_reward, r.rewards)]
+
+    def bonus(x0: Tensor, prompt: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+        assert prompt is not None
+        images = list(to_bytes(decode(backbone, x0)))
+        said = [prompts[int(i)] for i in prompt]
+        return {scorer.name: (weight, scorer.score(images, said)) for weight, scorer in paid}
+
+    return bonus
+
+
+def make_cast(r: Recipe, backbone: Any, data: Supply) -> Cast:
+    """The players of distribution matching: student, fake score and critic, whole networks or adapters on the teacher."""
+    how = (r.lora_rank, r.checkpointing)
+    student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, data.null, *how)
+    velocity = backbone.velocity
+    turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
+    groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
+    if fake.trunk is not None:
+        groups.append((fake.trunk.parameters(), r.trunk_rate))
+    return Cast(
+        teacher=cast.Teacher(backbone, r.guidance, data.null),
+        student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),
+        fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
+        critic=cast.Critic(backbone, fake, r.critic),
+        auc=torch.full((r.algorithm.steps,), 0.5),
+        bonus=make_bonus(r, backbone, data.prompts),
+    )
+
+
+def make_twin(r: Recipe, backbone: Any, data: Supply) -> Twin:
+    """TwinFlow's one player: a copy of the teacher that also reads a target time, and the same with averaged weights."""
+    if r.lora_rank:
+        return _adapted_twin(r, backbone, data)
+    (copied,) = cast.parts(backbone, ["student"], 0, r.seed, r.checkpointing)
+    torch.manual_seed(r.seed)
+    net = TargetTime(copied, backbone.time_scale, copied=isinstance(backbone, QwenImage))
+
+    def call(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
+        with net.toward(target):
+            return backbone.velocity(net, x, t, cond)
+
+    student = Learner("student", net, call, {"main": (r.match, [(net.parameters(), 1.0)])}, ema=r.ema)
+
+    @torch.no_grad()
+    def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
+        weights = student.averaged()
+        with net.toward(target):
+            return backbone.velocity(lambda **kw: functional_call(net, weights, (), kw), x, t, cond)
+
+    return Twin(student, average, data.null)
+
+
+def _adapted_twin(r: Recipe, backbone: Any, data: Supply) -> Twin:
+    """With adapters TwinFlow has no second time embedding: the one time fed is t - r / 2 (2512.05150, its LoRA code)."""
+    net, mean = cast.parts(backbone, ["student", "average"], r.lora_rank, r.seed, r.checkpointing)
+    assert isinstance(mean, Role)
+    mean.requires_grad_(False)
+
+    def through(role: torch.nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
+        return backbone.velocity(role, x, t - target / 2, cond)
+
+    turns = {"main": (r.match, [(net.parameters(), 1.0)])}
+    student = Learner("student", net, lambda *at: through(net, *at), turns, ema=r.ema)
+
+    @torch.no_grad()
+    def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
+        mean.load_state_dict(student.averaged())
+        return through(mean, x, t, target, cond)
+
+    return Twin(student, average, data.null)
+
+
+def make_players(r: Recipe, backbone: Any, data: Supply) -> Cast | Twin:
+    return make_twin(r, backbone, data) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone, data)
+
+
+def extra(players: Cast | Twin) -> dict[str, Tensor]:
+    """Tensors beside the players that belong to a run's state."""
+    return {"auc": players.auc} if isinstance(players, Cast) else {}
+
+
+def student_sampling(r: Recipe) -> Sampling:
+    """How a recipe's student wants to be sampled."""
+    a = r.algorithm
+    if isinstance(a, TwinFlow):
+        return Sampling(steps=a.steps, eta=1.0, gap=a.gap)
+    return Sampling(steps=a.steps, shift=a.shift, eta=a.eta if isinstance(a, AdvDMD) else 1.0)

@@ -1,0 +1,125 @@
+"""Recipes for the published models: adapters on one frozen base, prompts and images from `advdmd encode`.
+
+None of these has been run on real weights. Schedules and the critic are what worked in the miniature (docs/results.md), rates
+those of published few-step adapters; the teacher's guidance is its model card's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.algorithms.dmd2 import DMD2
+from advdmd.algorithms.twinflow import TwinFlow
+from advdmd.models.critic import CriticConfig
+from advdmd.recipe import Cached, Recipe
+from advdmd.train.learner import Optim
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model: where it is, the guidance its card samples with, its transformer and how long its prompts are."""
+
+    hub: str
+    guidance: float
+    transformer: str  # class of diffusers
+    config: dict[str, Any] = field(default_factory=dict)  # where it differs from the class's defaults
+    text: int = 333  # tokens the transformer sees of a prompt, at most
+
+
+SD3 = {
+    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "attention_head_dim": 64, "num_attention_heads": 24},
+    **{"num_layers": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+    **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
+}
+SD35 = SD3 | {"qk_norm": "rms_norm"}
+MEDIUM = {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
+LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+MODELS = {
+    "sd3-medium": Model("stabilityai/stable-diffusion-3-medium-diffusers", 7.0, "SD3Transformer2DModel", SD3),
+    "sd35-medium": Model("stabilityai/stable-diffusion-3.5-medium", 4.5, "SD3Transformer2DModel", SD35 | MEDIUM),
+    "sd35-large": Model("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
+    "qwen-image": Model("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
+}
+# Model and preset -> rank of an adapter, samples a pass; advdmd show says what that takes of a card.
+PRESETS = {
+    ("sd3-medium", "24gb"): (32, 1),
+    ("sd35-medium", "24gb"): (32, 1),
+    ("sd35-large", "24gb"): (16, 1),  # at 512 pixels
+    ("sd3-medium", "80gb"): (64, 4),
+    ("sd35-medium", "80gb"): (64, 4),
+    ("sd35-large", "80gb"): (64, 4),
+    ("qwen-image", "80gb"): (32, 2),
+}
+ITERATIONS = 2000
+GROUP, PROMPTS = 8, 4  # 32 samples an iteration: the fewest with which group advantages meant something in the miniature
+# A trunk that learns pays for what the prompt says, a frozen one for nothing (docs/log.md); here it is one more adapter. It
+# reads the first half of the network, so that the second is not run.
+CRITIC = CriticConfig(trunk="own", blocks=(0.25, 0.5), hidden=256)
+MATCH = Optim(lr=1e-4, betas=(0.9, 0.99), warmup=100)  # TwinFlow's adapters, 2512.05150; whole networks take a tenth
+POLICY = Optim(lr=1e-5)  # a tenth of matching: in the miniature 2e-4 against 1e-3 lowered the score at once
+FAKE = Optim(lr=2e-4, betas=(0.0, 0.999))  # twice the student's: the fake score must follow it
+
+
+def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
+    common = {
+        "teacher": MODELS[name].hub,
+        "algorithm": algorithm,
+        "prompts_per_step": PROMPTS,
+        "match": MATCH,
+        "policy": POLICY,
+        "fake": FAKE,
+        "critic": CRITIC,
+        "lora_rank": PRESETS[name, preset][0],
+        "dtype": "bfloat16",
+        "device": "auto",
+        "checkpointing": True,
+        "data": Cached(),
+        "ema": 0.99,
+        "save_every": 50,
+        "look_every": 100,
+    }
+    return Recipe(**common | more)
+
+
+def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
+    """Matching and critic alone for two thirds of the run, then policy turns, ever denser (2604.28126: DMD first)."""
+    warmup = iterations * 2 // 3
+    algorithm = AdvDMD(
+        steps=steps,
+        group=GROUP,
+        micro=PRESETS[name, preset][1],
+        critic_steps=2,
+        warmup=warmup,
+        ramp=iterations - warmup,
+        match_every=1,
+        match_turns=2,
+        judge_every=2,
+        mismatch=1.0,
+        gan=0.1,
+        final_levels=(0.1,),
+    )
+    return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations)
+
+
+def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
+    """The baseline on the same batches, with DMD2's weights (2405.14867) and a critic on the frozen teacher."""
+    algorithm = DMD2(steps=steps, group=GROUP, micro=PRESETS[name, preset][1], critic_steps=2, match_turns=2)
+    critic = CriticConfig(trunk="teacher", blocks=CRITIC.blocks, hidden=CRITIC.hidden)
+    return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations, critic=critic)
+
+
+def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
+    """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code). A batch goes in one piece: four samples."""
+    algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=MODELS[name].guidance - 1, group=2)
+    return _recipe(name, preset, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=2)
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {"advdmd": advdmd, "dmd2": dmd2, "twinflow": twinflow}
+RECIPES = {
+    f"{name}-{method}-{steps}step-{preset}": partial(make, name, preset, steps)
+    for name, preset in PRESETS
+    for method, make in METHODS.items()
+    for steps in (4, 2)
+}

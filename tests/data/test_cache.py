@@ -1,0 +1,316 @@
+"""Prompts and images of one's own: read, encoded once, dealt, trained on, exported."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from advdmd import run
+from advdmd.data import cache
+from advdmd.data.sources import Entry, load_image, read_entries, unique
+from advdmd.encode import encode
+from advdmd.models import load
+from advdmd.recipes.find import resolve
+from advdmd.types import Cond
+from tests.tiny_t5 import sd3_with_t5
+
+CAPTIONS = ["a picture of a red circle", "a picture of two stars", "a blue square", "three green crosses", "a star"]
+WORDS = [
+    "algorithm.group=2", "prompts_per_step=2", "iterations=3", "algorithm.warmup=1", "algorithm.ramp=1", "lora_rank=4",
+    "dtype=float32", "device=cpu", "save_every=2", "look_every=0", "critic.hidden=8", "threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """SD3 with T5: the real families' layout, padding and all."""
+    folder = tmp_path_factory.mktemp("t5") / "sd3"
+    sd3_with_t5().save_pretrained(folder)
+    note = {"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}
+    (folder / "advdmd.json").write_text(json.dumps(note))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with metadata.jsonl; the first caption has two images."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng, lines = np.random.default_rng(0), []
+    for n, caption in enumerate([*CAPTIONS, CAPTIONS[0]]):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(folder / f"{n}.png")
+        lines.append(json.dumps({"file_name": f"{n}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(teacher, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "c"
+    assert encode(photos, str(teacher), folder)
+    return folder
+
+
+def test_embeddings_with_t5_are_the_stock_pipelines(teacher):
+    backbone, _ = load.load(str(teacher))
+    with torch.no_grad():
+        cond = backbone.embed(backbone.tokenize(CAPTIONS[:2]))
+        theirs, _, pooled, _ = backbone.pipe.encode_prompt(
+            CAPTIONS[:2], None, None, do_classifier_free_guidance=False, max_sequence_length=6
+        )
+    assert torch.equal(cond.embeds, theirs)
+    assert torch.equal(cond.pooled, pooled)
+    assert cond.embeds[:, -6:].abs().min() > 0
+
+
+def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
+    backbone, _ = load.load(str(teacher))
+    found = cache.Cache(encoded)
+    assert found.prompts == CAPTIONS
+    assert [found.images(n) for n in range(5)] == [2, 1, 1, 1, 1]
+    with torch.no_grad():
+        cond = backbone.embed(backbone.tokenize([CAPTIONS[3], CAPTIONS[0]]))
+        image = torch.from_numpy(load_image(Entry("", photos / "5.png"), 32, 32))[None]
+        latent = backbone.encode(image)[0]
+    assert torch.equal(found.cond([3, 0]).embeds, cond.embeds.bfloat16().float())
+    assert torch.equal(found.cond([3, 0]).pooled, cond.pooled.bfloat16().float())
+    assert torch.equal(found.latent(0, 1), latent.bfloat16().float())
+
+
+def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoch(encoded):
+    found = cache.Cache(encoded)
+    deal = cache.make_deal(found, prompts=2, group=2, seed=0)
+    first, ids = deal(0)
+    again, _ = deal(0)
+    assert torch.equal(first.real, again.real)
+    assert ids == [0, 1, 2, 3]
+    assert first.prompt[0] == first.prompt[1] != first.prompt[2]
+    seen = set()
+    for step in range(5):
+        batch, _ = deal(step)
+        for n, z in zip(batch.prompt.tolist(), batch.real, strict=True):
+            seen.add(n)
+            assert any(torch.equal(z, found.latent(n, r)) for r in range(found.images(n)))
+    assert seen == set(range(5))
+
+
+def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert encode(photos, str(teacher), whole)
+    assert not encode(photos, str(teacher), parts, shard=(0, 2))
+    with pytest.raises(ValueError, match="not finished: run advdmd encode again"):
+        cache.Cache(parts)
+    assert encode(photos, str(teacher), parts, shard=(1, 2))
+    for k in range(3):
+        a, b = (load_file(cache.shard_path(f, k)) for f in (whole, parts))
+        assert all(torch.equal(a[x], b[x]) for x in a)
+    before = cache.shard_path(whole, 0).stat().st_mtime_ns
+    cache.shard_path(whole, 1).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"shard-000001.*damaged"):
+        cache.Cache(whole).cond([2])
+    assert encode(photos, str(teacher), whole)
+    assert cache.Cache(whole).cond([2]).embeds.shape[0] == 1
+    assert cache.shard_path(whole, 0).stat().st_mtime_ns == before
+
+
+def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, tmp_path):
+    found = cache.Cache(encoded)
+    found.expect(load.identity(teacher))
+    other = shutil.copytree(teacher, tmp_path / "other")
+    note = json.loads((other / "advdmd.json").read_text())
+    (other / "advdmd.json").write_text(json.dumps(note | {"t5_length": 7}))
+    with pytest.raises(ValueError, match=r"another teacher \(t5_length differ\)"):
+        found.expect(load.identity(other))
+    config = json.loads((other / "text_encoder/config.json").read_text())
+    (other / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    with pytest.raises(ValueError, match="t5_length, text_encoder differ"):
+        found.expect(load.identity(other))
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a picture of a red circle\n")
+    with pytest.raises(ValueError, match=r"cache of something else \(content, reals differ\)"):
+        encode(prompts, str(teacher), encoded, reals="teacher")
+
+
+def test_without_images_the_teacher_can_draw_them(teacher, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(CAPTIONS[:3]) + "\n\n" + CAPTIONS[0])
+    with pytest.raises(ValueError, match="--reals teacher"):
+        encode(prompts, str(teacher), tmp_path / "c")
+    assert encode(prompts, str(teacher), tmp_path / "c", reals="teacher", per_prompt=2)
+    found = cache.Cache(tmp_path / "c")
+    assert found.manifest == {"format": 1, "prompts": 3, "images": 6, "prompts_without_image": 0}
+    assert not torch.equal(found.latent(0, 0), found.latent(0, 1))
+
+
+def test_another_resolution_reaches_latents_and_student(teacher, photos, tmp_path):
+    assert encode(photos, str(teacher), tmp_path / "c", resolution=16)
+    assert cache.Cache(tmp_path / "c").latent(0, 0).shape[-2:] == torch.Size([4, 4])
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        encode(photos, str(teacher), tmp_path / "d", resolution=18)
+
+
+@pytest.mark.parametrize("name", ["sd35-medium-advdmd-4step-24gb", "sd35-medium-dmd2-2step-24gb"])
+def test_a_published_models_recipe_trains_adapters_from_a_cache_and_exports_for_people(name, teacher, encoded, tmp_path):
+    words = [f"teacher={teacher}", f"data.folder={encoded}", *WORDS]
+    if "dmd2" in name:
+        words = [w for w in words if not w.startswith(("algorithm.warmup", "algorithm.ramp"))]
+    r = resolve(name, words)
+    student = run.train(*r, tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    saved = load_file(max((tmp_path / "run/checkpoints").glob("*.safetensors")))
+    assert not any("base_layer" in k for k in saved), "adapters only"
+
+    # In a fresh process: the fused folder, and the adapter file on the stock base, draw the same image as we do.
+    code = f"""
+import torch
+from diffusers import StableDiffusion3Pipeline
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(3)
+    call = {json.loads((student / "advdmd.json").read_text())["stock_call"]!r}
+    return pipe("a picture of a red circle", output_type="pt", **call).images
+fused = StableDiffusion3Pipeline.from_pretrained({str(student)!r})
+base = StableDiffusion3Pipeline.from_pretrained({str(teacher)!r}, scheduler=fused.scheduler)
+plain = draw(base)
+base.load_lora_weights({str(student)!r})
+a, b = draw(fused), draw(base)
+print((a - b).abs().max().item(), (a - plain).abs().max().item())
+torch.save(a, {str(tmp_path / "a.pt")!r})
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    apart, moved = map(float, out.stdout.split())
+    assert apart < 1e-4
+    assert moved > 10 * apart
+    flow = json.loads((student / "comfyui_workflow.json").read_text())
+    assert flow["sample"]["inputs"]["steps"] == r[1].algorithm.steps
+    assert all(v[0] in flow for n in flow.values() for v in n["inputs"].values() if isinstance(v, list))
+
+
+def test_a_run_on_a_cache_resumes_exactly(teacher, encoded, tmp_path):
+    words = [f"teacher={teacher}", f"data.folder={encoded}", *WORDS]
+    name, whole = resolve("sd35-medium-advdmd-2step-24gb", words)
+    run.train(name, whole, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for f in (tmp_path / "cut/checkpoints").glob("step-0000003*"):
+        f.unlink()
+    shutil.rmtree(tmp_path / "cut/student")
+    run.train(name, whole, tmp_path / "cut")
+    a, b = (load_file(tmp_path / x / "checkpoints/step-0000003.safetensors") for x in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_published_model_needs_a_cache_and_whole_networks_float32(teacher):
+    name = "sd35-medium-advdmd-4step-24gb"
+    with pytest.raises(ValueError, match="is not a cache: make one with advdmd encode"):
+        run.train(*resolve(name, [f"teacher={teacher}", "data.folder=nowhere"]), teacher / "x")
+    with pytest.raises(ValueError, match="whole networks learn in float32"):
+        resolve(name, ["lora_rank=0"])
+    with pytest.raises(ValueError, match="exams are the miniature's"):
+        resolve(name, ["exam_every=5"])
+
+
+def tar_of(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def png(size=(8, 6), mode="RGB", **how):
+    out = io.BytesIO()
+    Image.new(mode, size, **how).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_sources_of_every_form_say_the_same(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n\n two stars \n")
+    assert read_entries(tmp_path / "p.txt") == [Entry("a red circle"), Entry("two stars")]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle"}\n{"caption": "two stars"}\n')
+    assert read_entries(tmp_path / "p.jsonl") == [Entry("a red circle"), Entry("two stars")]
+    tar = tar_of(
+        tmp_path / "d.tar",
+        {"1.png": png(), "1.txt": b"a red circle", "2.jpg": b"", "2.json": b'{"caption": "two stars"}', "3.txt": b"alone"},
+    )
+    assert read_entries(tar) == [Entry("a red circle", tar, "1.png"), Entry("two stars", tar, "2.jpg")]
+    assert load_image(read_entries(tar)[0], 4, 4).shape == (3, 4, 4)
+    assert unique([Entry("a", tar, "1"), Entry("b"), Entry("a", tar, "2"), Entry("a", tar, "1")]) == (
+        ["a", "b"],
+        [[Entry("a", tar, "1"), Entry("a", tar, "2")], []],
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 1"),
+        ("[1]", "needs an object"),
+        ('{"text": ""}', "needs an object"),
+        ('{"text": "a", "file_name": "../x.png"}', "leads out of the folder"),
+        ('{"text": "a", "file_name": "/etc/hostname"}', "leads out of the folder"),
+        ('{"text": "a", "file_name": "none.png"}', "there is no image"),
+    ],
+)
+def test_bad_metadata_names_file_and_line(tmp_path, line, says):
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=says):
+        read_entries(tmp_path)
+
+
+def test_what_is_no_source_is_refused(tmp_path):
+    for path, says in ((tmp_path, "holds neither"), (tmp_path / "no", "no such file"), (tmp_path / "x.csv", "give a .txt")):
+        if path.suffix == ".csv":
+            path.write_text("a")
+        with pytest.raises(ValueError, match=says):
+            read_entries(path)
+    (tmp_path / "e.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_entries(tmp_path / "e.txt")
+    (tmp_path / "t.tar").write_bytes(b"not a tar at all")
+    with pytest.raises(ValueError, match=r"t\.tar"):
+        read_entries(tmp_path / "t.tar")
+
+
+def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
+    for name, mode, color, value in (
+        ("cmyk.jpg", "CMYK", (0, 0, 0, 0), 1.0),
+        ("deep.png", "I;16", 65535, 1.0),
+        ("clear.png", "RGBA", (0, 0, 0, 0), 1.0),
+        ("grey.png", "L", 0, -1.0),
+        ("moves.gif", "P", 0, None),
+    ):
+        Image.new(mode, (10, 8), color).save(tmp_path / name)
+        pixels = load_image(Entry("", tmp_path / name), 4, 6)
+        assert pixels.shape == (3, 4, 6)
+        assert value is None or np.allclose(pixels, value, atol=0.02), name
+    turned = Image.new("RGB", (8, 4), "black")
+    turned.paste("white", (0, 0, 4, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert load_image(Entry("", tmp_path / "turned.png"), 4, 8)[0, 0, 0] < 0
+    (tmp_path / "broken.png").write_bytes(png()[:40])
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        load_image(Entry("", tmp_path / "broken.png"), 4, 4)
+
+
+def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
+    cond = Cond(torch.randn(2, 5, 4), mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]))
+    cache.claim(tmp_path, {"latent_shape": [1, 2, 2]})
+    cache.write_shard(tmp_path, 0, cond, [torch.zeros(1, 1, 2, 2)] * 2)
+    (tmp_path / "null.safetensors").write_bytes(b"")
+    assert cache.finish(tmp_path, ["a", "b"])
+    found = cache.Cache(tmp_path)
+    assert found.cond([0]).embeds.shape == (1, 2, 4)
+    assert found.cond([0, 1]).mask.tolist() == [[1, 1, 0], [1, 1, 1]]

@@ -1,0 +1,140 @@
+"""Roles on one base: gradients are right whatever plays when they flow."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from advdmd.kernels import cps
+from advdmd.models import cast, load
+from advdmd.models.critic import CriticConfig
+from advdmd.models.lora import Role, Roles, checkpointed
+from advdmd.rollout import rollout
+
+RANK = 4
+
+
+@pytest.fixture
+def scene(backbone):
+    """Roles whose adapters do something, and what a pass needs."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
+    x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
+    plain = copy.deepcopy(backbone.net)
+    roles = Roles(backbone.net, ["student", "fake"], RANK, backbone.lora_targets)
+    student, fake = Role(roles, "student"), Role(roles, "fake")
+    for p in (*student.parameters(), *fake.parameters()):
+        p.data.normal_(0, 0.1)
+    return backbone, plain, student, fake, (x, t, cond)
+
+
+def grads(loss, *nets):
+    for p in (p for net in nets for p in net.parameters()):
+        p.grad = None
+    loss().backward()
+    return [[None if p.grad is None else p.grad.clone() for p in net.parameters()] for net in nets]
+
+
+def test_outside_of_roles_the_base_is_untouched_to_the_bit(scene):
+    backbone, plain, student, fake, at = scene
+    with torch.no_grad():
+        base, mine, other = (backbone.velocity(n, *at) for n in (plain, student, fake))
+        assert torch.equal(backbone.velocity(backbone.net, *at), base)
+    assert (mine - base).abs().max() > 1e-3
+    assert (mine - other).abs().max() > 1e-3
+
+
+def test_a_role_holds_its_adapter_and_nothing_else(scene):
+    backbone, _, student, fake, _ = scene
+    assert not {id(p) for p in student.parameters()} & {id(p) for p in fake.parameters()}
+    assert {p.shape[0] if k.endswith("A") else p.shape[1] for k, p in student.named_parameters()} == {RANK}
+    assert len(student.state_dict()) == len(list(student.parameters()))
+    linear = sum(name.endswith(backbone.lora_targets) for name, m in backbone.net.named_modules() if hasattr(m, "base_layer"))
+    assert len(student.state_dict()) == 2 * linear > 20
+
+
+def test_the_fused_network_is_the_role(scene):
+    backbone, plain, student, _, at = scene
+    plain.load_state_dict(student.fused())
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.velocity(plain, *at), backbone.velocity(student, *at), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("spanning", "late"), list(itertools.product((False, True), (False, True))))
+def test_checkpointing_never_changes_a_gradient(scene, spanning, late):
+    """The four cases of house.md: one graph through both roles or not, another role playing when gradients flow or not."""
+    backbone, _, student, fake, at = scene
+    roles = student.roles
+
+    def loss():
+        v = backbone.velocity(student, *at)
+        if spanning:  # as in GAN back-propagation, through the fake score's blocks
+            return backbone.velocity(fake, at[0] - v, *at[1:]).square().mean()
+        with torch.no_grad():
+            target = backbone.velocity(fake, at[0] - v, *at[1:])
+        return (v - target).square().mean()
+
+    plain = grads(loss, student, fake)
+    checkpointed(backbone.net, roles)
+    for p in (*student.parameters(), *fake.parameters()):
+        p.grad = None
+    found = loss()
+    with roles.playing("fake" if late else ""):
+        found.backward()
+    again = [[p.grad for p in net.parameters()] for net in (student, fake)]
+    for a, b in zip(itertools.chain(*plain), itertools.chain(*again), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, rank):
+    """Its trunk is frozen for that pass, also when the blocks run again, after the pass has ended early at the last tap."""
+    found = []
+    for checkpointing in (False, True):
+        backbone, _ = load.load(str(tiny_folder))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
+            null = backbone.embed(backbone.tokenize([""]))
+        config = CriticConfig(trunk="own", blocks=(0.5, 1.0), hidden=8)
+        student, fake = cast.distillation(backbone, config, 0, 2, null, rank, checkpointing)
+        torch.manual_seed(2)
+        for p in (*student.parameters(), *fake.trunk.parameters()):
+            p.data += 0.05 * torch.randn_like(p)
+        critic = cast.Critic(backbone, fake, config)
+        x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
+        loss = lambda: critic.follow(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
+        mine, theirs = grads(loss, student, fake)
+        assert all(g is None for g in theirs)
+        learn = lambda: critic(x, t, cond).sum()  # noqa: B023, E731
+        found.append(mine + grads(learn, fake)[0])
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert sum(g is not None for g in found[0]) > len(found[0]) / 2
+
+
+def test_shared_roles_are_separate_networks_with_an_adapter_each(scene):
+    backbone, plain, student, fake, at = scene
+
+    def loss(a, b):
+        x0 = at[0] - backbone.velocity(a, *at)
+        return (x0 * (x0 - backbone.velocity(b, x0, *at[1:])).detach()).sum()
+
+    alone = [Role(Roles(copy.deepcopy(plain), [name], RANK, backbone.lora_targets), name) for name in ("student", "fake")]
+    for role, lone in zip((student, fake), alone, strict=True):
+        lone.load_state_dict(role.state_dict())
+    (shared,), (separate,) = grads(lambda: loss(student, fake), student), grads(lambda: loss(*alone), alone[0])
+    for a, b in zip(shared, separate, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_role_walks_a_path_like_any_student(scene):
+    backbone, plain, student, _, (_, _, cond) = scene
+    plain.load_state_dict(student.fused())
+    noise = torch.randn(2, 2, *backbone.latent_shape)
+    walk = lambda net: rollout(  # noqa: E731
+        lambda x, t, c: backbone.velocity(net, x, t, c), cond, noise, torch.tensor([1.0, 0.5, 0.0]), cps(1.0)
+    )
+    torch.testing.assert_close(walk(student).x, walk(plain).x, atol=1e-4, rtol=1e-4)
