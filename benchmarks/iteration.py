@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from advdmd.models import load
+from advdmd.players import make_players
 from advdmd.recipes import find
 from advdmd.rng import Rng
-from advdmd.run import make_cast, make_deal
+from advdmd.supply import supply
 
 
 def clock(f) -> float:
@@ -29,10 +30,11 @@ def measure(name: str, rounds: int, threads: int, *changes: str) -> dict:
     _, r = find.resolve(name, ["data.prompts=16", f"threads={threads}", *changes])
     torch.set_num_threads(threads)
     backbone, _ = load.load(r.teacher)
-    cast, deal, a = make_cast(r, backbone), make_deal(r, backbone), r.algorithm
+    data, a = supply(r, backbone), r.algorithm
+    cast = make_players(r, backbone, data.null)
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
     counted = sum(r.forwards(step).values())
-    batch, ids = deal(0)
+    batch, ids = data.deal(0)
     t = torch.full((len(batch),), 0.5)
 
     @torch.no_grad()

@@ -93,7 +93,7 @@ def _complete(folder: Path, teacher: Path) -> None:
 def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) -> str:
     warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
     if how.gap is not None:
-        warning = "\n**A TwinFlow student reads a target time: stock pipelines cannot sample it, `advdmd sample` can.**\n"
+        warning = "\n**TwinFlow has times of its own: stock pipelines cannot sample it, `advdmd sample` can.**\n"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image

@@ -1,5 +1,6 @@
 """The players of a recipe: networks of the cast with their optimizers, and how the student will be sampled."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling, decode
 from advdmd.models.target_time import TargetTime
 from advdmd.recipe import Recipe
-from advdmd.supply import Supply
 from advdmd.train.learner import Learner
+from advdmd.types import Cond
 
 
-def make_bonus(r: Recipe, backbone: Any, prompts: Any) -> Bonus | None:
+def make_bonus(r: Recipe, backbone: Any, prompts: Sequence[str]) -> Bonus | None:
     """What a recipe pays beside the critic: its scorers, on final images as people would see them."""
     if not r.rewards:
         return None
@@ -36,29 +37,32 @@ def make_bonus(r: Recipe, backbone: Any, prompts: Any) -> Bonus | None:
     return bonus
 
 
-def make_cast(r: Recipe, backbone: Any, data: Supply) -> Cast:
-    """The players of distribution matching: student, fake score and critic, whole networks or adapters on the teacher."""
+def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = ()) -> Cast:
+    """The players of distribution matching: student, fake score and critic, whole networks or adapters on the teacher.
+
+    `null`: the empty prompt's condition, for guidance; `prompts`: what a batch's prompt numbers mean, for further rewards.
+    """
     how = (r.lora_rank, r.checkpointing)
-    student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, data.null, *how)
+    student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, null, *how)
     velocity = backbone.velocity
     turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
     groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
     if fake.trunk is not None:
         groups.append((fake.trunk.parameters(), r.trunk_rate))
     return Cast(
-        teacher=cast.Teacher(backbone, r.guidance, data.null),
+        teacher=cast.Teacher(backbone, r.guidance, null),
         student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),
         fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
         critic=cast.Critic(backbone, fake, r.critic),
         auc=torch.full((r.algorithm.steps,), 0.5),
-        bonus=make_bonus(r, backbone, data.prompts),
+        bonus=make_bonus(r, backbone, prompts),
     )
 
 
-def make_twin(r: Recipe, backbone: Any, data: Supply) -> Twin:
+def make_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
     """TwinFlow's one player: a copy of the teacher that also reads a target time, and the same with averaged weights."""
     if r.lora_rank:
-        return _adapted_twin(r, backbone, data)
+        return _adapted_twin(r, backbone, null)
     (copied,) = cast.parts(backbone, ["student"], 0, r.seed, r.checkpointing)
     torch.manual_seed(r.seed)
     net = TargetTime(copied, backbone.time_scale, copied=isinstance(backbone, QwenImage))
@@ -75,10 +79,10 @@ def make_twin(r: Recipe, backbone: Any, data: Supply) -> Twin:
         with net.toward(target):
             return backbone.velocity(lambda **kw: functional_call(net, weights, (), kw), x, t, cond)
 
-    return Twin(student, average, data.null)
+    return Twin(student, average, null)
 
 
-def _adapted_twin(r: Recipe, backbone: Any, data: Supply) -> Twin:
+def _adapted_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
     """With adapters TwinFlow has no second time embedding: the one time fed is t - r / 2 (2512.05150, its LoRA code)."""
     net, mean = cast.parts(backbone, ["student", "average"], r.lora_rank, r.seed, r.checkpointing)
     assert isinstance(mean, Role)
@@ -95,11 +99,11 @@ def _adapted_twin(r: Recipe, backbone: Any, data: Supply) -> Twin:
         mean.load_state_dict(student.averaged())
         return through(mean, x, t, target, cond)
 
-    return Twin(student, average, data.null)
+    return Twin(student, average, null)
 
 
-def make_players(r: Recipe, backbone: Any, data: Supply) -> Cast | Twin:
-    return make_twin(r, backbone, data) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone, data)
+def make_players(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = ()) -> Cast | Twin:
+    return make_twin(r, backbone, null) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone, null, prompts)
 
 
 def extra(players: Cast | Twin) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def stage(r: Recipe, encoded: Cache | None) -> tuple[Any, Supply, Cast | Twin]:
         data = supply(r, backbone)
     backbone.net.to(device)
     data = data._replace(null=data.null.to(device), look=data.look.to(device))
-    return backbone, data, make_players(r, backbone, data)
+    return backbone, data, make_players(r, backbone, data.null, data.prompts)
 
 
 def _fingerprint(text: str) -> str:

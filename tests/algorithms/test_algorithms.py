@@ -12,17 +12,22 @@ from advdmd.algorithms.advdmd import AdvDMD, Turn
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.objectives import match_teacher, prefer_paid_hops, track_student
 from advdmd.kernels import Gaussian, cps, renoise
+from advdmd.players import make_cast
 from advdmd.recipe import Recipe
 from advdmd.recipes.mini import RECIPES
 from advdmd.rng import Rng
 from advdmd.rollout import rollout, sample_ode
-from advdmd.run import make_cast
 from advdmd.train.learner import Optim
 from advdmd.types import Batch
 from tests.toy import Mixture, Net, flat, play, pretrained, toy_deal
 from tests.toy import make_cast as toy_cast
 
 ADV = {"warmup": 0, "ramp": 0, "match_every": 1, "gated": False}
+
+
+def cast_for(r, backbone):
+    with torch.no_grad():
+        return make_cast(r, backbone, backbone.embed(backbone.tokenize([""])))
 
 
 def tiny_recipe(folder, algorithm, **changes):
@@ -149,7 +154,7 @@ def test_micro_batch_size_does_not_change_the_update(make):
 
 @pytest.mark.parametrize("algorithm", [AdvDMD(group=4, **ADV), DMD2()], ids=["advdmd", "dmd2"])
 def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder, backbone, algorithm):
-    before, cast = copy.deepcopy(backbone.net.state_dict()), make_cast(tiny_recipe(tiny_folder, algorithm), backbone)
+    before, cast = copy.deepcopy(backbone.net.state_dict()), cast_for(tiny_recipe(tiny_folder, algorithm), backbone)
     start = {
         k: flat(p) for k, p in [("student", cast.student.net), ("score", cast.fake.net.score), ("heads", cast.fake.net.heads)]
     }
@@ -162,7 +167,7 @@ def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder
 
 
 def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, backbone):
-    cast, b = make_cast(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
+    cast, b = cast_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t = torch.full((8,), 0.75)
     match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, t, gan=1.0).sum().backward()
     assert all(p.grad is None for p in cast.fake.net.parameters())
@@ -171,7 +176,7 @@ def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, b
 
 
 def test_the_fake_score_is_told_the_hop_and_starts_as_if_it_were_not(tiny_folder, backbone):
-    cast, b = make_cast(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
+    cast, b = cast_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t, k = torch.full((8,), 0.5), torch.arange(8) % 4
     assert torch.equal(cast.fake(b.real, t, b.cond, k), backbone.velocity(backbone.net, b.real, t, b.cond))
     track_student(cast, b.real, b.cond, t, torch.randn_like(b.real), k[:4].repeat(2)).sum().backward()
@@ -183,7 +188,7 @@ def test_the_fake_score_is_told_the_hop_and_starts_as_if_it_were_not(tiny_folder
 def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, backbone):
     def trunk_norm(weight):
         r = tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk_weight=weight))
-        cast, b = make_cast(r, backbone), tiny_batch(backbone)
+        cast, b = cast_for(r, backbone), tiny_batch(backbone)
         cast.critic(b.real, torch.full((8,), 0.5), b.cond).sum().backward()
         grads = [p.grad for p in cast.fake.net.score.parameters() if p.grad is not None]
         return torch.cat([g.flatten() for g in grads]).norm() if grads else torch.tensor(0.0)
@@ -193,7 +198,7 @@ def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, b
 
 
 def test_a_trunk_of_the_critics_own_learns_with_its_heads(tiny_folder, backbone):
-    cast, b = make_cast(tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk="own")), backbone), tiny_batch(backbone)
+    cast, b = cast_for(tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk="own")), backbone), tiny_batch(backbone)
     before = flat(cast.fake.net.trunk)
     assert torch.equal(before, flat(backbone.net))
     AdvDMD(group=4, warmup=9).iteration(cast, b, 0, Rng(0, 0, range(8)))
@@ -242,7 +247,7 @@ def test_matching_turns_on_one_path_draw_anew(tiny_folder, backbone):
     """Two turns are not one turn twice: the second looks at hops, levels and noise of its own."""
     seen = []
     algorithm = DMD2(gan=0.0, match_turns=2)
-    cast, b = make_cast(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+    cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
 
     def teacher(x, t, c):
         seen.append(t.clone())
@@ -258,7 +263,7 @@ def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone
 
     def moved(mismatch, prompts):
         algorithm = AdvDMD(group=4, mismatch=mismatch, warmup=9)
-        cast, b = make_cast(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+        cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
         cond = b.cond if prompts == 2 else b.cond[torch.arange(8) % 4]
         algorithm.iteration(cast, Batch(cond, b.real), 0, Rng(0, 0, range(8)))
         return flat(cast.fake.net.heads)
@@ -277,7 +282,7 @@ def test_dmd2_forwards_are_as_counted(tiny_folder, backbone, gan):
 
 def count_passes(folder, backbone, algorithm):
     """Block passes per sample divided by depth, over all three networks."""
-    cast = make_cast(tiny_recipe(folder, algorithm), backbone)
+    cast = cast_for(tiny_recipe(folder, algorithm), backbone)
     seen, handles = Counter(), []
     for net in (backbone.net, cast.student.net, cast.fake.net.score):
         for block in backbone.blocks(net):
@@ -375,7 +380,7 @@ def test_recipes_of_the_miniature_are_valid_and_differ():
 
 def test_a_frozen_critic_stops_learning_after_the_warm_up_and_the_fake_score_does_not(tiny_folder, backbone):
     algorithm = AdvDMD(group=4, warmup=1, ramp=0, online=False)
-    cast, b = make_cast(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+    cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
     algorithm.iteration(cast, b, 0, Rng(0, 0, range(8)))
     heads, score, auc = flat(cast.fake.net.heads), flat(cast.fake.net.score), cast.auc.clone()
     algorithm.iteration(cast, b, 1, Rng(0, 1, range(8)))

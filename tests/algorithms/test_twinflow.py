@@ -10,6 +10,7 @@ from advdmd.algorithms.twinflow import Twin, TwinFlow, robust
 from advdmd.look import painter
 from advdmd.models import load, mini
 from advdmd.models.target_time import TargetTime, attach
+from advdmd.players import make_twin
 from advdmd.recipes.find import resolve
 from advdmd.rng import Rng
 from advdmd.types import Batch
@@ -27,6 +28,11 @@ def any_backbone(request):
     backbone = load.as_backbone(pipe, {"t5_length": 0, "side": mini.LATENT})
     backbone.net.requires_grad_(False).eval()
     return backbone
+
+
+def empty(backbone):
+    with torch.no_grad():
+        return backbone.embed(backbone.tokenize([""]))
 
 
 def inputs(backbone, n=4):
@@ -116,7 +122,7 @@ def folder(tiny_folder, tmp_path):
 
 def test_forwards_are_as_counted(folder, backbone):
     (_, r), _ = folder
-    twin, counts = run.make_twin(r, backbone), {"grad": 0, "none": 0}
+    twin, counts = make_twin(r, backbone, empty(backbone)), {"grad": 0, "none": 0}
 
     def count(module, args, kw):
         counts["grad" if torch.is_grad_enabled() else "none"] += len(kw["hidden_states"])
@@ -139,7 +145,7 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
     backbone, how = load.load(str(student))
     assert (how.steps, how.gap, how.nfe) == (2, 0.6, 2)
     own = load.load(str(tiny_folder))[0]
-    twin = run.make_twin(r, own)
+    twin = make_twin(r, own, empty(own))
     from advdmd.train import checkpoint
 
     checkpoint.resume(out / "checkpoints", {"student": twin.student})
@@ -148,3 +154,28 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
     found = painter(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])
     assert (abs(want.astype(int) - found.astype(int)) <= 1).all()
     assert "stock pipelines cannot sample it" in (student / "README.md").read_text()
+
+
+def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(any_backbone):
+    """t - r / 2 instead of a second embedding: towards r = 0 the network is asked at t itself."""
+    import copy
+
+    plain = copy.deepcopy(any_backbone.net)
+    backbone = load.as_backbone(any_backbone.pipe, {"t5_length": 0, "side": mini.LATENT})
+    backbone.net = copy.deepcopy(plain)
+    _, r = resolve("mini-sd35-twinflow", ["lora_rank=2", "algorithm.order=1"])
+    twin = make_twin(r, backbone, empty(backbone))
+    with torch.no_grad():
+        x, t, cond = inputs(backbone)
+        assert torch.equal(twin.student(x, t, 0 * t, cond), backbone.velocity(plain, x, t, cond)), "adapters start at nothing"
+        assert torch.equal(twin.student(x, t, t / 2, cond), backbone.velocity(plain, x, t - t / 4, cond))
+    before = {k: v.clone() for k, v in backbone.net.state_dict().items() if ".lora_" not in k}
+    for step in range(3):
+        log = r.algorithm.iteration(twin, Batch(cond, torch.randn(4, *backbone.latent_shape)), step, Rng(0, step, range(4)))
+    assert log["student/norm"] > 0
+    assert all(torch.equal(before[k], v) for k, v in backbone.net.state_dict().items() if k in before)
+    with torch.no_grad():
+        mean = twin.average(x, t, 0 * t, cond)
+        assert not torch.equal(mean, twin.student(x, t, 0 * t, cond))
+        with twin.student.averaging():
+            assert torch.equal(mean, twin.student(x, t, 0 * t, cond))
