@@ -197,3 +197,14 @@ def test_paths_can_be_read_at_each_samples_own_index(gen):
 def test_one_step_has_no_action(gen):
     path = rollout(Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(1, 6, 2, generator=gen()), flow.grid(1), cps(1.0))
     assert path.close.shape == (0, 6)
+
+
+def test_a_path_walked_in_parts_is_the_path():
+    from advdmd.kernels import cps
+    from advdmd.rollout import rollout
+
+    velocity = lambda x, t, cond: x * t[:, None] + cond  # noqa: E731
+    cond, noise, grid = torch.randn(7, 3), torch.randn(4, 7, 3), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
+    whole, parts = rollout(velocity, cond, noise, grid, cps(1.0)), rollout(velocity, cond, noise, grid, cps(1.0), micro=3)
+    for name in ("x", "t", "x0", "close"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name

@@ -1,6 +1,6 @@
 """Walking a few-step student along its own grid, and the path it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,14 @@ class Path:
             close.append(landed.closeness(actions[-1]))
         return actions, torch.stack(close) if close else self.close
 
+    @classmethod
+    def cat(cls, paths: Sequence["Path"]) -> "Path":
+        """The samples of several paths along one grid."""
+        if len(paths) == 1:
+            return paths[0]
+        x, x0, close = (torch.cat(parts, 1) for parts in zip(*((p.x, p.x0, p.close) for p in paths), strict=True))
+        return cls(x, paths[0].t, x0, close)
+
     def __getitem__(self, i: Tensor) -> "Path":
         return Path(self.x[:, i], self.t, self.x0[:, i], self.close[:, i])
 
@@ -60,9 +68,18 @@ def hop(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Any, kernel: 
     return transition(kernel if s[0] > 0 else ode, x, v, t, s), flow.clean(x, v, t)
 
 
+def rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: Kernel, micro: int | None = None) -> Path:
+    """Sample K = len(grid) - 1 hops. noise [K, N, ...]: the start, then one fresh draw for every hop but the last.
+
+    `micro` samples go at a time, as in what replays the path: less memory, and the same numbers in low precision.
+    """
+    n = noise.shape[1]
+    parts = (slice(i, i + (micro or n)) for i in range(0, n, micro or n))
+    return Path.cat([_rollout(velocity, cond[i], noise[:, i], grid, kernel) for i in parts])
+
+
 @torch.no_grad()
-def rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: Kernel) -> Path:
-    """Sample K = len(grid) - 1 hops. noise [K, N, ...]: the start, then one fresh draw for every hop but the last."""
+def _rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: Kernel) -> Path:
     x = noise[0]
     states: list[Tensor] = [x]
     seen: list[Tensor] = []

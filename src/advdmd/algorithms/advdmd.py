@@ -131,7 +131,7 @@ class AdvDMD:
 
         # Roll the student out once, without gradient. Everything below reuses this path.
         noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
-        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), kernel)
+        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), kernel, self.micro)
 
         # The fake score and the critic catch up with where the student now is.
         log = self.catch_up(cast, path, batch, rng, self.critic_learns(step))
@@ -215,7 +215,9 @@ class AdvDMD:
         cond, K, shape = batch.cond, path.hops, path.x.shape[2:]
         leader = torch.arange(len(cond)) // self.group * self.group
         e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
-        end, hops = pay_end(cast, path.x[-1], cond, self.final_levels, e), pay_hops(cast, path, cond)
+        parts = torch.arange(len(cond)).split(self.micro)
+        end = torch.cat([pay_end(cast, path.x[-1, i], cond[i], self.final_levels, e[i]) for i in parts])
+        hops = torch.cat([pay_hops(cast, path[i], cond[i]) for i in parts], 1)
         gate = losses.gate(cast.auc) if self.gated else torch.ones(K)
         by_step = losses.advantage(hops, self.group) * gate[:-1, None]
         by_end = losses.advantage(end[None], self.group) * gate[-1]

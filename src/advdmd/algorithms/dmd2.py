@@ -58,7 +58,7 @@ class DMD2:
         (N, *shape), K = real.shape, self.steps
 
         noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
-        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), renoise)
+        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), renoise, self.micro)
 
         # The critic sees what the student would leave at a random hop, re-noised to a random level.
         x0 = path.x0[rng.index("critic.k", 0, K), torch.arange(N)]
