@@ -18,8 +18,9 @@ from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling, decode
 from advdmd.models.target_time import TargetTime
 from advdmd.recipe import Recipe
+from advdmd.rng import ALONE
 from advdmd.train.learner import Learner
-from advdmd.types import Cond
+from advdmd.types import Cond, Team
 
 
 def make_bonus(r: Recipe, backbone: Any, prompts: Sequence[str]) -> Bonus | None:
@@ -37,7 +38,7 @@ def make_bonus(r: Recipe, backbone: Any, prompts: Sequence[str]) -> Bonus | None
     return bonus
 
 
-def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = ()) -> Cast:
+def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (), team: Team = ALONE) -> Cast:
     """The players of distribution matching: student, fake score and critic, whole networks or adapters on the teacher.
 
     `null`: the empty prompt's condition, for guidance; `prompts`: what a batch's prompt numbers mean, for further rewards.
@@ -56,6 +57,7 @@ def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = ())
         critic=cast.Critic(backbone, fake, r.critic),
         auc=torch.full((r.algorithm.steps,), 0.5),
         bonus=make_bonus(r, backbone, prompts),
+        team=team,
     )
 
 
@@ -102,8 +104,8 @@ def _adapted_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
     return Twin(student, average, null)
 
 
-def make_players(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = ()) -> Cast | Twin:
-    return make_twin(r, backbone, null) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone, null, prompts)
+def make_players(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (), team: Team = ALONE) -> Cast | Twin:
+    return make_twin(r, backbone, null) if isinstance(r.algorithm, TwinFlow) else make_cast(r, backbone, null, prompts, team)
 
 
 def extra(players: Cast | Twin) -> dict[str, Tensor]:

@@ -6,6 +6,10 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from advdmd.types import Team
+
+ALONE = Team()
+
 
 def generator(*key: object) -> torch.Generator:
     """A CPU generator seeded by the hash of a key."""
@@ -21,8 +25,8 @@ def home(drawn: Tensor) -> Tensor:
 class Rng:
     """Named streams for the samples of one step. Two draws of one name are equal; use a new name for a new draw."""
 
-    def __init__(self, seed: int, step: int, samples: Sequence[int]):
-        self.seed, self.step, self.samples = seed, step, tuple(samples)
+    def __init__(self, seed: int, step: int, samples: Sequence[int], team: Team = ALONE):
+        self.seed, self.step, self.samples, self.team = seed, step, tuple(samples), team
 
     def _each(self, name: str) -> Iterator[torch.Generator]:
         return (generator(self.seed, self.step, i, name) for i in self.samples)
@@ -39,7 +43,10 @@ class Rng:
         """[N] integers in [low, high)."""
         return home(torch.stack([torch.randint(low, high, (), generator=g, device="cpu") for g in self._each(name)]))
 
-    def permutation(self, name: str) -> Tensor:
-        """[N] one random order of all samples of the step (it belongs to the step, not to a sample)."""
-        order = torch.randperm(len(self.samples), generator=generator(self.seed, self.step, "all", name), device="cpu")
-        return home(order)
+    def minibatches(self, name: str, n: int) -> list[Tensor]:
+        """The step's samples, all processes', in n random minibatches: of each the indices of those that are here, perhaps
+        none."""
+        here = len(self.samples)
+        g, first = generator(self.seed, self.step, "all", name), self.team.rank * here
+        order = torch.randperm(here * self.team.size, generator=g, device="cpu")
+        return [home(m[(m >= first) & (m < first + here)] - first) for m in order.chunk(n)]

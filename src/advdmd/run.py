@@ -30,11 +30,12 @@ from advdmd.models.sampler import Sampling
 from advdmd.players import extra, make_players, student_sampling
 from advdmd.recipe import Data, Recipe, differences, dump
 from advdmd.recipes import find
+from advdmd.rng import ALONE
 from advdmd.supply import Supply, open_cache, supply
-from advdmd.train import checkpoint, loop
+from advdmd.train import checkpoint, loop, parallel
 from advdmd.train.book import duration
 from advdmd.train.learner import Learner
-from advdmd.types import Batch
+from advdmd.types import Batch, Team
 from advdmd.world.caption import check_prompt
 
 # What a run writes, and --overwrite may lose.
@@ -71,7 +72,16 @@ def _recorded(name: str, r: Recipe, folder: Path) -> str:
 
 
 def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
-    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student."""
+    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student.
+
+    Under torchrun every process calls this and takes an equal part of each step's prompts; what is written is the first's.
+    """
+    with parallel.processes(load.device_of(r.device)) as team:
+        team.share(r.prompts_per_step)
+        return _train(name, r, folder, overwrite and not team.rank, team)
+
+
+def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> Path:
     torch.set_num_threads(r.threads)
     load.folder_of(r.teacher)
     text = _recorded(name, r, folder)
@@ -80,12 +90,14 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         return "; ".join(differences(find.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
 
     encoded = open_cache(r)
-    _claim(folder, text, overwrite, change)
+    if not team.rank:
+        _claim(folder, text, overwrite, change)
+    parallel.wait()
     done = checkpoint.newest(folder / "checkpoints")
     ended = done and (done[1]["step"] == r.iterations or exam.over(r, folder))
     if ended and (folder / "student" / load.NOTE).is_file():
         return folder / "student"
-    backbone, data, players = stage(r, encoded)
+    backbone, data, players = stage(r, encoded, team)
     how = student_sampling(r)
 
     def look(step: int) -> None:
@@ -112,13 +124,17 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
         over=lambda: exam.over(r, folder),
         extra=extra(players),
         fingerprint=_fingerprint(text),
+        team=team,
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
     )
-    return _export(r, name, backbone, players, folder, folder / "student")
+    if not team.rank:
+        _export(r, name, backbone, players, folder, folder / "student")
+    parallel.wait()
+    return folder / "student"
 
 
-def stage(r: Recipe, encoded: Cache | None) -> tuple[Any, Supply, Cast | Twin]:
+def stage(r: Recipe, encoded: Cache | None, team: Team = ALONE) -> tuple[Any, Supply, Cast | Twin]:
     """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
     if (device := load.device_of(r.device)) != "cpu":  # not otherwise: a default device costs the CPU's small calls time
         torch.set_default_device(device)
@@ -127,10 +143,10 @@ def stage(r: Recipe, encoded: Cache | None) -> tuple[Any, Supply, Cast | Twin]:
     if encoded is None and not load.in_miniature(backbone):
         raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs a recipe with data.folder, from advdmd encode")
     with torch.device("cpu"):
-        data = supply(r, backbone)
+        data = supply(r, backbone, team)
     backbone.net.to(device)
     data = data._replace(null=data.null.to(device), look=data.look.to(device))
-    return backbone, data, make_players(r, backbone, data.null, data.prompts)
+    return backbone, data, make_players(r, backbone, data.null, data.prompts, team)
 
 
 def _fingerprint(text: str) -> str:

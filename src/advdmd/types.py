@@ -1,6 +1,6 @@
 """The few values that travel between floors: frozen, indexable by sample, movable."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -9,6 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Log = dict[str, float]
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a step's samples, each an equal run of them in order of rank; one process is a team too."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Tensor], Tensor] = _alone  # [..., n] of each -> [..., size n]
+
+    def share(self, n: int) -> range:
+        """Which of n things are this process's. Raises ValueError if they cannot be shared equally."""
+        if n % self.size:
+            raise ValueError(f"prompts_per_step={n} cannot be shared by {self.size} processes: make it a multiple")
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
 
 @dataclass(frozen=True)
@@ -65,8 +84,10 @@ def differ(a: Any, b: Any) -> Tensor:
 @dataclass(frozen=True)
 class Batch(_Columns):
     """What one step is given: `cond` of every sample, and a clean latent of a real image of the same prompt; `prompt` [N]
-    numbers the samples' prompts, for rewards that read them."""
+    numbers the samples' prompts, for rewards that read them; `other`: another prompt of the step for each sample, by
+    default the one before in the batch."""
 
     cond: Any
     real: Tensor
     prompt: Tensor | None = None
+    other: Any = None

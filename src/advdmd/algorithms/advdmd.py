@@ -168,7 +168,8 @@ class AdvDMD:
         (N, *shape), K, cond = batch.real.shape, path.hops, batch.cond
         x, t, k = self.critic_states(path, rng, shape)
         noise = rng.normal("critic.real", shape)
-        wrong = cond[torch.arange(N).roll(self.group)]  # the same real image under the next prompt of the batch
+        # The same real image under another prompt of the step.
+        wrong = cond[torch.arange(N).roll(self.group)] if batch.other is None else batch.other
         other = differ(wrong, cond)  # two prompts of a batch may be the same words
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
         shown = (torch.arange(N) % self.judge_every == 0) & judging
@@ -189,6 +190,9 @@ class AdvDMD:
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         if not judging:
             return log
+        told = torch.stack([real_logits, fake_logits, shown.float(), k.float()])
+        real_logits, fake_logits, shown, k = cast.team.gather(told)  # every process learns the same AUC
+        shown = shown > 0
         for level in range(1, K + 1):
             at = shown & (k == level)
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]
@@ -219,18 +223,23 @@ class AdvDMD:
         end = torch.cat([pay_end(cast, path.x[-1, i], cond[i], self.final_levels, e[i]) for i in parts])
         hops = torch.cat([pay_hops(cast, path[i], cond[i]) for i in parts], 1)
         gate = losses.gate(cast.auc) if self.gated else torch.ones(K)
-        by_step = losses.advantage(hops, self.group) * gate[:-1, None]
-        by_end = losses.advantage(end[None], self.group) * gate[-1]
+        by_step = self.relative(cast, hops) * gate[:-1, None]
+        by_end = self.relative(cast, end[None]) * gate[-1]
         gain = {"step": by_step, "final": by_end.expand_as(by_step), "both": 0.5 * (by_step + by_end)}[self.credit]
         spread = lambda r: r.unflatten(-1, (-1, self.group)).std(-1).mean().item()  # noqa: E731
         paid: Log = {"reward/end": end.mean().item(), "reward/end_spread": spread(end)}
         for i, r in enumerate(hops):
             paid |= {f"reward/{i + 1}": r.mean().item(), f"reward/{i + 1}_spread": spread(r)}
         for name, (weight, r) in (cast.bonus(path.x[-1], batch.prompt) if cast.bonus else {}).items():
-            gain = gain + weight * losses.advantage(r[None], self.group)
+            gain = gain + weight * self.relative(cast, r[None])
             paid |= {f"reward/{name}": r.mean().item(), f"reward/{name}_spread": spread(r)}
         paid["policy/zero_share"] = (gain.abs() < 1e-3).float().mean().item()
         return gain, paid
+
+    def relative(self, cast: Cast, rewards: Tensor) -> Tensor:
+        """[..., N] advantages of rewards [..., N], spread pooled over the groups of all processes."""
+        n = rewards.shape[-1]
+        return losses.advantage(cast.team.gather(rewards), self.group)[..., cast.team.rank * n : (cast.team.rank + 1) * n]
 
     def clip_range(self, shape: torch.Size) -> float:
         """The ratio's clip range for latents of this shape."""

@@ -74,6 +74,7 @@ class DMD2:
             return losses.critic(real_, fake)
 
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
+        real_logits, fake_logits = cast.team.gather(torch.stack([real_logits, fake_logits]))
         now = losses.auc(real_logits, fake_logits)
         cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
         log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}

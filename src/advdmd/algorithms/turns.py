@@ -32,8 +32,8 @@ def catch_up(
     x0 = path.x0[exits, torch.arange(len(exits))]
     u, e = rng.uniform("fake.u", *u_range), rng.normal("fake.e", shape)
     log: Log = {}
-    for minibatch in rng.permutation("critic.order").chunk(steps):
-        parts = minibatch.split(micro)
+    for minibatch in rng.minibatches("critic.order", steps):
+        parts = [i for i in minibatch.split(micro) if len(i)]
         log = cast.fake.descend(track_student(cast, x0[i], cond[i], u[i], e[i], exits[i]) + judge(i) for i in parts)
     return log
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from advdmd.data.shapes import deal
 from advdmd.files import file_hash, write_atomically, write_text
-from advdmd.types import Batch, Cond
+from advdmd.rng import ALONE
+from advdmd.types import Batch, Cond, Team
 
 SHARD = 64  # prompts in a shard
 FORMAT = 1
@@ -150,7 +151,15 @@ def _wide(v: Tensor) -> Tensor:
     return v.float() if v.is_floating_point() else v
 
 
-def make_deal(cache: Cache, prompts: int, group: int, seed: int) -> Callable[[int], tuple[Batch, list[int]]]:
+def shared(every: Tensor, order: list[int], team: Team) -> tuple[Tensor, list[int]]:
+    """Of a step's prompts the one before this process's, and its own; and the numbers of its own."""
+    mine = team.share(len(every))
+    return torch.cat([every[[mine.start - 1]], every[mine.start : mine.stop]]), order[mine.start : mine.stop]
+
+
+def make_deal(
+    cache: Cache, prompts: int, group: int, seed: int, team: Team = ALONE
+) -> Callable[[int], tuple[Batch, list[int]]]:
     """step -> groups of one prompt each with real latents of the same prompt, another image every epoch. Pure in the step.
 
     Raises ValueError if there are too few prompts, or the cache holds no images.
@@ -165,15 +174,17 @@ def make_deal(cache: Cache, prompts: int, group: int, seed: int) -> Callable[[in
         )
 
     def step_of(step: int) -> tuple[Batch, list[int]]:
-        i, order = deal(n, prompts, seed, step)
+        i, order = shared(*deal(n, prompts, seed, step), team)
         which = i.tolist()
-        member = torch.arange(prompts).repeat_interleave(group)
-        cond = cache.cond(which)[member]
+        member = torch.arange(1, len(i)).repeat_interleave(group)
+        cond = cache.cond(which)
         real = [
             cache.latent(p, (g + turn // n) % cache.images(p))
-            for p, turn in zip(which, order, strict=True)
+            for p, turn in zip(which[1:], order, strict=True)
             for g in range(group)
         ]
-        return Batch(cond, torch.stack(real), i[member]), [k * group + g for k in order for g in range(group)]
+        return Batch(cond[member], torch.stack(real), i[member], cond[member - 1]), [
+            k * group + g for k in order for g in range(group)
+        ]
 
     return step_of

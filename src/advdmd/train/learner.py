@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advdmd.train import parallel
 from advdmd.types import Log
 
 
@@ -88,6 +89,7 @@ class Learner:
         for loss in losses:
             loss.sum().backward()
             total, count = total + loss.detach().sum().item(), count + len(loss)
+        total, count = parallel.add_up(params, total, count)
         grads = [p.grad for p in params if p.grad is not None]
         for g in grads:
             g /= count

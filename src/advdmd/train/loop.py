@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from advdmd.rng import Rng
-from advdmd.train import checkpoint
+from advdmd.rng import ALONE, Rng
+from advdmd.train import checkpoint, parallel
 from advdmd.train.book import Book
 from advdmd.train.learner import Learner
-from advdmd.types import Batch, Log
+from advdmd.types import Batch, Log, Team
 
 
 def due(done: int, every: int, total: int) -> bool:
@@ -34,6 +34,7 @@ def run(
     over: Callable[[], bool] = lambda: False,
     extra: Mapping[str, Tensor] | None = None,
     fingerprint: str = "",
+    team: Team = ALONE,
     show: tuple[str, ...] = (),
     label: str = "train",
 ) -> None:
@@ -42,6 +43,7 @@ def run(
     deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end; what an exam
     finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are tensors changed in
     place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
+    `team`: the processes that share each step's samples; `deal` gives this one its own.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
     """
     players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
@@ -50,23 +52,28 @@ def run(
         raise ValueError(f"{folder} has already run {start} steps, more than the {steps} asked for: choose another --out")
     if start and over():
         return
-    book = Book(folder, label, steps, start, show)
+    parallel.wait()  # until all have read the checkpoint
+    # Metrics, exams, pictures and checkpoints are the first process's.
+    book = Book(folder, label, steps, start, show) if not team.rank else None
     try:
         for step in range(start, steps):
             batch, samples = deal(step)
             try:
-                log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples))
+                log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples, team))
             except FloatingPointError as e:
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
-            sat = exam and exam_every and due(step + 1, exam_every, steps)
-            log |= exam(step + 1) if exam and sat else {}
-            book.write(step, log)
-            last = bool(sat) and over()
-            if look and (last or due(step + 1, look_every, steps)):
+            sat = bool(exam and exam_every and due(step + 1, exam_every, steps))
+            if book:
+                book.write(step, log | (exam(step + 1) if exam and sat else {}))
+            if sat:
+                parallel.wait()  # the exam's file, which says whether the run is over, is written
+            last = sat and over()
+            if book and look and (last or due(step + 1, look_every, steps)):
                 look(step + 1)
-            if last or due(step + 1, save_every, steps):
+            if book and (last or due(step + 1, save_every, steps)):
                 checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint)
             if last:
                 return
     finally:
-        book.close()
+        if book:
+            book.close()

@@ -1,0 +1,116 @@
+"""Two processes are one: the same run, whoever starts it and whoever goes on with it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from advdmd import run
+from advdmd.recipes.find import resolve
+from advdmd.rng import Rng
+from advdmd.types import Team
+
+WORDS = [
+    "iterations=4", "algorithm.warmup=1", "algorithm.ramp=1", "algorithm.group=2", "prompts_per_step=4", "data.prompts=8",
+    "data.reals=2", "save_every=2", "look_every=0", "threads=1", "critic.hidden=8", "seed=3",
+]  # fmt: skip
+
+
+def torchrun(folder, teacher, recipe="mini-sd35-advdmd", n=2, words=WORDS, **env):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "advdmd"]
+    command = [*launch, "train", recipe, f"teacher={teacher}", *words, "--out", str(folder)]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | env, timeout=300)
+
+
+def last(folder):
+    path = max((folder / "checkpoints").glob("*.safetensors"))
+    return path.stem, load_file(path)
+
+
+def agree(a, b, rtol=1e-3):
+    """Weights of two checkpoints, up to what summing in another order does."""
+    (step_a, a), (step_b, b) = last(a), last(b)
+    assert step_a == step_b
+    assert set(a) == set(b)
+    for k in a:
+        if "/net/" in k or k.startswith("extra"):
+            torch.testing.assert_close(a[k], b[k], rtol=rtol, atol=2e-4, msg=lambda m, k=k: f"{k}: {m}")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run.train(*resolve("mini-sd35-advdmd", [f"teacher={tiny_folder}", *WORDS]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("both") / "run"
+    done = torchrun(folder, tiny_folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_two_processes_run_as_one_does(alone, both):
+    agree(alone, both)
+    rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (alone, both)]
+    assert [len(r) for r in rows] == [4, 4]
+    for a, b in zip(*rows, strict=True):
+        for k in ("student/match/loss", "student/match/norm", "fake/loss", "critic/auc_1"):
+            assert a[k] == pytest.approx(b[k], rel=2e-3, abs=2e-4), k
+    assert (both / "student/model_index.json").is_file()
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_a_run(alone, both, tiny_folder, tmp_path, first, then):
+    folder = shutil.copytree(alone if first == 1 else both, tmp_path / "run")
+    for f in (folder / "checkpoints").glob("step-0000004*"):
+        f.unlink()
+    shutil.rmtree(folder / "student")
+    done = torchrun(folder, tiny_folder, n=then)
+    assert done.returncode == 0, done.stderr[-3000:]
+    agree(folder, alone)
+
+
+def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
+    done = torchrun(tmp_path / "r", tiny_folder, words=[*WORDS, "prompts_per_step=3"])
+    assert done.returncode != 0
+    assert "prompts_per_step=3 cannot be shared by 2 processes" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_minibatches_are_the_steps_however_it_is_shared():
+    whole = Rng(1, 2, range(8)).minibatches("order", 3)
+    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Team(rank=r, size=2)).minibatches("order", 3) for r in (0, 1)]
+    for m, a, b in zip(whole, *parts, strict=True):
+        assert sorted(m.tolist()) == sorted([*a.tolist(), *(b + 4).tolist()])
+    assert sorted(torch.cat(whole).tolist()) == list(range(8))
+
+
+def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(tiny_folder, tmp_path):
+    import signal
+    import time
+
+    words = [*WORDS, "iterations=300", "save_every=3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd", "train"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launch, "mini-sd35-dmd2", f"teacher={tiny_folder}", *words, "--out", str(tmp_path / "r")]
+    command = [w for w in command if not w.startswith(("algorithm.warmup", "algorithm.ramp"))]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "r/checkpoints").glob("step-*.json")) and time.monotonic() < until:
+        time.sleep(0.2)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "SIGKILL" in said or "another one is gone" in said
+    assert last(tmp_path / "r")[0] >= "step-0000003"
