@@ -64,17 +64,18 @@ def encode(
         null = cache.columns(_embed(backbone, [""], device))
         write_atomically(out / "null.safetensors", lambda p: save_file(null, p))
     todo = range(shard[0], -(-len(prompts) // cache.SHARD), shard[1])
-    say = Progress("encoding prompts", len(todo) * cache.SHARD)
-    for done, k in enumerate(todo, 1):
+    say, done = Progress("encoding prompts", sum(min(cache.SHARD, len(prompts) - k * cache.SHARD) for k in todo)), 0
+    for k in todo:
+        here = range(k * cache.SHARD, min(len(prompts), (k + 1) * cache.SHARD))
         if not cache.whole(out, k):
-            here = range(k * cache.SHARD, min(len(prompts), (k + 1) * cache.SHARD))
             cond = _embed(backbone, [prompts[n] for n in here], device, batch)
             if reals == "teacher":
                 latents = _drawn(backbone, own, cond, here, per_prompt, seed, device, batch)
             else:
                 latents = [_latents(backbone, images[n], device, batch) for n in here]
             cache.write_shard(out, k, cond, latents)
-        say(done * cache.SHARD)
+        done += len(here)
+        say(done)
     return cache.finish(out, prompts)
 
 

@@ -83,13 +83,13 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
 
 def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> Path:
     torch.set_num_threads(r.threads)
+    encoded = open_cache(r)  # which is quick to miss, and a teacher may have to be fetched
     load.folder_of(r.teacher)
     text = _recorded(name, r, folder)
 
     def change() -> str:
         return "; ".join(differences(find.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
 
-    encoded = open_cache(r)
     if not team.rank:
         _claim(folder, text, overwrite, change)
     parallel.wait()
