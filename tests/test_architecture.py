@@ -20,7 +20,7 @@ FLOORS = [
     {"players"},
     {"recipes", "memory"},
     {"exam", "evaluate"},
-    {"measure"},
+    {"measure", "health"},
     {"run", "pretrain", "encode"},
     {"cli_evaluate"},
     {"cli", "__main__"},

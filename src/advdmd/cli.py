@@ -107,11 +107,32 @@ def encode(
 @app.command()
 def train(recipe: str, changes: Changes = None, out: Out = Path("runs/train"), overwrite: Overwrite = False) -> None:
     """Distil a teacher by a recipe; rerun the same command to resume."""
+    from advdmd import health
     from advdmd.recipes import find
     from advdmd.run import train as go
 
     name, r = find.resolve(recipe, changes or [])
-    print(f"student: {go(name, r, out, overwrite)}")
+    student = go(name, r, out, overwrite)
+    print(f"student: {student}")
+    metrics = health.read(out)
+    print(f"health: {health.verdict(metrics, health.examine(metrics, health.bands()))}")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    against: Annotated[list[Path] | None, typer.Option(help="Good runs to compare to, instead of the miniature's.")] = None,
+) -> None:
+    """Explain a run: each panel beside its range in good runs, and what to do."""
+    from advdmd import health
+
+    metrics = health.read(run)
+    ranges = health.band_of([health.read(f) for f in against]) if against else health.bands()
+    findings = health.examine(metrics, ranges)
+    for f in findings:
+        band = f"{f.band[0]:9.3g} to {f.band[1]:<9.3g}" if f.band else "   not measured       "
+        print(f"{'out' if f.remedy else 'ok ':4}{f.panel.key:22}{f.value:9.3g}   {band} {f.panel.meaning}")
+    print(f"\n{metrics[-1]['step'] + 1:.0f} iterations: {health.verdict(metrics, findings)}")
 
 
 @app.command()

@@ -1,0 +1,139 @@
+"""Whether a run is healthy: what each logged number means, its range in good runs, and what to do outside of it.
+
+The ranges (bands.json) were measured by runs/bands.py on the miniature's good runs. Losses and norms depend on the model: with
+another one, compare to a good run of your own.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from advdmd.exam import parted
+
+Metrics = Sequence[Mapping[str, float]]
+Band = tuple[float, float]
+LATE = 0.25  # what is judged: the last quarter of a run; what bands are measured on: all but its first
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One logged number. `low` and `high` say what to do below and above its band; empty where that side is harmless."""
+
+    key: str
+    meaning: str
+    low: str = ""
+    high: str = ""
+
+
+def _level(k: int) -> Panel:
+    return Panel(
+        f"critic/auc_{k}",
+        f"how well the critic tells real from generated at level {k} (.5: not at all, 1: always)",
+        high="the critic wins everywhere: its reward is one constant; lower heads_rate and trunk_rate, or match longer first",
+        low="" if k == 1 else "the critic learns nothing here: raise heads_rate or critic_steps, or give it a trunk of its own",
+    )
+
+
+PANELS = (
+    *map(_level, (1, 2, 3, 4)),
+    Panel("critic/gap", "logit of real images minus that of generated ones", high="the critic runs away: lower heads_rate"),
+    Panel(
+        "fake/loss",
+        "how far the fake score is from where the student is",
+        high="it lags: raise fake.lr or critic_steps, or lower match.lr; matching then follows an old student",
+    ),
+    Panel("fake/norm", "gradient norm of fake score and critic", high="unstable: lower fake.lr"),
+    Panel(
+        "student/match/loss",
+        "size of the step that distribution matching asks for, relative to the teacher's own",
+        high="the student runs from the teacher: lower match.lr, or let the fake score catch up",
+        low="matching asks for nothing: is the student still learning?",
+    ),
+    Panel("student/match/norm", "gradient norm of matching", high="unstable: lower match.lr or guidance"),
+    Panel("student/policy/norm", "gradient norm of the policy turns", high="lower algorithm.clip or policy.lr", low=""),
+    Panel(
+        "reward/end_spread",
+        "spread of the reward within a prompt's group, final images",
+        low="the critic sees no difference between a prompt's images: advantages are noise",
+    ),
+    Panel("policy/zero_share", "share of advantages that are 0", high="the gate is shut or groups are alike: see the AUC"),
+    Panel(
+        "policy/ratio_off", "largest |ratio - 1| on replay", high="the path is not the policy's own: numbers drift, use float32"
+    ),
+    Panel(
+        "exam/diversity", "spread of what prompts leave open, 1: the renderer's", low="lower guidance, or raise algorithm.gan"
+    ),
+)
+
+
+def bands() -> dict[str, Band]:
+    """The shipped ranges."""
+    told = json.loads((files("advdmd") / "bands.json").read_text())
+    return {k: (low, high) for k, (low, high) in told["bands"].items()}
+
+
+def band_of(runs: Sequence[Metrics]) -> dict[str, Band]:
+    """Ranges of all panels over good runs: from the lowest 2 % quantile of any to the highest 98 % quantile."""
+    out: dict[str, Band] = {}
+    for panel in PANELS:
+        found = [sorted(m[panel.key] for m in run[int(len(run) * LATE) :] if panel.key in m) for run in runs]
+        found = [v for v in found if len(v) > 1]
+        if found:
+            low = min(v[int(0.02 * len(v))] for v in found)
+            out[panel.key] = (low, max(v[math.ceil(0.98 * len(v)) - 1] for v in found))
+    return out
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A panel's late median in a run beside its band."""
+
+    panel: Panel
+    value: float
+    band: Band | None
+
+    @property
+    def remedy(self) -> str:
+        """What to do, empty if there is nothing."""
+        if self.band is None:
+            return ""
+        if not math.isfinite(self.value):
+            return "not a number: start again from the last checkpoint with lower rates"
+        return self.panel.low if self.value < self.band[0] else self.panel.high if self.value > self.band[1] else ""
+
+
+def examine(run: Metrics, ranges: Mapping[str, Band]) -> list[Finding]:
+    """Every panel that a run logged late."""
+    out = []
+    for panel in PANELS:
+        seen = sorted(m[panel.key] for m in run[int(len(run) * (1 - LATE)) :] if panel.key in m)
+        if seen:
+            out.append(Finding(panel, seen[len(seen) // 2], ranges.get(panel.key)))
+    return out
+
+
+def verdict(run: Metrics, findings: Sequence[Finding]) -> str:
+    """One line: healthy, or what is out and the remedy."""
+    out = [
+        f"{f.panel.key} {f.value:.3g}, band {f.band[0]:.3g} to {f.band[1]:.3g}: {f.remedy}"
+        for f in findings
+        if f.remedy and f.band
+    ]
+    if (step := parted(run)) is not None:
+        out.append(f"reward and score parted after {step} iterations: keep the best average, lower policy.lr")
+    return "; ".join(out) if out else "healthy"
+
+
+def read(folder: Path) -> Metrics:
+    """A run's metrics. Raises ValueError if there are none."""
+    path = folder / "metrics.jsonl"
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} is not a training run: {e}") from None
+    if not found:
+        raise ValueError(f"{path} is empty: let the run go on")
+    return found

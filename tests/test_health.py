@@ -1,0 +1,50 @@
+"""The doctor: healthy runs pass, runs broken on purpose are named with a remedy."""
+
+import json
+
+import pytest
+
+from advdmd import health
+
+GOOD = [
+    {"step": i, "fake/loss": 2 + 0.01 * (i % 7), "student/match/loss": 0.7, "critic/gap": 0.5 + 0.1 * (i % 3)}
+    for i in range(40)
+]
+
+
+def test_a_run_is_healthy_beside_itself_and_a_lagging_fake_score_is_not():
+    bands = health.band_of([GOOD])
+    assert health.verdict(GOOD, health.examine(GOOD, bands)) == "healthy"
+    sick = [m | {"fake/loss": 9.0} for m in GOOD]
+    said = health.verdict(sick, health.examine(sick, bands))
+    assert said.startswith("fake/loss 9, band 2 to 2.06: it lags")
+
+
+def test_only_the_late_part_of_a_run_is_judged_and_a_harmless_side_is_not_flagged():
+    bands = health.band_of([GOOD])
+    early = [m | {"fake/loss": 9.0} if m["step"] < 20 else m for m in GOOD]
+    assert health.verdict(early, health.examine(early, bands)) == "healthy"
+    better = [m | {"fake/loss": 0.1} for m in GOOD]
+    assert health.verdict(better, health.examine(better, bands)) == "healthy"
+
+
+def test_a_number_that_is_none_is_out():
+    run = [m | {"fake/loss": float("nan")} for m in GOOD]
+    assert "start again from the last checkpoint" in health.verdict(run, health.examine(run, health.band_of([GOOD])))
+
+
+def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do():
+    assert set(health.bands()) <= {p.key for p in health.PANELS}
+    assert len(health.bands()) >= 12
+    assert all(p.meaning and (p.low or p.high) for p in health.PANELS)
+    assert all(low <= high for low, high in health.bands().values())
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a training run"):
+        health.read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        health.read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "fake/loss": 1.0}) + '\n{"step": 1, "fake')
+    assert health.read(tmp_path) == [{"step": 0, "fake/loss": 1.0}]
