@@ -138,3 +138,17 @@ def test_a_role_walks_a_path_like_any_student(scene):
         lambda x, t, c: backbone.velocity(net, x, t, c), cond, noise, torch.tensor([1.0, 0.5, 0.0]), cps(1.0)
     )
     torch.testing.assert_close(walk(student).x, walk(plain).x, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_learn_in_float32_on_a_bfloat16_base(tiny_folder):
+    backbone, _ = load.load(str(tiny_folder), dtype=torch.bfloat16)
+    role = Role(Roles(backbone.net, ["student"], RANK, backbone.lora_targets), "student")
+    assert {p.dtype for p in role.parameters()} == {torch.float32}
+    assert backbone.net.get_submodule("transformer_blocks.0.attn.to_q").base_layer.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        cond = backbone.embed(backbone.tokenize(["a picture of a red circle"]))
+    v = backbone.velocity(role, torch.randn(1, *backbone.latent_shape), torch.tensor([0.5]), cond)
+    assert v.dtype == torch.float32
+    (grads_,) = grads(lambda: v.square().sum(), role)
+    assert all(g is not None and g.dtype == torch.float32 for g in grads_)
+    assert role.fused()["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16

@@ -21,7 +21,7 @@ class Roles:
     """One network with an adapter for each of `names`; outside `playing` it is the untouched base, bit for bit.
 
     `targets`: endings of the names of the linear layers that get one. Alpha equals the rank, so the scale is 1 and an
-    exported adapter means the same with or without its metadata.
+    exported adapter means the same with or without its metadata. Adapters are float32 on a base of any type.
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str], rank: int, targets: Sequence[str], seed: int = 0):
@@ -38,7 +38,9 @@ class Roles:
         self.net, self.names, self.now = net, tuple(names), ""
         self.layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
         for key, p in net.named_parameters():
-            p.requires_grad_("lora_" in key)
+            if "lora_" in key:  # peft made them of the base's type, in which small steps would be lost
+                p.data = p.data.float()
+                p.requires_grad_(True)
         self._route("")
 
     def _route(self, name: str) -> None:
