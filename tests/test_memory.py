@@ -1,0 +1,42 @@
+"""What a recipe takes of a card, from the published models' configurations alone."""
+
+import pytest
+
+from advdmd.memory import advice, need, roles
+from advdmd.recipes.find import resolve
+from advdmd.recipes.real import RECIPES
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430)]
+)
+def test_parameters_are_the_published_models(name, billions):
+    found = need(resolve(f"{name}-advdmd-4step-80gb")[1])
+    assert found.base / 1e9 == pytest.approx(billions, abs=6e-4)
+    assert found.parts["frozen base"] == 2 * found.base
+
+
+def test_every_recipe_fits_the_card_it_is_named_after_at_512_pixels():
+    for name in RECIPES:
+        r = resolve(name)[1]
+        card = 24 if name.endswith("24gb") else 80
+        assert advice(r, need(r, 512), card).startswith("fits"), name
+
+
+def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
+    from advdmd.models.lora import Role, Roles
+
+    r = resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tiny_folder}", "lora_rank=4"])[1]
+    made = Role(Roles(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    assert need(r).adapter == sum(p.numel() for p in made.parameters())
+    assert roles(r) == 3
+
+
+def test_a_card_that_is_too_small_gets_a_way_out():
+    r = resolve("sd35-large-advdmd-4step-80gb")[1]
+    assert "algorithm.micro=1" in advice(r, need(r), 24)
+    assert "the frozen base alone takes 41 GB" in advice(
+        resolve("qwen-image-advdmd-4step-80gb")[1], need(resolve("qwen-image-advdmd-4step-80gb")[1]), 24
+    )
+    whole = resolve("sd35-medium-advdmd-4step-24gb", ["dtype=float32", "lora_rank=0"])[1]
+    assert "lora_rank=32" in advice(whole, need(whole), 24)
