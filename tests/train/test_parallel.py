@@ -112,5 +112,5 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     os.kill(int(workers[1]), signal.SIGKILL)
     _, said = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "SIGKILL" in said or "another one is gone" in said
+    assert "SIGKILL" in said or "another process is gone" in said
     assert last(tmp_path / "r")[0] >= "step-0000003"
