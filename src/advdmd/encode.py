@@ -1,18 +1,17 @@
 """Encoding once: prompts and captioned images through a teacher's encoders into a cache that training reads."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from advdmd.data import cache
 from advdmd.data.sources import Entry, load_image, read_entries, unique
-from advdmd.files import write_atomically
 from advdmd.models import load
 from advdmd.models.sampler import Sampling, draw_noise, walk
 from advdmd.train.book import Progress
@@ -35,6 +34,10 @@ def encode(
     `reals`: whose images the critic takes for real: the source's, or `per_prompt` drawn by the teacher for every prompt.
     Raises ValueError before any work on a source, teacher or folder that cannot be used.
     """
+    if reals not in ("source", "teacher"):
+        raise ValueError(f"reals={reals!r}: source or teacher")
+    if per_prompt < 1 or batch < 1 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"per_prompt={per_prompt}, batch={batch}: at least 1; shard={shard}: process I of N, 0 <= I < N")
     prompts, images = unique(read_entries(source))
     if reals == "source" and not any(images):
         raise ValueError(f"{source} has no images: the critic needs real ones; --reals teacher lets the teacher draw them")
@@ -42,53 +45,59 @@ def encode(
         raise ValueError(
             f"{source}: {len(bare)} prompts have no image, the first is {bare[0][:80]!r}; remove or illustrate them"
         )
-    if reals not in ("source", "teacher"):
-        raise ValueError(f"reals={reals!r}: source or teacher")
-    if per_prompt < 1 or batch < 1 or not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"per_prompt={per_prompt}, batch={batch}: at least 1; shard={shard}: process I of N, 0 <= I < N")
     folder = load.folder_of(teacher)
-    backbone, own = load.load(teacher)
-    if resolution is not None:
-        backbone = load.resized(backbone, folder, resolution)
+    # On a card encoders and transformer are half as wide: what they say is kept in bfloat16 anyway.
+    low = torch.float32 if device == "cpu" else torch.bfloat16
+    backbone, own = load.load(teacher, dtype=low, text=low, resolution=resolution)
     plan: dict[str, Any] = {
         "format": cache.FORMAT,
         "teacher": load.identity(folder),
-        "latent_shape": list(backbone.latent_shape),
-        "content": _content(prompts, images),
-        "reals": reals if reals == "source" else f"teacher x {per_prompt}, seed {seed}, {own.steps} steps",
+        "resolution": _side(backbone),
+        "content": _hash(zip(prompts, ([e.place for e in found] for found in images), strict=True)),
+        "reals": reals,
     }
+    if reals == "teacher":
+        drawer = load.identity(folder, ("transformer",))["transformer"]
+        plan["reals"] = {"transformer": drawer, "each": per_prompt, "seed": seed, **asdict(own)}
     cache.claim(out, plan)
-    for part in (*backbone.encoders, backbone.vae, backbone.net):
+    for part in (*backbone.encoders, backbone.vae if reals == "source" else backbone.net):
         part.to(device)
-    if shard[0] == 0 and not (out / "null.safetensors").is_file():
-        null = cache.columns(_embed(backbone, [""], device))
-        write_atomically(out / "null.safetensors", lambda p: save_file(null, p))
+    if shard[0] == 0 and cache.record(cache.null_path(out)) is None:
+        cache.write_null(out, _embed(backbone, [""], device))
     todo = range(shard[0], -(-len(prompts) // cache.SHARD), shard[1])
-    say, done = Progress("encoding prompts", sum(min(cache.SHARD, len(prompts) - k * cache.SHARD) for k in todo)), 0
-    for k in todo:
-        here = range(k * cache.SHARD, min(len(prompts), (k + 1) * cache.SHARD))
-        if not cache.whole(out, k):
+    ranges = {k: range(k * cache.SHARD, min(len(prompts), (k + 1) * cache.SHARD)) for k in todo}
+    say, done = Progress("encoding prompts", sum(map(len, ranges.values()))), 0
+    for k, here in ranges.items():
+        content = _hash(_state(e) for n in here for e in images[n]) if reals == "source" else ""
+        if (cache.record(cache.shard_path(out, k)) or {}).get("content") != content:
             cond = _embed(backbone, [prompts[n] for n in here], device, batch)
             if reals == "teacher":
                 latents = _drawn(backbone, own, cond, here, per_prompt, seed, device, batch)
             else:
                 latents = [_latents(backbone, images[n], device, batch) for n in here]
-            cache.write_shard(out, k, cond, latents)
+            cache.write_shard(out, k, cond, latents, content)
         done += len(here)
         say(done)
     return cache.finish(out, prompts)
 
 
-def _content(prompts: Sequence[str], images: Sequence[Sequence[Entry]]) -> str:
-    """A hash of the prompts and of which images belong to them, by place, size and time of change."""
+def _side(backbone: Any) -> int:
+    """Of the images, in pixels."""
+    return backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
+
+
+def _hash(things: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for prompt, found in zip(prompts, images, strict=True):
-        digest.update(repr(prompt).encode())
-        for e in found:
-            assert e.image is not None
-            stat = e.image.stat()
-            digest.update(repr((e.place, stat.st_size, stat.st_mtime_ns)).encode())
+    for thing in things:
+        digest.update(repr(thing).encode())
     return digest.hexdigest()
+
+
+def _state(entry: Entry) -> tuple[Any, ...]:
+    """What changes when an image does: a shard whose images have changed is encoded again."""
+    assert entry.image is not None
+    stat = entry.image.stat()
+    return entry.place, stat.st_size, stat.st_mtime_ns
 
 
 @torch.no_grad()
@@ -101,7 +110,7 @@ def _embed(backbone: Any, prompts: Sequence[str], device: str, batch: int = 8) -
 
 @torch.no_grad()
 def _latents(backbone: Any, images: Sequence[Entry], device: str, batch: int) -> Tensor:
-    side = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
+    side = _side(backbone)
     parts = [images[i : i + batch] for i in range(0, len(images), batch)]
     arrays = (np.stack([load_image(e, side, side) for e in part]) for part in parts)
     return torch.cat([backbone.encode(torch.from_numpy(a).to(device)).cpu() for a in arrays])

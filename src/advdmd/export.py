@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -73,9 +74,10 @@ def export_student(
 
 
 def plain(role: Role) -> Any:
-    """A transformer of its own with an adapter's weights added to the base's."""
+    """A transformer to be saved, on the CPU, with an adapter's weights added to the base's."""
     base: Any = role.roles.net
-    net = type(base).from_config(base.config)
+    with torch.device("meta"):  # whatever is no weight stays there and is not saved
+        net = type(base).from_config(base.config)
     net.load_state_dict(role.fused(), assign=True)
     return net.eval()
 

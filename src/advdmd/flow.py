@@ -44,7 +44,7 @@ def grid(steps: int, a: float = 1.0) -> Tensor:
         raise ValueError(f"steps={steps}: a grid needs at least one step")
     if a <= 0:
         raise ValueError(f"shift={a}: the time shift must be positive (SD3 uses 3)")
-    return shift(torch.linspace(1, 0, steps + 1), a)
+    return shift(torch.linspace(1, 0, steps + 1, device=torch.get_default_device()), a)
 
 
 def twin_grid(steps: int, gap: float) -> Tensor:
@@ -54,7 +54,8 @@ def twin_grid(steps: int, gap: float) -> Tensor:
     """
     if steps < 1 or not 0 < gap < 0.999:
         raise ValueError(f"steps={steps}, gap={gap}: at least one step, and a last time before 0 inside (0, .999)")
-    return torch.cat([1 - torch.linspace(0.001, 1 - gap, steps), torch.zeros(1)])
+    home = torch.get_default_device()  # said, as a library that patches linspace makes it forget
+    return torch.cat([1 - torch.linspace(0.001, 1 - gap, steps, device=home), torch.zeros(1, device=home)])
 
 
 def logit_normal(e: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

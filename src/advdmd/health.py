@@ -53,7 +53,7 @@ PANELS = (
         low="matching asks for nothing: is the student still learning?",
     ),
     Panel("student/match/norm", "gradient norm of matching", high="unstable: lower match.lr or guidance"),
-    Panel("student/policy/norm", "gradient norm of the policy turns", high="lower algorithm.clip or policy.lr", low=""),
+    Panel("student/policy/norm", "gradient norm of the policy turns", high="lower algorithm.clip or policy.lr"),
     Panel(
         "reward/end_spread",
         "spread of the reward within a prompt's group, final images",

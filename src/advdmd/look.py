@@ -50,8 +50,8 @@ def watch(backbone: Any, net: torch.nn.Module, how: Sampling, cond: Cond, null: 
     """samples/step-NNNNNN.png in a run's folder: three images of each condition, the same noise every time."""
     n = 3 * len(cond)
     noise = draw_noise([("look", k) for k in range(n)], backbone.latent_shape, how.steps)
-    x0 = walk(backbone, net, cond[torch.arange(len(cond)).repeat_interleave(3)], null, noise, how)
-    images = to_bytes(torch.cat([decode(backbone, x) for x in x0.split(4)]))
+    parts = torch.arange(n).split(3)  # few at a time: the published models are drawn here too
+    images = to_bytes(torch.cat([decode(backbone, walk(backbone, net, cond[i // 3], null, noise[:, i], how)) for i in parts]))
     (folder / "samples").mkdir(exist_ok=True)
     rows, scale = (images[: n // 2], images[n // 2 : n // 2 * 2]), 3 if images.shape[1] < 128 else 1
     grid_image(rows, scale).save(folder / "samples" / f"step-{step:06d}.png")

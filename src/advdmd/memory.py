@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.models import load
 from advdmd.models.backbone import ATTENTION
@@ -65,7 +66,7 @@ def need(r: Recipe, resolution: int = 1024) -> Need:
     inside = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _adapted(k)]
     adapter = r.lora_rank * sum(m.in_features + m.out_features for m in inside)
     learned, n = adapter or base, roles(r)
-    turns = 1 if n == 1 else 2  # of the student, matching and policy, each with Adam's two moments
+    turns = 2 if isinstance(r.algorithm, AdvDMD) else 1  # of the student, each with Adam's two moments
     parts = {
         "frozen base": float(base * BYTES[r.dtype]),
         "trained weights": 4.0 * learned * n,
@@ -80,9 +81,9 @@ def need(r: Recipe, resolution: int = 1024) -> Need:
     samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
     held = net.config.num_layers * (1 if r.checkpointing else INSIDE) + INSIDE
     parts["activations"] = float(samples * tokens * width * BYTES[r.dtype] * held)
-    parts["paths and text"] = 4.0 * r.batch * (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2 + 4.0 * (
-        r.batch * text * net.config.joint_attention_dim
-    )
+    path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
+    said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
+    parts["paths and text"] = 4.0 * r.batch * (path + said)
     return Need(base, adapter, parts)
 
 

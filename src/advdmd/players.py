@@ -18,22 +18,25 @@ from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling, decode
 from advdmd.models.target_time import TargetTime
 from advdmd.recipe import Recipe
-from advdmd.rng import ALONE
+from advdmd.rng import home
 from advdmd.train.learner import Learner
-from advdmd.types import Cond, Team
+from advdmd.types import ALONE, Cond, Team
 
 
 def make_bonus(r: Recipe, backbone: Any, prompts: Sequence[str]) -> Bonus | None:
     """What a recipe pays beside the critic: its scorers, on final images as people would see them."""
     if not r.rewards:
         return None
-    paid = [(weight, load_scorer(kind, where)) for weight, kind, where in map(parse_reward, r.rewards)]
+    with torch.device("cpu"):  # where scorers live, whatever the device of the run
+        paid = [(weight, load_scorer(kind, where)) for weight, kind, where in map(parse_reward, r.rewards)]
 
     def bonus(x0: Tensor, prompt: Tensor | None) -> dict[str, tuple[float, Tensor]]:
         assert prompt is not None
         images = list(to_bytes(decode(backbone, x0)))
         said = [prompts[int(i)] for i in prompt]
-        return {scorer.name: (weight, scorer.score(images, said)) for weight, scorer in paid}
+        with torch.device("cpu"):
+            scores = {scorer.name: (weight, scorer.score(images, said)) for weight, scorer in paid}
+        return {name: (weight, home(score)) for name, (weight, score) in scores.items()}
 
     return bonus
 

@@ -6,9 +6,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from advdmd.types import Team
-
-ALONE = Team()
+from advdmd.types import ALONE, Team
 
 
 def generator(*key: object) -> torch.Generator:

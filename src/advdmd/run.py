@@ -30,12 +30,11 @@ from advdmd.models.sampler import Sampling
 from advdmd.players import extra, make_players, student_sampling
 from advdmd.recipe import Data, Recipe, differences, dump
 from advdmd.recipes import find
-from advdmd.rng import ALONE
 from advdmd.supply import Supply, open_cache, supply
 from advdmd.train import checkpoint, loop, parallel
 from advdmd.train.book import duration
 from advdmd.train.learner import Learner
-from advdmd.types import Batch, Team
+from advdmd.types import ALONE, Batch, Team
 from advdmd.world.caption import check_prompt
 
 # What a run writes, and --overwrite may lose.
@@ -123,7 +122,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> P
         exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step),
         over=lambda: exam.over(r, folder),
         extra=extra(players),
-        fingerprint=_fingerprint(text),
+        fingerprint=_fingerprint(text, encoded),
         team=team,
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
@@ -136,21 +135,22 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> P
 
 def stage(r: Recipe, encoded: Cache | None, team: Team = ALONE) -> tuple[Any, Supply, Cast | Twin]:
     """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
+    with torch.device("cpu"):  # where all but the transformer stays
+        size = encoded.resolution if encoded else None
+        backbone, _ = load.load(r.teacher, encoders=not encoded, dtype=getattr(torch, r.dtype), resolution=size)
+        if encoded is None and not load.in_miniature(backbone):
+            raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
+        data = supply(r, backbone, encoded, team)
     if (device := load.device_of(r.device)) != "cpu":  # not otherwise: a default device costs the CPU's small calls time
         torch.set_default_device(device)
-    side = encoded.latent_shape[-1] if encoded else None
-    backbone, _ = load.load(r.teacher, encoders=not encoded, dtype=getattr(torch, r.dtype), side=side)
-    if encoded is None and not load.in_miniature(backbone):
-        raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs a recipe with data.folder, from advdmd encode")
-    with torch.device("cpu"):
-        data = supply(r, backbone, team)
     backbone.net.to(device)
     data = data._replace(null=data.null.to(device), look=data.look.to(device))
     return backbone, data, make_players(r, backbone, data.null, data.prompts, team)
 
 
-def _fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _fingerprint(text: str, encoded: Cache | None) -> str:
+    """Of a run: its recipe and, where it has one, its cache's plan."""
+    return hashlib.sha256((text + (json.dumps(encoded.plan) if encoded else "")).encode()).hexdigest()
 
 
 def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path, out: Path) -> Path:
@@ -176,9 +176,9 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     name, r = find.resolve(str(run / "recipe.yaml"))
     if student_sampling(r).eta != 1:
         raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
-    backbone, _, players = stage(r, open_cache(r))
+    backbone, _, players = stage(r, encoded := open_cache(r))
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
-    if not checkpoint.resume(run / "checkpoints", learners, extra(players), _fingerprint(text)):
+    if not checkpoint.resume(run / "checkpoints", learners, extra(players), _fingerprint(text, encoded)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
     return _export(r, name, backbone, players, run, out)
 

@@ -1,26 +1,27 @@
 """Where a run's batches come from: scenes of the miniature's world, or a cache of encoded prompts and images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from advdmd.data import cache, shapes
+from advdmd.data import shapes
+from advdmd.data.cache import Cache
+from advdmd.data.deal import Deal, make_deal
 from advdmd.look import LOOK_PROMPTS
 from advdmd.models import load
 from advdmd.recipe import Cached, Data, Recipe
-from advdmd.rng import ALONE
 from advdmd.train.book import Progress
-from advdmd.types import Batch, Cond, Team
+from advdmd.types import ALONE, Cond, Team
 from advdmd.world.scene import WORLDS
 
 
 class Supply(NamedTuple):
     """What a run needs from its data: `deal` is pure in the step; `look` are conditions to draw while training."""
 
-    deal: Callable[[int], tuple[Batch, list[int]]]
+    deal: Deal
     prompts: Sequence[str]
     null: Cond
     look: Cond
@@ -31,40 +32,31 @@ def _pool(d: Data, seed: int) -> shapes.Pool:
     return shapes.make_pool(d.prompts, seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
 
 
-def _drawn(r: Recipe, d: Data, backbone: Any, team: Team) -> Supply:
-    """Groups of one prompt each, with real latents of the same prompt."""
-    G, pool = r.algorithm.group, _pool(d, r.seed)
-    latents, ids = shapes.encode(backbone, pool, Progress("encoding images", d.prompts)), backbone.tokenize(pool.prompts)
-
-    def deal(step: int) -> tuple[Batch, list[int]]:
-        every, order = shapes.deal(d.prompts, r.prompts_per_step, r.seed, step)
-        i, order = cache.shared(every, order, team)
-        samples = [n * G + g for n in order for g in range(G)]
-        which = torch.tensor([(g + n // d.prompts) % d.reals for n in order for g in range(G)])
-        member = torch.arange(1, len(i)).repeat_interleave(G)
-        with torch.no_grad():
-            cond = backbone.embed(ids[i])
-        i = i[member]
-        return Batch(cond[member], latents[i, which], i, cond[member - 1]), samples
-
-    with torch.no_grad():
-        null, look = (backbone.embed(backbone.tokenize(p)) for p in ([""], list(LOOK_PROMPTS)))
-    return Supply(deal, pool.prompts, null, look)
-
-
-def open_cache(r: Recipe) -> cache.Cache | None:
+def open_cache(r: Recipe) -> Cache | None:
     """The recipe's cache, if its data are one; checked against its teacher before anything is loaded."""
     if not isinstance(r.data, Cached):
         return None
-    found = cache.Cache(Path(r.data.folder))
+    found = Cache(Path(r.data.folder))
     found.expect(load.identity(load.folder_of(r.teacher)))
+    found.with_images()
     return found
 
 
-def supply(r: Recipe, backbone: Any, team: Team = ALONE) -> Supply:
-    """A recipe's data, ready to deal to this process of a team."""
-    if isinstance(r.data, Data):
-        return _drawn(r, r.data, backbone, team)
-    found = cache.Cache(Path(r.data.folder))
-    deal = cache.make_deal(found, r.prompts_per_step, r.algorithm.group, r.seed, team)
-    return Supply(deal, found.prompts, found.null, found.cond(range(min(len(LOOK_PROMPTS), len(found.prompts)))))
+def supply(r: Recipe, backbone: Any, encoded: Cache | None = None, team: Team = ALONE) -> Supply:
+    """A recipe's data, drawn or `encoded`, ready to deal to this process of a team."""
+    size = (r.prompts_per_step, r.algorithm.group, r.seed)
+    if encoded:
+        deal = make_deal(len(encoded.prompts), *size, encoded.cond, encoded.real, team)
+        shown = range(min(len(LOOK_PROMPTS), len(encoded.prompts)))
+        return Supply(deal, encoded.prompts, encoded.null, encoded.cond(shown))
+    assert isinstance(r.data, Data)
+    pool = _pool(r.data, r.seed)
+    latents, ids = shapes.encode(backbone, pool, Progress("encoding images", r.data.prompts)), backbone.tokenize(pool.prompts)
+
+    @torch.no_grad()
+    def embed(ids: Any) -> Cond:
+        return backbone.embed(ids)
+
+    null, look = (embed(backbone.tokenize(p)) for p in ([""], list(LOOK_PROMPTS)))
+    real = lambda p, k: latents[p, k % latents.shape[1]]  # noqa: E731
+    return Supply(make_deal(len(ids), *size, lambda i: embed(ids[list(i)]), real, team), pool.prompts, null, look)

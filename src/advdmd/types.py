@@ -30,6 +30,9 @@ class Team:
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
 
+ALONE = Team()
+
+
 @dataclass(frozen=True)
 class _Columns:
     """Fields are tensors with samples along dimension 0, or None."""

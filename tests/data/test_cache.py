@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from advdmd import run
 from advdmd.data import cache
+from advdmd.data.deal import make_deal
 from advdmd.data.sources import Entry, load_image, read_entries, unique
 from advdmd.encode import encode
 from advdmd.models import load
@@ -81,12 +82,12 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
         latent = backbone.encode(image)[0]
     assert torch.equal(found.cond([3, 0]).embeds, cond.embeds.bfloat16().float())
     assert torch.equal(found.cond([3, 0]).pooled, cond.pooled.bfloat16().float())
-    assert torch.equal(found.latent(0, 1), latent.bfloat16().float())
+    assert torch.equal(found.real(0, 1), latent.bfloat16().float())
 
 
 def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoch(encoded):
     found = cache.Cache(encoded)
-    deal = cache.make_deal(found, prompts=2, group=2, seed=0)
+    deal = make_deal(5, 2, 2, 0, found.cond, found.real)
     first, ids = deal(0)
     again, _ = deal(0)
     assert torch.equal(first.real, again.real)
@@ -97,7 +98,7 @@ def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoc
         batch, _ = deal(step)
         for n, z in zip(batch.prompt.tolist(), batch.real, strict=True):
             seen.add(n)
-            assert any(torch.equal(z, found.latent(n, r)) for r in range(found.images(n)))
+            assert any(torch.equal(z, found.real(n, r)) for r in range(found.images(n)))
     assert seen == set(range(5))
 
 
@@ -119,6 +120,59 @@ def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, en
     assert encode(photos, str(teacher), whole)
     assert cache.Cache(whole).cond([2]).embeds.shape[0] == 1
     assert cache.shard_path(whole, 0).stat().st_mtime_ns == before
+
+
+def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 2)
+    mine = shutil.copytree(photos, tmp_path / "photos")
+    good = (mine / "2.png").read_bytes()
+    (mine / "2.png").write_bytes(good[:50])
+    with pytest.raises(ValueError, match=r"2\.png cannot be read"):
+        encode(mine, str(teacher), tmp_path / "c")
+    first = cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns
+    (mine / "2.png").write_bytes(good)
+    assert encode(mine, str(teacher), tmp_path / "c")
+    assert cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns == first
+
+    words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
+    r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if not w.startswith(("algorithm.warmup", "algorithm.ramp"))])
+    run.train(*r, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/student")
+    shutil.rmtree(tmp_path / "c")
+    lines = (mine / "metadata.jsonl").read_text().splitlines()
+    (mine / "metadata.jsonl").write_text("\n".join(lines[1:-1]))
+    assert encode(mine, str(teacher), tmp_path / "c")
+    with pytest.raises(ValueError, match="checkpoint of another recipe"):
+        run.train(*r, tmp_path / "run")
+
+
+def test_a_damaged_empty_prompt_is_named_and_written_again(teacher, photos, tmp_path):
+    encode(photos, str(teacher), tmp_path)
+    cache.null_path(tmp_path).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"null\.safetensors is missing or damaged"):
+        _ = cache.Cache(tmp_path).null
+    assert encode(photos, str(teacher), tmp_path)
+    assert len(cache.Cache(tmp_path).null) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("plan.json", "[]"), ("plan.json", "{}"), ("manifest.json", "3"), ("prompts.jsonl", "{")]
+)
+def test_damaged_records_are_named(encoded, tmp_path, name, text):
+    folder = shutil.copytree(encoded, tmp_path / "c")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match="damaged"):
+        cache.Cache(folder)
+
+
+def test_reals_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path):
+    (tmp_path / "p.txt").write_text(CAPTIONS[0])
+    assert encode(tmp_path / "p.txt", str(teacher), tmp_path / "c", reals="teacher")
+    other = shutil.copytree(teacher, tmp_path / "other")
+    note = json.loads((other / "advdmd.json").read_text())
+    (other / "advdmd.json").write_text(json.dumps(note | {"sampling": {"steps": 2, "guidance": 3.0}}))
+    with pytest.raises(ValueError, match=r"cache of something else \(reals differ\)"):
+        encode(tmp_path / "p.txt", str(other), tmp_path / "c", reals="teacher")
 
 
 def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, tmp_path):
@@ -147,12 +201,12 @@ def test_without_images_the_teacher_can_draw_them(teacher, tmp_path):
     assert encode(prompts, str(teacher), tmp_path / "c", reals="teacher", per_prompt=2)
     found = cache.Cache(tmp_path / "c")
     assert found.manifest == {"format": 1, "prompts": 3, "images": 6, "prompts_without_image": 0}
-    assert not torch.equal(found.latent(0, 0), found.latent(0, 1))
+    assert not torch.equal(found.real(0, 0), found.real(0, 1))
 
 
 def test_another_resolution_reaches_latents_and_student(teacher, photos, tmp_path):
     assert encode(photos, str(teacher), tmp_path / "c", resolution=16)
-    assert cache.Cache(tmp_path / "c").latent(0, 0).shape[-2:] == torch.Size([4, 4])
+    assert cache.Cache(tmp_path / "c").real(0, 0).shape[-2:] == torch.Size([4, 4])
     with pytest.raises(ValueError, match="a multiple of 4"):
         encode(photos, str(teacher), tmp_path / "d", resolution=18)
 
@@ -243,8 +297,10 @@ def test_sources_of_every_form_say_the_same(tmp_path):
         tmp_path / "d.tar",
         {"1.png": png(), "1.txt": b"a red circle", "2.jpg": b"", "2.json": b'{"caption": "two stars"}', "3.txt": b"alone"},
     )
-    assert read_entries(tar) == [Entry("a red circle", tar, "1.png"), Entry("two stars", tar, "2.jpg")]
-    assert load_image(read_entries(tar)[0], 4, 4).shape == (3, 4, 4)
+    found = read_entries(tar)
+    assert [(e.prompt, e.place) for e in found] == [("a red circle", f"{tar}:1.png"), ("two stars", f"{tar}:2.jpg")]
+    assert tar.read_bytes()[found[0].start :][: found[0].size] == png()
+    assert load_image(found[0], 4, 4).shape == (3, 4, 4)
     assert unique([Entry("a", tar, "1"), Entry("b"), Entry("a", tar, "2"), Entry("a", tar, "1")]) == (
         ["a", "b"],
         [[Entry("a", tar, "1"), Entry("a", tar, "2")], []],
@@ -257,6 +313,10 @@ def test_sources_of_every_form_say_the_same(tmp_path):
         ("{", "line 1"),
         ("[1]", "needs an object"),
         ('{"text": ""}', "needs an object"),
+        ("[" * 100_000, "line 1"),
+        (r'{"text": "\ud800"}', "half a character"),
+        ('{"text": "a", "file_name": "loop"}', "loop"),
+        ('{"text": "a", "file_name": "a\\u0000b"}', "line 1"),
         ('{"text": "a", "file_name": "../x.png"}', "leads out of the folder"),
         ('{"text": "a", "file_name": "/etc/hostname"}', "leads out of the folder"),
         ('{"text": "a", "file_name": "none.png"}', "there is no image"),
@@ -264,6 +324,7 @@ def test_sources_of_every_form_say_the_same(tmp_path):
 )
 def test_bad_metadata_names_file_and_line(tmp_path, line, says):
     (tmp_path / "metadata.jsonl").write_text(line)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match=says):
         read_entries(tmp_path)
 
@@ -277,9 +338,25 @@ def test_what_is_no_source_is_refused(tmp_path):
     (tmp_path / "e.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no prompts"):
         read_entries(tmp_path / "e.txt")
-    (tmp_path / "t.tar").write_bytes(b"not a tar at all")
-    with pytest.raises(ValueError, match=r"t\.tar"):
-        read_entries(tmp_path / "t.tar")
+    for data in (b"not a tar at all", b"\x1f\x8b\x08\x00", tar_of(tmp_path / "u.tar", {"1.png": png()}).read_bytes()[:600]):
+        (tmp_path / "t.tar").write_bytes(data)
+        with pytest.raises(ValueError, match=r"t\.tar"):
+            read_entries(tmp_path / "t.tar")
+
+
+def test_a_tar_that_names_a_member_twice_or_a_folder_like_a_text_is_read_by_its_files(tmp_path):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name, data in (("1.txt", b"\xef\xbb\xbfa red circle"), ("1.png", png())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in (("1.txt", tarfile.DIRTYPE), ("1.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/hostname"
+            tar.addfile(info)
+    (entry,) = read_entries(tmp_path / "d.tar")
+    assert entry.prompt == "a red circle"
+    assert load_image(entry, 4, 4).shape == (3, 4, 4)
 
 
 def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
@@ -307,9 +384,9 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
 
 def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     cond = Cond(torch.randn(2, 5, 4), mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]))
-    cache.claim(tmp_path, {"latent_shape": [1, 2, 2]})
+    cache.claim(tmp_path, {"resolution": 16, "teacher": {}})
     cache.write_shard(tmp_path, 0, cond, [torch.zeros(1, 1, 2, 2)] * 2)
-    (tmp_path / "null.safetensors").write_bytes(b"")
+    cache.write_null(tmp_path, cond[:1])
     assert cache.finish(tmp_path, ["a", "b"])
     found = cache.Cache(tmp_path)
     assert found.cond([0]).embeds.shape == (1, 2, 4)

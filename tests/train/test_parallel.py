@@ -15,10 +15,12 @@ from advdmd.recipes.find import resolve
 from advdmd.rng import Rng
 from advdmd.types import Team
 
-WORDS = [
-    "iterations=4", "algorithm.warmup=1", "algorithm.ramp=1", "algorithm.group=2", "prompts_per_step=4", "data.prompts=8",
-    "data.reals=2", "save_every=2", "look_every=0", "threads=1", "critic.hidden=8", "seed=3",
+COMMON = [
+    "iterations=4", "algorithm.group=2", "prompts_per_step=4", "data.prompts=8", "data.reals=2", "save_every=2", "look_every=0",
+    "threads=1", "critic.hidden=8", "seed=3",
 ]  # fmt: skip
+# Policy turns from the second iteration on, believed whatever the critic knows by then.
+WORDS = [*COMMON, "algorithm.warmup=1", "algorithm.ramp=1", "algorithm.gated=false"]
 
 
 def torchrun(folder, teacher, recipe="mini-sd35-advdmd", n=2, words=WORDS, **env):
@@ -63,8 +65,9 @@ def test_two_processes_run_as_one_does(alone, both):
     rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (alone, both)]
     assert [len(r) for r in rows] == [4, 4]
     for a, b in zip(*rows, strict=True):
-        for k in ("student/match/loss", "student/match/norm", "fake/loss", "critic/auc_1"):
-            assert a[k] == pytest.approx(b[k], rel=2e-3, abs=2e-4), k
+        assert set(a) == set(b)
+        for k in a:
+            assert a[k] == pytest.approx(b[k], rel=5e-3, abs=1e-3), k
     assert (both / "student/model_index.json").is_file()
 
 
@@ -98,11 +101,10 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     import signal
     import time
 
-    words = [*WORDS, "iterations=300", "save_every=3"]
+    words = [*COMMON, "iterations=300", "save_every=3"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd", "train"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*launch, "mini-sd35-dmd2", f"teacher={tiny_folder}", *words, "--out", str(tmp_path / "r")]
-    command = [w for w in command if not w.startswith(("algorithm.warmup", "algorithm.ramp"))]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
     until = time.monotonic() + 120
     while not list((tmp_path / "r/checkpoints").glob("step-*.json")) and time.monotonic() < until:

@@ -149,7 +149,7 @@ class AdvDMD:
                 return loss
 
             log |= cast.student.descend((prefer(i) for i in parts), turn="policy") | paid
-            log["policy/ratio_off"] = torch.stack(replay).max().item()
+            log["policy/ratio_off"] = cast.team.gather(torch.stack(replay).max()[None]).max().item()
             if log["policy/ratio_off"] > RATIO_TOLERANCE:
                 raise FloatingPointError(f"policy: |ratio - 1| = {log['policy/ratio_off']:.2g} on replay, expected 0")
 

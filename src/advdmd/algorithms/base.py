@@ -7,7 +7,7 @@ from torch import Tensor
 
 from advdmd.rng import Rng
 from advdmd.rollout import Velocity
-from advdmd.types import Batch, Log, Team
+from advdmd.types import ALONE, Batch, Log, Team
 
 
 class Player(Protocol):
@@ -37,7 +37,7 @@ class Cast(NamedTuple):
     critic: Judge
     auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
     bonus: Bonus | None = None  # further rewards of final images, if a recipe names some
-    team: Team = Team()  # the processes that share a step's samples
+    team: Team = ALONE  # the processes that share a step's samples
 
 
 class Algorithm(Protocol):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from advdmd.models.backbone import Backbone
-from advdmd.rng import generator
 from advdmd.world import caption
 from advdmd.world.render import render, to_uint8
 from advdmd.world.scene import FULL, TASKS, Scene, Spec, World, draw, random_spec, stable_hash
@@ -84,11 +83,3 @@ def encode(backbone: Backbone, pool: Pool, say: Callable[[int], object] | None =
         if say:
             say(int(i[-1]) + 1)
     return torch.cat(out)
-
-
-def deal(n_pool: int, n: int, seed: int, step: int) -> tuple[Tensor, list[int]]:
-    """Which n pool entries step takes (without repeats within an epoch), and the samples' ids. Pure in its arguments."""
-    ids = range(step * n, step * n + n)
-    epochs = {i // n_pool for i in ids}
-    orders = {k: torch.randperm(n_pool, generator=generator(seed, "epoch", k)) for k in epochs}
-    return torch.stack([orders[i // n_pool][i % n_pool] for i in ids]), list(ids)

@@ -18,11 +18,13 @@ FORMS = "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt, and one image of it: a file, or `member` of a tar file."""
+    """A prompt, and one image of it: a file, or the bytes of `member` of a tar file, from `start` on."""
 
     prompt: str
     image: Path | None = None
     member: str = ""
+    start: int = 0
+    size: int = 0
 
     @property
     def place(self) -> str:
@@ -56,7 +58,7 @@ def read_entries(source: Path) -> list[Entry]:
 
 def _text(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text: {e}") from None
 
@@ -65,7 +67,16 @@ def _caption(row: Any, where: str) -> str:
     said = next((row[k] for k in CAPTION_KEYS if isinstance(row, dict) and k in row), None)
     if not isinstance(said, str) or not said.strip():
         raise ValueError(f"{where}: needs an object with the caption under one of {', '.join(CAPTION_KEYS)}")
+    if any("\ud800" <= c <= "\udfff" for c in said):
+        raise ValueError(f"{where}: the caption holds half a character (a lone surrogate)")
     return said.strip()
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: {e}") from None
 
 
 def _jsonl(path: Path) -> Iterator[Entry]:
@@ -74,15 +85,15 @@ def _jsonl(path: Path) -> Iterator[Entry]:
         if not line.strip():
             continue
         where = f"{path}, line {n}"
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+        row = _json(line, where)
         prompt, file = _caption(row, where), next((row[k] for k in FILE_KEYS if row.get(k)), None)
         if file is None:
             yield Entry(prompt)
             continue
-        image = (root / str(file)).resolve()
+        try:
+            image = (root / str(file)).resolve()
+        except (OSError, RuntimeError, ValueError) as e:  # a circle of links, a name that no file can have
+            raise ValueError(f"{where}: {str(file)!r}: {e}") from None
         if not image.is_relative_to(root):
             raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
         if not image.is_file():
@@ -91,27 +102,29 @@ def _jsonl(path: Path) -> Iterator[Entry]:
 
 
 def _tar(path: Path) -> Iterator[Entry]:
-    """Pairs KEY.jpg (or .png, .webp) and KEY.txt (or KEY.json with the caption); nothing is ever unpacked to disk."""
-    parts: dict[str, dict[str, str]] = {}
+    """Pairs KEY.jpg (or .png, .webp) and KEY.txt (or KEY.json with the caption); what lacks its other half is passed over.
+
+    Nothing is ever unpacked to disk. Compressed tars are refused: an image is read from where it lies.
+    """
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
-        with tarfile.open(path) as tar:
-            for m in tar.getmembers():
-                if not m.isfile():
-                    continue
-                key, dot, kind = m.name.rpartition(".")
-                parts.setdefault(key, {})[f"{dot}{kind.lower()}"] = m.name
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                if m.isreg() and not m.issparse():
+                    key, dot, kind = m.name.rpartition(".")
+                    parts.setdefault(key, {})[f"{dot}{kind.lower()}"] = m
             for key, found in parts.items():
                 image = next((found[k] for k in IMAGES if k in found), None)
                 said = next((found[k] for k in (".txt", ".json") if k in found), None)
                 if image is None or said is None:
                     continue
-                text = tar.extractfile(said).read().decode("utf-8")  # type: ignore[union-attr] - a file, as checked above
                 where = f"{path}, {key}"
-                if said.endswith("json"):
-                    yield Entry(_caption(json.loads(text), where), path, image)
-                else:
-                    yield Entry(_caption({"text": text}, where), path, image)
-    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as e:
+                file = tar.extractfile(said)
+                assert file is not None  # a regular file, as asked above
+                text = file.read().decode("utf-8-sig")
+                row = _json(text, where) if said is found.get(".json") else {"text": text}
+                yield Entry(_caption(row, where), path, image.name, image.offset_data, image.size)
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: {e}") from None
 
 
@@ -122,12 +135,10 @@ def load_image(entry: Entry, height: int, width: int) -> np.ndarray:
     """
     assert entry.image is not None
     try:
-        if entry.member:
-            with tarfile.open(entry.image) as tar:
-                data = io.BytesIO(tar.extractfile(entry.member).read())  # type: ignore[union-attr]
-        else:
-            data = io.BytesIO(entry.image.read_bytes())
-        with Image.open(data) as image:
+        with open(entry.image, "rb") as file:
+            file.seek(entry.start)
+            data = file.read(entry.size if entry.member else -1)
+        with Image.open(io.BytesIO(data)) as image:
             image = ImageOps.fit(ImageOps.exif_transpose(_flat(image)), (width, height), Image.Resampling.LANCZOS)
     except Exception as e:  # whatever a damaged or hostile file makes the library raise
         raise ValueError(f"image {entry.place} cannot be read: {e}") from None

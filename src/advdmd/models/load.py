@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,8 @@ from advdmd.models.sd3 import SD3
 from advdmd.models.target_time import attach
 
 SHIPPED = ("mini-sd3", "mini-sd35")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
 NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
 
@@ -63,11 +66,13 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def load_pipeline(path: Path, encoders: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    path: Path, encoders: bool = True, dtype: torch.dtype = torch.float32, text: torch.dtype = torch.float32
+) -> Any:
     """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network.
 
     `encoders`: without them the text encoders stay on disk, for runs whose text is encoded already. `dtype` is the
-    transformer's; the other parts are float32.
+    transformer's, `text` the text encoders'; the autoencoder is float32.
     """
     import diffusers
 
@@ -81,11 +86,10 @@ def load_pipeline(path: Path, encoders: bool = True, dtype: torch.dtype = torch.
     # A pipeline saved without its third encoder must be told so again when it is loaded.
     absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [True])[0] is None}
     if not encoders:
-        absent |= {k: None for k in ("text_encoder", "text_encoder_2", "text_encoder_3") if k in index}
+        absent |= {k: None for k in TEXT_ENCODERS if k in index}
+    dtypes = {"transformer": dtype, "default": torch.float32} | {k: text for k in TEXT_ENCODERS if k in index}
     try:
-        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
-            path, local_files_only=True, dtype={"transformer": dtype, "default": torch.float32}, **absent
-        )
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(path, local_files_only=True, dtype=dtypes, **absent)
     except Exception as e:  # whatever a broken folder makes the library raise
         raise ValueError(f"{path} cannot be loaded as a pipeline: {e}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -118,22 +122,24 @@ def as_backbone(pipe: Any, note: dict[str, Any]) -> Backbone:
     return SD3(pipe, t5_length=note.get("t5_length", 256), side=note.get("side"))
 
 
-def resized(backbone: Backbone, path: Path, resolution: int) -> Backbone:
-    """The same pipeline for images of another side. Raises ValueError if its autoencoder or transformer cannot."""
-    scale = backbone.pipe.vae_scale_factor
-    if resolution < 1 or resolution % scale:
-        raise ValueError(f"resolution={resolution}: a multiple of {scale}, of which this autoencoder makes one latent")
-    return as_backbone(backbone.pipe, read_note(path) | {"side": resolution // scale})
-
-
 def load(
-    name: str, encoders: bool = True, dtype: torch.dtype = torch.float32, side: int | None = None
+    name: str,
+    encoders: bool = True,
+    dtype: torch.dtype = torch.float32,
+    text: torch.dtype = torch.float32,
+    resolution: int | None = None,
 ) -> tuple[Backbone, Sampling]:
-    """Backbone and its own way of sampling; `side` of the latents if not the model's own, the rest as in `load_pipeline`."""
+    """Backbone and its own way of sampling, at another side in pixels if told; the rest as in `load_pipeline`.
+
+    Raises ValueError if the autoencoder or the transformer cannot do that side.
+    """
     path = folder_of(name)
-    pipe, note = load_pipeline(path, encoders, dtype), read_note(path)
-    if side:
-        note = note | {"side": side}
+    pipe, note = load_pipeline(path, encoders, dtype, text), read_note(path)
+    if resolution is not None:
+        scale = pipe.vae_scale_factor
+        if resolution < 1 or resolution % scale:
+            raise ValueError(f"resolution={resolution}: a multiple of {scale}, of which this autoencoder makes one latent")
+        note = note | {"side": resolution // scale}
     backbone = as_backbone(pipe, note)
     if (path / TARGET_TIME).is_file():
         attach(backbone.net, load_file(path / TARGET_TIME)["standing"], backbone.time_scale)
@@ -165,14 +171,12 @@ def is_miniature(name: str) -> bool:
     return note.get("t5_length") == 0 or "side" in note
 
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
-
-
-def identity(path: Path) -> dict[str, Any]:
-    """What decides how a pipeline encodes text and images: its family, lengths, and the hash of every encoder's files."""
+def identity(path: Path, parts: Sequence[str] = ENCODERS) -> dict[str, Any]:
+    """What decides how a pipeline encodes text and images: its family, lengths, and the hash of every encoder's files; or of
+    other `parts`."""
     index, note = json.loads((path / "model_index.json").read_text()), read_note(path)
     found: dict[str, Any] = {"family": index["_class_name"], "t5_length": note.get("t5_length", 256)}
-    for part in ENCODERS:
+    for part in parts:
         files = sorted(f for f in (path / part).glob("*") if f.is_file()) if index.get(part, [None])[0] else []
         if files:
             digest = hashlib.sha256("".join(f"{f.name} {file_hash(f)}\n" for f in files).encode())

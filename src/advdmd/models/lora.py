@@ -35,7 +35,7 @@ class Roles:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             for name in names:
                 inject_adapter_in_model(config, net, name)
-        self.net, self.names, self.now = net, tuple(names), ""
+        self.net, self.now = net, ""
         self.layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
         for key, p in net.named_parameters():
             if "lora_" in key:  # peft made them of the base's type, in which small steps would be lost
@@ -91,14 +91,15 @@ class Role(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> dict[str, Tensor]:
-        """State dict of a plain transformer: base weights with this adapter added to them."""
-        state = {k.replace(".base_layer.", "."): v for k, v in self.roles.net.state_dict().items() if ".lora_" not in k}
+        """State dict of a plain transformer, on the CPU: base weights with this adapter added to them."""
+        plain = ((k.replace(".base_layer.", "."), v) for k, v in self.roles.net.state_dict().items() if ".lora_" not in k)
+        state = {k: v.cpu() for k, v in plain}
         mine = dict(self.named_parameters())
         for key, a in mine.items():
             place, _, kind = key.rpartition(f"{SEP}lora_")
             if kind == "A":
                 weight, b = place.replace(SEP, ".") + ".weight", mine[f"{place}{SEP}lora_B"]
-                state[weight] = (state[weight].to(b.dtype) + b @ a).to(state[weight].dtype)
+                state[weight] = (state[weight].to(b.dtype) + (b @ a).cpu()).to(state[weight].dtype)
         return state
 
 

@@ -59,10 +59,10 @@ def decode(backbone: Backbone, x0: Tensor) -> Tensor:
 @torch.no_grad()
 def walk(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, how: Sampling) -> Tensor:
     """Latents [N, ...] of conditions [N] from noise [>= hops, N, ...] (the ODE uses the first); null [1] is for guidance."""
-    velocity = Teacher(backbone, how.guidance, null, net)
+    velocity, grid = Teacher(backbone, how.guidance, null, net), how.grid.to(noise.device)
     if how.eta is None:
-        return sample_ode(velocity, cond, noise[0], how.grid)
-    return rollout(velocity, cond, noise, how.grid, cps(how.eta)).x[-1]
+        return sample_ode(velocity, cond, noise[0], grid)
+    return rollout(velocity, cond, noise, grid, cps(how.eta)).x[-1]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def save(
     counters: dict[str, Any] = {}
     for name, player in players.items():
         state, counters[name] = player.state()
-        tensors |= {f"{name}/{k}": v.detach().contiguous().clone() for k, v in state.items()}
+        tensors |= {f"{name}/{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
     path = folder / f"step-{step:07d}.safetensors"
     write_atomically(path, lambda p: save_file(tensors, p))
     record = {"step": step, "sha256": file_hash(path), "run": run, "counters": counters}

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from advdmd.rng import ALONE, Rng
+from advdmd.rng import Rng
 from advdmd.train import checkpoint, parallel
 from advdmd.train.book import Book
 from advdmd.train.learner import Learner
-from advdmd.types import Batch, Log, Team
+from advdmd.types import ALONE, Batch, Log, Team
 
 
 def due(done: int, every: int, total: int) -> bool:
@@ -62,6 +62,7 @@ def run(
                 log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples, team))
             except FloatingPointError as e:
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
+            log = parallel.mean(log)
             sat = bool(exam and exam_every and due(step + 1, exam_every, steps))
             if book:
                 book.write(step, log | (exam(step + 1) if exam and sat else {}))

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from advdmd.types import Team
+from advdmd.rng import home
+from advdmd.types import ALONE, Log, Team
 
 PATIENCE = timedelta(minutes=30)  # how long the others wait while one draws pictures or sits an exam
 
@@ -22,7 +23,7 @@ def processes(device: str = "cpu") -> Iterator[Team]:
     """The processes that torchrun started, or this one alone. A process that dies ends the others with a message."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Team()
+        yield ALONE
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -60,6 +61,14 @@ def add_up(params: Sequence[nn.Parameter], *numbers: float) -> list[float]:
     for p, g in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
         p.grad = g.view_as(p).clone()
     return has[len(params) :].tolist()
+
+
+def mean(log: Log) -> Log:
+    """Each number's mean over all processes, which log the same ones: what happens depends on the step alone."""
+    if not dist.is_initialized():
+        return log
+    every = _gather(home(torch.tensor([list(log.values())], dtype=torch.float64).T))
+    return dict(zip(log, every.mean(1).tolist(), strict=True))
 
 
 def wait() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
 from advdmd.data import shapes
+from advdmd.data.deal import take
 from advdmd.files import write_folder
 from advdmd.models import mini
 from advdmd.models.backbone import Backbone
@@ -74,7 +75,7 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
     learner = Learner("vae", vae, vae, {"main": (stage.optim, [(vae.parameters(), 1.0)])}, ema=stage.ema)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
-        i, ids = shapes.deal(len(pool.prompts), stage.batch, stage.seed, step)
+        i, ids = take(len(pool.prompts), stage.batch, stage.seed, step)
         return Batch(None, images(i)), ids
 
     vae.train()
@@ -117,7 +118,7 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[Backbone, 
         return backbone.velocity(backbone.net, x, t, backbone.embed(torch.where(keep[:, None, None], cond, null)))
 
     def deal(step: int) -> tuple[Batch, list[int]]:
-        i, samples = shapes.deal(stage.pool, stage.batch, stage.seed, step)
+        i, samples = take(stage.pool, stage.batch, stage.seed, step)
         return Batch(ids[i], latents[i]), samples
 
     learner = Learner("flow", net, call, {"main": (stage.optim, [(net.parameters(), 1.0)])}, ema=stage.ema)
