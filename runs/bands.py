@@ -12,6 +12,7 @@ BROKEN = ROOT / "results" / "broken"
 
 def main() -> None:
     folders = [f for name in GOOD for f in sorted((ROOT / "results" / name).glob("*dmd*-*")) if f.is_dir()]
+    folders.append(ROOT / "results" / "mini")  # the main job
     found = health.band_of([health.read(f) for f in folders])
     told = {
         "runs": [str(f.relative_to(ROOT)) for f in folders],

@@ -1,6 +1,7 @@
 """The doctor: healthy runs pass, runs broken on purpose are named with a remedy."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,11 @@ def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do()
     assert len(health.bands()) >= 12
     assert all(p.meaning and (p.low or p.high) for p in health.PANELS)
     assert all(low <= high for low, high in health.bands().values())
+
+
+def test_the_kept_run_of_the_main_job_is_healthy():
+    run = health.read(Path(__file__).parent.parent / "results" / "mini")
+    assert health.verdict(run, health.examine(run, health.bands())) == "healthy"
 
 
 def test_what_is_no_run_is_refused(tmp_path):

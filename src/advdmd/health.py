@@ -32,7 +32,7 @@ def _level(k: int) -> Panel:
     return Panel(
         f"critic/auc_{k}",
         f"how well the critic tells real from generated at level {k} (.5: not at all, 1: always)",
-        high="the critic wins everywhere: its reward is one constant; lower heads_rate and trunk_rate, or match longer first",
+        high="the critic is far ahead of the student: lower heads_rate and trunk_rate, or match longer first",
         low="" if k == 1 else "the critic learns nothing here: raise heads_rate or critic_steps, or give it a trunk of its own",
     )
 
