@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One claim of the miniature: students of a teacher over training seeds, scored beside it, compared pair by pair.
 #   runs/claim.sh NAME TEACHER
-# Everything is resumable: what results/NAME has is not done again, a run that was stopped goes on in runs/NAME. DMD2 and DMD
-# (the same without its GAN) get as many iterations as cost AdvDMD's forwards. SEEDS, METHODS, ITERATIONS (of AdvDMD) and BIN
+# Everything is resumable: what results/NAME has is not done again, a run that was stopped goes on in runs/NAME. DMD2, DMD
+# (the same without its GAN) and AdvDMD without its policy turns get as many iterations as cost AdvDMD's forwards. SEEDS, METHODS, ITERATIONS (of AdvDMD) and BIN
 # (where advdmd is installed) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +33,8 @@ for seed in $seeds; do
       advdmd) what=("$teacher-advdmd-long") ;;
       dmd2) what=("$teacher-dmd2-long") ;;
       dmd) what=("$teacher-dmd2-long" algorithm.gan=0) ;;
-      *) echo "METHODS: advdmd, dmd2, dmd; not $method" >&2 && exit 2 ;;
+      no_policy) what=("$teacher-advdmd-long" algorithm.warmup=99999) ;;
+      *) echo "METHODS: advdmd, dmd2, dmd, no_policy; not $method" >&2 && exit 2 ;;
     esac
     n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" "iterations=$iterations" -- "${what[@]}")
     what+=("iterations=$n" "seed=$seed" exam_every=100)
