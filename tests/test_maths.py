@@ -138,6 +138,13 @@ def test_gate_opens_between_its_bounds():
     torch.testing.assert_close(losses.gate(torch.tensor([0.5, 0.55, 0.6, 0.65, 0.9])), torch.tensor([0, 0, 0.5, 1, 1]))
 
 
+def test_group_spread_is_the_deviation_within_prompts_whatever_lies_between_them(gen):
+    x = 3 * torch.randn(4096, 5, generator=gen())
+    between = 100 * torch.randn(512, 5, generator=gen()).repeat_interleave(8, 0)
+    assert losses.group_spread(x + between, 8).item() == pytest.approx(3, rel=0.06)
+    assert losses.group_spread(between, 8).item() == pytest.approx(0, abs=1e-4)
+
+
 def test_auc_is_the_probability_of_the_right_order(gen):
     assert losses.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
     assert losses.auc(torch.tensor([1.0]), torch.tensor([1.0])) == 0.5

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from advdmd import exam, pretrain, run
+from advdmd import exam, health, pretrain, run
 from advdmd.evaluate import evaluate, score
 from advdmd.evaluation.shapes import Checker, Shapes
 from advdmd.models import load
@@ -41,6 +41,12 @@ def trained(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adv"
     run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), folder)
     return folder
+
+
+def test_a_run_logs_what_the_panels_ask_for(trained):
+    """All but what needs exams; by the run's last step both turns have moved."""
+    logged = set().union(*(json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()))
+    assert {p.key for p in health.PANELS} - logged == {"exam/diversity"}
 
 
 def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, trained, tmp_path):

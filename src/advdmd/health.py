@@ -55,6 +55,22 @@ PANELS = (
     Panel("student/match/norm", "gradient norm of matching", high="unstable: lower match.lr or guidance"),
     Panel("student/policy/norm", "gradient norm of the policy turns", high="lower algorithm.clip or policy.lr"),
     Panel(
+        "student/cosine",
+        "cosine of the mean gradients of matching and of the policy turns",
+        low="the two pull against each other: lower policy.lr or guidance",
+    ),
+    Panel(
+        "student/ratio",
+        "length of the policy turns' mean gradient beside that of matching",
+        high="the policy drowns matching: lower algorithm.clip or policy.lr",
+    ),
+    Panel(
+        "path/group_spread",
+        "standard deviation of final latents within a prompt's group",
+        low="a prompt gives one image: raise algorithm.gan, or lower guidance or policy.lr",
+        high="prompts say little: raise guidance, or match longer",
+    ),
+    Panel(
         "reward/end_spread",
         "spread of the reward within a prompt's group, final images",
         low="the critic sees no difference between a prompt's images: advantages are noise",
@@ -62,6 +78,11 @@ PANELS = (
     Panel("policy/zero_share", "share of advantages that are 0", high="the gate is shut or groups are alike: see the AUC"),
     Panel(
         "policy/ratio_off", "largest |ratio - 1| on replay", high="the path is not the policy's own: numbers drift, use float32"
+    ),
+    Panel(
+        "cost/eta",
+        "forwards an iteration must make x time of one / its time",
+        low="time goes elsewhere: larger algorithm.micro, fewer critic_steps, other work on the machine?",
     ),
     Panel(
         "exam/diversity", "spread of what prompts leave open, 1: the renderer's", low="lower guidance, or raise algorithm.gan"

@@ -56,6 +56,13 @@ def advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
     return (centred / centred.std(-1, keepdim=True).clamp(min=1e-6)).clamp(-limit, limit)
 
 
+def group_spread(x: Tensor, group: int) -> Tensor:
+    """How far apart images of one prompt are: the standard deviation within groups of `group`, mean over all dimensions.
+    0: a prompt gives one image. [N, ...] -> []"""
+    grouped = x.float().reshape(-1, group, *x.shape[1:])
+    return grouped.std(1).mean()
+
+
 def gate(auc: Tensor, low: float = 0.55, width: float = 0.10) -> Tensor:
     """How far a critic may be believed, in [0, 1]: clip((AUC - low) / width, 0, 1). A multiplier, never a branch."""
     return ((auc - low) / width).clamp(0, 1)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from advdmd import exam
 from advdmd.algorithms.base import Cast
-from advdmd.algorithms.twinflow import Twin
+from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.data.cache import Cache
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
@@ -34,6 +34,7 @@ from advdmd.supply import Supply, open_cache, supply
 from advdmd.train import checkpoint, loop, parallel
 from advdmd.train.book import duration
 from advdmd.train.learner import Learner
+from advdmd.train.meter import Meter
 from advdmd.types import ALONE, Batch, Team
 from advdmd.world.caption import check_prompt
 
@@ -124,6 +125,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> P
         extra=extra(players),
         fingerprint=_fingerprint(text, encoded),
         team=team,
+        meter=_meter(r, backbone, deal),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
         label=name,
     )
@@ -131,6 +133,14 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> P
         _export(r, name, backbone, players, folder, folder / "student")
     parallel.wait()
     return folder / "student"
+
+
+def _meter(r: Recipe, backbone: Any, deal: Callable[[int], tuple[Batch, list[int]]]) -> Meter:
+    """Of the recipe's iterations, in forwards of its transformer."""
+    batch = deal(0)[0]
+    n = len(batch) if isinstance(r.algorithm, TwinFlow) else min(len(batch), r.algorithm.micro)
+    x, t, cond = batch.real[:n], torch.full((n,), 0.5), batch.cond[:n]
+    return Meter(lambda: backbone.velocity(backbone.net, x, t, cond), n, lambda i: sum(r.forwards(i).values()), len(batch))
 
 
 def stage(r: Recipe, encoded: Cache | None, team: Team = ALONE) -> tuple[Any, Supply, Cast | Twin]:

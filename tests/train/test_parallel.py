@@ -66,7 +66,7 @@ def test_two_processes_run_as_one_does(alone, both):
     assert [len(r) for r in rows] == [4, 4]
     for a, b in zip(*rows, strict=True):
         assert set(a) == set(b)
-        for k in a:
+        for k in set(a) - {"cost/eta"}:
             assert a[k] == pytest.approx(b[k], rel=5e-3, abs=1e-3), k
     assert (both / "student/model_index.json").is_file()
 

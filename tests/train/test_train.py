@@ -1,6 +1,7 @@
 """Learner, checkpoints, loop and book: what is learned, what is kept, and what stops a run."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from advdmd.files import write_atomically, write_text
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Book, Progress, duration
 from advdmd.train.learner import Learner, Optim
+from advdmd.train.meter import Meter
 from tests.toy import Mixture, Net, flat, make_cast, toy_deal
 
 
@@ -67,6 +69,32 @@ def test_the_average_follows_with_a_warm_start():
     one.descend([one(torch.ones(2, 3))[:, 0]])
     average = torch.cat([v.flatten() for v in one.averaged().values()])
     torch.testing.assert_close(average, start.lerp(flat(one.net), 0.9))  # decay min(.9, 1 / 10) after one update
+
+
+def test_two_turns_of_a_player_say_whether_they_agree():
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1, bias=False)
+    optim = Optim(lr=0.01, clip=1e9)
+    one = Learner("net", net, net, {k: (optim, [(list(net.parameters()), 1.0)]) for k in ("match", "policy")})
+    x = torch.eye(3)
+    assert "net/cosine" not in one.descend([one(x[:1])[:, 0]], turn="match")  # the other has not moved yet
+    log = one.descend([3 * one(x[1:2])[:, 0]], turn="policy")
+    assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((0, 3), abs=1e-6)
+    for _ in range(200):  # both follow the same direction, one twice as strongly the other way
+        one.descend([one(x[:1])[:, 0]], turn="match")
+        log = one.descend([-2 * one(x[:1])[:, 0]], turn="policy")
+    assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((-1, 2), abs=1e-4)
+
+
+def test_eta_is_what_an_iteration_must_cost_over_what_it_does():
+    meter = Meter(lambda: time.sleep(0.02), 4, lambda step: 3.0 + step, batch=8)
+    found = []
+    for step in range(3):
+        meter.start(step)
+        time.sleep((3 + step) * 2 * 0.02 * 1.25)  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
+        found.append(meter.stop(step))
+    assert [m["cost/forwards"] for m in found] == [3, 4, 5]
+    assert sorted(m["cost/eta"] for m in found)[1] == pytest.approx(0.8, abs=0.1)
 
 
 def test_state_round_trips_and_strangers_are_refused():

@@ -135,6 +135,7 @@ class AdvDMD:
 
         # The fake score and the critic catch up with where the student now is.
         log = self.catch_up(cast, path, batch, rng, self.critic_learns(step))
+        log["path/group_spread"] = losses.group_spread(path.x[-1], self.group).item()
 
         # Policy turn. First, while the path is still on-policy: every ratio starts at one.
         if turn.policy:

@@ -77,6 +77,7 @@ class DMD2:
         real_logits, fake_logits = cast.team.gather(torch.stack([real_logits, fake_logits]))
         now = losses.auc(real_logits, fake_logits)
         cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
+        log["path/group_spread"] = losses.group_spread(path.x[-1], self.group).item()
         log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}
         how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan}
         return log | turns.match(cast, path, cond, rng, **how)

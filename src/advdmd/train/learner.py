@@ -104,7 +104,22 @@ class Learner:
         t.updates += 1
         self._average()
         label = self.name if turn == "main" else f"{self.name}/{turn}"
-        return {f"{label}/loss": total / count, f"{label}/norm": norm}
+        return {f"{label}/loss": total / count, f"{label}/norm": norm} | self._agreement()
+
+    @torch.no_grad()
+    def _agreement(self) -> Log:
+        """Of two optimizers that have both moved: the cosine of their mean gradients (Adam's first moments), and how long the
+        second's is beside the first's."""
+        if len(self._turns) != 2 or not all(t.updates for t in self._turns.values()):
+            return {}
+        first, second = (t.adam.state for t in self._turns.values())
+        pairs = [(first[p]["exp_avg"], second[p]["exp_avg"]) for p in first if p in second]
+        dots = torch.stack([torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs])
+        ab, aa, bb = dots.double().sum(0).tolist()
+        return {
+            f"{self.name}/cosine": ab / math.sqrt(max(aa * bb, 1e-60)),
+            f"{self.name}/ratio": math.sqrt(bb / max(aa, 1e-60)),
+        }
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -10,6 +10,7 @@ from advdmd.rng import Rng
 from advdmd.train import checkpoint, parallel
 from advdmd.train.book import Book
 from advdmd.train.learner import Learner
+from advdmd.train.meter import Meter
 from advdmd.types import ALONE, Batch, Log, Team
 
 
@@ -35,6 +36,7 @@ def run(
     extra: Mapping[str, Tensor] | None = None,
     fingerprint: str = "",
     team: Team = ALONE,
+    meter: Meter | None = None,
     show: tuple[str, ...] = (),
     label: str = "train",
 ) -> None:
@@ -43,7 +45,7 @@ def run(
     deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end; what an exam
     finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are tensors changed in
     place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
-    `team`: the processes that share each step's samples; `deal` gives this one its own.
+    `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
     """
     players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
@@ -58,11 +60,13 @@ def run(
     try:
         for step in range(start, steps):
             batch, samples = deal(step)
+            if meter:
+                meter.start(step)
             try:
                 log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples, team))
             except FloatingPointError as e:
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
-            log = parallel.mean(log)
+            log = parallel.mean(log | (meter.stop(step) if meter else {}))
             sat = bool(exam and exam_every and due(step + 1, exam_every, steps))
             if book:
                 book.write(step, log | (exam(step + 1) if exam and sat else {}))
