@@ -136,6 +136,20 @@ def doctor(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Training runs, or the main job's folder.")],
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Evaluations to show; the first of a suite is what others are compared to.")
+    ] = None,
+    out: Out = Path("report.html"),
+) -> None:
+    """Write runs as one HTML page that needs no network: verdict, curves, panels, samples, scores, failures."""
+    from advdmd import page
+
+    print(page.write(runs, scores or [], out))
+
+
+@app.command()
 def sample(
     model: str,
     prompts: list[str],

@@ -22,20 +22,21 @@ figure { margin: 0; width: 256px } .picture { position: relative; width: 256px; 
 .picture img { width: 100%; image-rendering: pixelated } svg { position: absolute; inset: 0; width: 100%; height: 100% }
 rect { fill: none; stroke: #e0218a; stroke-width: 2; vector-effect: non-scaling-stroke }
 text { font: 11px system-ui; fill: #e0218a; paint-order: stroke; stroke: #fff; stroke-width: 3px }
-figcaption { white-space: pre-line; font-size: 13px; overflow-wrap: anywhere } .bad { color: #c0392b } .good { color: #1e8449 }
+figcaption { white-space: pre-line; font-size: 13px; overflow-wrap: anywhere } .bad { color: light-dark(#c0392b, #ff7b6b) }
+.good { color: light-dark(#1e8449, #5fd38d) }
 h2 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere } small { opacity: .65 }
 """
 
 
-def _embedded(path: Path) -> tuple[str, tuple[int, int]]:
-    """A picture as a data URL, small ones as they are, and its size."""
+def embedded(path: Path, side: int = 2 * SIDE, exact: int = 64) -> tuple[str, tuple[int, int]]:
+    """A picture as a data URL, no larger than `side`, and its size; exactly as it is up to `exact` pixels."""
     with Image.open(path) as image:
         size, shown = image.size, image.convert("RGB")
-    if max(size) > 2 * SIDE:
-        shown.thumbnail((2 * SIDE, 2 * SIDE))
+    if max(size) > side:
+        shown.thumbnail((side, side))
     data = io.BytesIO()
-    shown.save(data, "PNG" if max(size) <= 64 else "JPEG", quality=85)
-    kind = "png" if max(size) <= 64 else "jpeg"
+    kind = "png" if max(size) <= exact else "jpeg"
+    shown.save(data, kind, quality=85, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", size
 
 
@@ -52,7 +53,7 @@ def _boxes(details: dict[str, Any], size: tuple[int, int]) -> str:
 
 def _figure(label: str, folder: Path, row: dict[str, Any]) -> str:
     item = Item(row["item"], row["prompt"], row["task"], {}, 1)
-    url, size = _embedded(image_path(folder, item, row["k"]))
+    url, size = embedded(image_path(folder, item, row["k"]))
     mark = "good" if row["strict"] == 1 else "bad"
     verdict = f"{row['loose']:.2f}, strict {row['strict']:.2f}"
     picture = f'<div class="picture"><img alt="" src="{url}">{_boxes(row["details"], size)}</div>'
@@ -61,9 +62,9 @@ def _figure(label: str, folder: Path, row: dict[str, Any]) -> str:
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
-def page(columns: Sequence[Column], limit: int = 120) -> str:
-    """Self-contained HTML: the images of the first column that fail the strict rule, spread over the tasks; the other columns'
-    images of the same prompts and seeds beside them."""
+def cards(columns: Sequence[Column], limit: int) -> tuple[str, str]:
+    """The images of the first column that fail the strict rule, spread over the tasks, the other columns' images of the same
+    prompts and seeds beside them; and a line that says how many there are."""
     label, _, rows = columns[0]
     failed = [r for r in rows if r["strict"] < 1]
     by_task: dict[str, list[dict[str, Any]]] = {}
@@ -72,7 +73,7 @@ def page(columns: Sequence[Column], limit: int = 120) -> str:
     share = max(1, limit // max(1, len(by_task)))
     shown = [r for mine in by_task.values() for r in mine[:share]]
     others = [(name, folder, {(r["item"], r["k"]): r for r in found}) for name, folder, found in columns[1:]]
-    cards = []
+    out = []
     for r in shown:
         figures = [_figure(label, columns[0][1], r)]
         figures += [
@@ -81,10 +82,23 @@ def page(columns: Sequence[Column], limit: int = 120) -> str:
         head = (
             f"<h2>{html.escape(r['prompt'])} <small>{html.escape(r['task'])} · {html.escape(r['item'])}/{r['k']}</small></h2>"
         )
-        cards.append(f'<article>{head}<div class="row">{"".join(figures)}</div></article>')
-    title = f"{html.escape(label)}: {len(failed)} of {len(rows)} images fail the strict rule"
-    note = f"{len(shown)} of them are shown, at most {share} a task." if len(shown) < len(failed) else ""
+        out.append(f'<article>{head}<div class="row">{"".join(figures)}</div></article>')
+    told = f"{html.escape(label)}: {len(failed)} of {len(rows)} images fail the strict rule"
+    return "".join(out), told + (
+        f"; {len(shown)} of them are shown, at most {share} a task" if len(shown) < len(failed) else ""
+    )
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A whole page that needs nothing from anywhere."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{note}</p>{''.join(cards)}</html>\n"
+        f"<title>{title}</title><style>{STYLE}{style}</style><h1>{title}</h1>{body}</html>\n"
     )
+
+
+def page(columns: Sequence[Column], limit: int = 120) -> str:
+    """Self-contained HTML of a model's failures."""
+    found, told = cards(columns, limit)
+    title, _, shown = told.partition("; ")
+    return document(title, f"<p>{shown}</p>{found}")

@@ -152,7 +152,13 @@ def _headline(summary: dict[str, Any]) -> tuple[str, str]:
 
 
 def markdown(summaries: dict[str, dict[str, Any]]) -> str:
-    """One column per model: the headline rule by task, the other rule, kinds, diversity, what it cost.
+    """`cells` as a table of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in cells(summaries)]
+    return "\n".join([lines[0], "|---" * (len(summaries) + 1) + "|", *lines[1:]]) + "\n"
+
+
+def cells(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """One column per model: the headline rule by task, the other rule, kinds, diversity, what it cost; names first.
 
     Raises ValueError if the columns were judged by different judges: their figures are not one row.
     """
@@ -162,14 +168,11 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> str:
         raise ValueError(f"figures of different judges ({', '.join(sorted(judges))}) are not one table")
     judge, (rule, other) = next(iter(judges)), _headline(first)
     title = first.get("suite", "") + (f"[{judge}]" if judge != "checker" else "")
-    row = lambda label, cell: f"| {label} | " + " | ".join(cell(summaries[n]) for n in names) + " |"  # noqa: E731
-    lines = [
-        f"| {title} {'strict' if rule == 'strict' else 'official'} | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    row = lambda label, cell: [label, *(cell(summaries[n]) for n in names)]  # noqa: E731
+    lines = [[f"{title} {'strict' if rule == 'strict' else 'official'}".strip(), *names]]
     if any(s.get("judge", "").endswith(OWN_REWARD) for s in summaries.values()):
         lines.append(row("**trained on this judge**", lambda s: "yes" if s["judge"].endswith(OWN_REWARD) else "no"))
-    if any(s.get("images") != s.get("of") for s in summaries.values()):
+    if any(s.get("images") != s.get("of", s.get("images")) for s in summaries.values()):
         lines.append(row("**how much of it**", lambda s: f"partial {s['images']}/{s['of']}"))
     if any(s.get("dropped") for s in summaries.values()):
         lines.append(row("**images left out by the official arithmetic**", lambda s: str(s.get("dropped", 0))))
@@ -184,4 +187,4 @@ def markdown(summaries: dict[str, dict[str, Any]]) -> str:
             row("diversity against the renderer", lambda s: f"{s['diversity']['mean']:.2f}" if s.get("diversity") else "-")
         )
     lines.append(row("evaluations per image", lambda s: str(s.get("nfe") or "-")))
-    return "\n".join(lines) + "\n"
+    return lines
