@@ -21,7 +21,7 @@ FLOORS = [
     {"recipes", "memory"},
     {"exam", "evaluate"},
     {"measure", "health"},
-    {"run", "pretrain", "encode", "page"},
+    {"run", "pretrain", "encode", "page", "demo"},
     {"cli_evaluate"},
     {"cli", "__main__"},
 ]

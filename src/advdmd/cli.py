@@ -105,14 +105,20 @@ def encode(
 
 
 @app.command()
-def train(recipe: str, changes: Changes = None, out: Out = Path("runs/train"), overwrite: Overwrite = False) -> None:
+def train(
+    recipe: str,
+    changes: Changes = None,
+    out: Out = Path("runs/train"),
+    overwrite: Overwrite = False,
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio, beside metrics.jsonl.")] = None,
+) -> None:
     """Distil a teacher by a recipe; rerun the same command to resume."""
     from advdmd import health
     from advdmd.recipes import find
     from advdmd.run import train as go
 
     name, r = find.resolve(recipe, changes or [])
-    student = go(name, r, out, overwrite)
+    student = go(name, r, out, overwrite, track or ())
     print(f"student: {student}")
     metrics = health.read(out)
     print(f"health: {health.verdict(metrics, health.examine(metrics, health.bands()))}")
@@ -147,6 +153,18 @@ def report(
     from advdmd import page
 
     print(page.write(runs, scores or [], out))
+
+
+@app.command()
+def demo(
+    models: Annotated[list[str] | None, typer.Argument(help="Teachers and students: folders, hub ids, shipped names.")] = None,
+    port: int = 7860,
+    threads: Threads = 2,
+) -> None:
+    """Show a teacher beside its students on a page of this machine: prompt, steps, seed, time, verdict (extra: demo)."""
+    from advdmd.demo import serve
+
+    serve(models or ["mini-sd35"], port, threads)
 
 
 @app.command()

@@ -35,11 +35,22 @@ from advdmd.train import checkpoint, loop, parallel
 from advdmd.train.book import duration
 from advdmd.train.learner import Learner
 from advdmd.train.meter import Meter
+from advdmd.train.track import check as check_trackers
 from advdmd.types import ALONE, Batch, Team
 from advdmd.world.caption import check_prompt
 
 # What a run writes, and --overwrite may lose.
-OURS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "samples", "student", "best.safetensors", "best.json")
+OURS = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "samples",
+    "student",
+    "best.safetensors",
+    "best.json",
+    "tensorboard",
+    "wandb",
+)
 
 
 def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[], str] = lambda: "another recipe") -> None:
@@ -71,17 +82,18 @@ def _recorded(name: str, r: Recipe, folder: Path) -> str:
     return dump(name, r)
 
 
-def train(name: str, r: Recipe, folder: Path, overwrite: bool = False) -> Path:
-    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student.
+def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, track: Sequence[str] = ()) -> Path:
+    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student. `track`: train/track.py.
 
     Under torchrun every process calls this and takes an equal part of each step's prompts; what is written is the first's.
     """
+    check_trackers(track)
     with parallel.processes(load.device_of(r.device)) as team:
         team.share(r.prompts_per_step)
-        return _train(name, r, folder, overwrite and not team.rank, team)
+        return _train(name, r, folder, overwrite and not team.rank, team, track)
 
 
-def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> Path:
+def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, track: Sequence[str]) -> Path:
     torch.set_num_threads(r.threads)
     encoded = open_cache(r)  # which is quick to miss, and a teacher may have to be fetched
     load.folder_of(r.teacher)
@@ -127,6 +139,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team) -> P
         team=team,
         meter=_meter(r, backbone, deal),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
+        track=track,
         label=name,
     )
     if not team.rank:

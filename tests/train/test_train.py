@@ -1,6 +1,9 @@
 """Learner, checkpoints, loop and book: what is learned, what is kept, and what stops a run."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +12,8 @@ from torch import nn
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.files import write_atomically, write_text
+from advdmd.recipes.find import resolve
+from advdmd.run import train
 from advdmd.train import checkpoint, loop
 from advdmd.train.book import Book, Progress, duration
 from advdmd.train.learner import Learner, Optim
@@ -207,6 +212,36 @@ def test_progress_says_how_long_is_left(tmp_path):
     assert "train 5/10" in (tmp_path / "log").read_text()
     assert "left" in (tmp_path / "log").read_text()
     assert [duration(s) for s in (5, 65, 3700)] == ["5s", "1m05s", "1h01m"]
+
+
+def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, stop in ((0, 4), (2, 5)):  # stopped after step 3, but the last checkpoint was at 2
+        book = Book(tmp_path, "run", 5, start, track=("tensorboard",))
+        for step in range(start, stop):
+            book.write(step, {"fake/loss": 10.0 * start + step})
+        book.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("fake/loss")] == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 24)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"'advdmd\[wandb\]'")]
+)
+def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path, kind, said):
+    if kind == "wandb" and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ValueError, match=said):
+        train(*resolve("mini-sd35-advdmd", []), tmp_path / "run", track=(kind,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_of_a_trackers_is_imported_unless_asked():
+    code = "import advdmd.run, sys; assert not {'tensorboard', 'wandb', 'trackio', 'gradio'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_torn_last_line_of_the_metrics_is_forgotten(tmp_path):

@@ -184,6 +184,30 @@ def test_captions_use_known_words_only_and_fit_the_tokenizer():
     assert longest <= 25
 
 
+def test_a_prompt_is_read_back_as_what_it_asks_for():
+    rng = np.random.default_rng(0)
+    for task in (*TASKS, DENSE):
+        for spec in itertools.islice(specs(task, rng, FULL, pairs=None), 200):
+            assert caption.parse(words(task, spec)) == spec, words(task, spec)
+    assert caption.parse("A  red circle, ") == Spec((Group("circle", color="red"),))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a picture of", "'a picture of' is no phrase"),
+        ("Gray background.", "names no shape"),
+        ("a red red circle", "'a red red circle' is no phrase"),
+        ("Circle above square.", "named once before it"),
+        ("a circle above a square left of a star", "one relation"),
+    ],
+)
+def test_a_prompt_of_neither_style_is_not_read(prompt, said):
+    caption.check_prompt(prompt)
+    with pytest.raises(ValueError, match=said):
+        caption.parse(prompt)
+
+
 def test_captions_read_as_english():
     red = Group("circle", color="red", size="small")
     assert caption.short(Spec((Group("bar", color="orange"),))) == "a picture of an orange bar"

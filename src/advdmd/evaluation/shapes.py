@@ -12,6 +12,7 @@ from advdmd.data.shapes import DENSE, HELD_OUT_TASKS, for_exams, held_out, words
 from advdmd.evaluation.benchmark import Item, Perception, Verdict
 from advdmd.evaluation.verdict import Detection, judge, relative_position
 from advdmd.world import checker
+from advdmd.world.caption import parse
 from advdmd.world.checker import Blob, Seen
 from advdmd.world.render import render, to_uint8
 from advdmd.world.scene import COLORS, SIZE, TASKS, WORLDS, Scene, Spec, Thing, specs, stable_hash
@@ -154,6 +155,12 @@ def dpg_verdict(meta: dict[str, Any], seen: Seen) -> Verdict:
     }
     details = see(seen) | {"by_kind": {k: sum(v) / len(v) for k, v in sorted(kinds.items())}}
     return Verdict(score, 0.0 if stray else score, "\n".join([*failed, *filter(None, [stray])]), details)
+
+
+def item_of(prompt: str) -> Item:
+    """Any prompt that the miniature can read, with its questions, to be judged like one of mini-dpg. Raises ValueError."""
+    spec = parse(prompt)
+    return Item("prompt", prompt, DENSE, metadata(DENSE, spec) | {"questions": questions(spec)}, 1)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 from advdmd.files import write_text
+from advdmd.train.track import open_tracker
 from advdmd.types import Log
 
 
@@ -43,8 +45,11 @@ class Progress:
 class Book:
     """Appends one JSON line per step; on resume it forgets lines of steps that will be done again."""
 
-    def __init__(self, folder: Path, label: str, steps: int, start: int = 0, show: tuple[str, ...] = ()):
+    def __init__(
+        self, folder: Path, label: str, steps: int, start: int = 0, show: tuple[str, ...] = (), track: Sequence[str] = ()
+    ):
         self.path, self.show = folder / "metrics.jsonl", show
+        self.trackers = [open_tracker(kind, folder, label, start) for kind in track]
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             lines = self.path.read_text().splitlines()
@@ -55,7 +60,11 @@ class Book:
 
     def write(self, step: int, log: Log) -> None:
         self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
+        for tracker in self.trackers:
+            tracker.write(step, log)
         self.progress(step + 1, " ".join(f"{k} {log[k]:.4g}" for k in self.show if k in log))
 
     def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
         self.file.close()

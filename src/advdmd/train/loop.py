@@ -1,6 +1,6 @@
 """The training loop: deal a batch, play an iteration, write down what happened, save, look."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def run(
     team: Team = ALONE,
     meter: Meter | None = None,
     show: tuple[str, ...] = (),
+    track: Sequence[str] = (),
     label: str = "train",
 ) -> None:
     """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
@@ -45,7 +46,8 @@ def run(
     deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end; what an exam
     finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are tensors changed in
     place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
-    `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs.
+    `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs;
+    `track` names where the numbers go besides metrics.jsonl.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
     """
     players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
@@ -56,7 +58,7 @@ def run(
         return
     parallel.wait()  # until all have read the checkpoint
     # Metrics, exams, pictures and checkpoints are the first process's.
-    book = Book(folder, label, steps, start, show) if not team.rank else None
+    book = Book(folder, label, steps, start, show, track) if not team.rank else None
     try:
         for step in range(start, steps):
             batch, samples = deal(step)

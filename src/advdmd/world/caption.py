@@ -58,3 +58,44 @@ def check_prompt(prompt: str) -> None:
         )
     if not prompt.strip(" .,"):
         raise ValueError(f"prompt {prompt!r} is empty: try 'a picture of a red circle above a blue star'")
+
+
+_COUNTS = {"a": 1, "an": 1} | {word: n for n, word in NUMBERS.items()}
+_NOUNS = {s: s for s in SHAPES} | {plural: s for s, plural in PLURALS.items()}
+_one_of = "|".join
+_PHRASE = re.compile(
+    rf"({_one_of(_COUNTS)})(?: (small|large))?(?: ({_one_of(COLORS)}))? ({_one_of(sorted(_NOUNS, key=len, reverse=True))})"
+)
+_JOINT = re.compile(rf" (and|{_one_of(RELATIONS)}) ")
+
+
+def parse(prompt: str) -> Spec:
+    """What a prompt of either style asks for, the inverse of `short` and `dense`. Raises ValueError if it is neither."""
+    text = " ".join(prompt.lower().replace(",", " ").split()).removeprefix("a picture of ")
+    groups: list[Group] = []
+    relation, background = None, None
+    for sentence in filter(None, (s.strip() for s in text.split("."))):
+        if sentence.removesuffix(" background") in BACKGROUNDS and background is None:
+            background = sentence.removesuffix(" background")
+            continue
+        parts = _JOINT.split(sentence)
+        names = [_NOUNS.get(p) for p in parts[::2]]
+        if len(parts) == 3 and parts[1] in RELATIONS and all(names):  # "circles left of star": of groups named before
+            at = [[i for i, g in enumerate(groups) if g.shape == n] for n in names]
+            if relation or any(len(i) != 1 for i in at):
+                raise ValueError(f"prompt {prompt!r}: {sentence!r} must stand between two shapes that are named once before it")
+            relation = (at[0][0], parts[1], at[1][0])
+            continue
+        for p in parts[::2]:
+            found = _PHRASE.fullmatch(p)
+            if not found:
+                raise ValueError(f"prompt {prompt!r}: {p!r} is no phrase like 'a red circle' or 'two small blue squares'")
+            count, size, color, noun = found.groups()
+            groups.append(Group(_NOUNS[noun], _COUNTS[count], color, size))
+        if said := [p for p in parts[1::2] if p != "and"]:
+            if relation or len(parts) != 3:
+                raise ValueError(f"prompt {prompt!r}: one relation between two shapes can be asked for")
+            relation = (len(groups) - 2, said[0], len(groups) - 1)
+    if not groups:
+        raise ValueError(f"prompt {prompt!r} names no shape: try 'a picture of a red circle above a blue star'")
+    return Spec(tuple(groups), relation, background)

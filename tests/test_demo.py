@@ -1,0 +1,120 @@
+"""The compare page: what it draws and says, what it refuses, and how it looks to a browser."""
+
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advdmd import demo, run
+from advdmd.models import load
+from advdmd.models.sampler import Sampling
+from advdmd.recipes.find import resolve
+from advdmd.world.render import render, to_uint8
+from advdmd.world.scene import COLORS, Scene, Thing
+from tests.test_product import SMALL
+
+PROMPT = "a picture of a red circle"
+
+
+@pytest.fixture(scope="module")
+def models(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    student = run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "algorithm.steps=2"]), folder)
+    return [str(tiny_folder), str(student)]
+
+
+def test_a_teacher_takes_the_steps_asked_for_and_a_student_its_own(models):
+    shown = demo.compare([demo.Model.read(m) for m in models], PROMPT, 6, 0, 5)
+    assert [line.partition(":")[2].partition(" evaluations")[0] for _, line in shown] == [" 6 steps, 12", " 2 steps, 2"]
+    assert all("of 5 right" in line for _, line in shown)
+    assert all(2 * im.width == 3 * im.height for im, _ in shown)  # five on a sheet of three columns
+
+
+def test_the_same_seed_draws_the_same_and_another_another(models):
+    model = demo.Model.read(models[1])
+    a, b, c = (model.draw(PROMPT, seed, 2)[0] for seed in (1, 1, 2))
+    assert (a == b).all()
+    assert (a != c).any()
+    assert (a[0] != a[1]).any()
+
+
+def test_the_verdict_is_the_checkers():
+    backbone, _ = load.load("mini-sd35")
+    red = Thing("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"])
+    images = to_uint8(render([Scene("black", (red,)), Scene("black", ())]))
+    said = demo.Model("teacher", backbone, Sampling(steps=4)).verdict
+    assert said(PROMPT, images).startswith("1 of 2 right; first miss: is there a circle?; is the number of circles 1?;")
+    assert "no verdict" in said("circle circle", images)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("a picture of a dog", 4, 0, 1), "does not know 'dog'. It knows: a, above"),
+        (("x" * 500, 4, 0, 1), "500 characters: at most 400"),
+        ((PROMPT, 51, 0, 1), "steps=51: a whole number from 1 to 50"),
+        ((PROMPT, 4, -1, 1), "seed=-1: a whole number from 0"),
+        ((PROMPT, 4, 0, 17), "images=17: a whole number from 1 to 16"),
+    ],
+)  # fmt: skip
+def test_what_is_outside_of_the_limits_is_refused(models, asked, said):
+    with pytest.raises(ValueError, match=said):
+        demo.compare([demo.Model.read(models[1])], *asked)
+
+
+def test_a_browser_sees_pictures_change_and_nothing_is_asked_of_others(models, tmp_path):
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium here")
+    port = "17861"
+    server = subprocess.Popen([sys.executable, "-m", "advdmd", "demo", *models, "--port", port, "--threads", "1"])
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+        with sync_api.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1100, "height": 900})
+            asked: list[str] = []
+            page.on("request", lambda r: asked.append(r.url))
+            page.goto(f"http://127.0.0.1:{port}")
+
+            def pictures() -> list[str]:
+                return page.evaluate("[0, 1].map(i => document.querySelector(`#picture-${i} img`)?.src ?? '')")
+
+            def drawn(seed: int) -> list[str]:
+                before = pictures()
+                page.fill("#seed input", str(seed))
+                page.click("#draw")
+                for _ in range(120):
+                    now = pictures()
+                    if all(b and a != b for a, b in zip(before, now, strict=True)):
+                        return now
+                    page.wait_for_timeout(500)
+                raise AssertionError("the pictures did not change")
+
+            first = drawn(0)
+            assert "evaluations an image" in page.inner_text("#line-1")
+            second = drawn(1)
+            assert all(a != b for a, b in zip(first, second, strict=True))
+            page.screenshot(path=tmp_path / "demo.png")
+            page.fill("#prompt textarea", "a picture of a dog")
+            page.click("#draw")
+            page.wait_for_function("document.querySelector('#status').innerText.includes('It knows')", timeout=60_000)
+            browser.close()
+        outside = [u for u in asked if not u.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:"))]
+        assert not outside
+        assert np.asarray(Image.open(tmp_path / "demo.png")).std() > 10
+    finally:
+        server.terminate()
+        server.wait()
