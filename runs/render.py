@@ -24,8 +24,14 @@ CLAIMS = {
     "h2-guidance-3.2": (f"{H2} (matching guidance 3.2)", "mini-geneval", ("teacher",)),
     "h2-one-turn": (f"{H2} ({ONE})", "mini-geneval", ("teacher", "dmd2")),
 }
-LABELS = {"advdmd": "AdvDMD", "dmd2": "DMD2", "dmd": "DMD alone", "teacher": "teacher"}
-COLORS = {"advdmd": "tab:red", "dmd2": "tab:blue", "dmd": "tab:gray"}
+LABELS = {
+    "advdmd": "AdvDMD",
+    "dmd2": "DMD2",
+    "dmd": "DMD alone",
+    "no_policy": "AdvDMD without policy turns",
+    "teacher": "teacher",
+}
+COLORS = {"advdmd": "tab:red", "dmd2": "tab:blue", "dmd": "tab:gray", "no_policy": "tab:orange"}
 Found = tuple[str, str, dict[str, Any]]  # ours, theirs, comparison
 
 
@@ -174,10 +180,15 @@ def claim(name: str) -> list[str]:
     lines = ["", f"## {title}", "", f"`runs/{name[:2]}.sh` at commit {rows[0][2]['commit']}.", ""]
     for theirs in LABELS:
         lines += [f"- {verdict(row[2], suite, theirs)}" for row in rows if is_about(row, suite, theirs)]
-    mine = next((row[2] for row in rows if is_about(row, "mini-geneval", "teacher")), None)
-    if mine:
-        kept = mine["ours"]["diversity"] / mine["theirs"]["diversity"]
-        lines += [f"- Diversity on mini-geneval is {kept:.1%} of the teacher's (at least 90 % is asked for)."]
+    spread = {
+        about: row[2]["ours"]["diversity"] / row[2]["theirs"]["diversity"]
+        for about in ("mini-geneval", "mini-dpg")
+        for row in rows
+        if is_about(row, about, "teacher")
+    }
+    if spread:
+        said = ", ".join(f"{share:.1%} on {about}" for about, share in spread.items())
+        lines += [f"- Diversity beside the teacher's (at least 90 % is asked for): {said}."]
     lines += [f"- {hacking(runs)}", "", table(rows), "", tasks(rows), ""]
     lines += [f"![score and diversity against forwards](../results/{name}/curves.png)", ""]
     return [*lines, f"![score, diversity and reward of each run](../results/{name}/runs.png)"]
