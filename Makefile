@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: mini test lint coverage
+.PHONY: mini test docs lint coverage
 mini: $(VENV)/ready
 	$(BIN)/advdmd mini --out runs/mini
 
@@ -14,9 +14,12 @@ test: $(VENV)/ready-dev
 coverage: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
+docs: $(VENV)/ready-dev
+	$(BIN)/python -m sphinx -q -W --keep-going docs site
+
 lint: $(VENV)/ready-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/bin/python:
