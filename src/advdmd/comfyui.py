@@ -16,18 +16,19 @@ def workflow(backbone: Backbone, how: Sampling, lora: str | None = None) -> dict
     Sampler "lcm" re-noises fully and "simple" takes equal steps before the shift: the student's grid. Written from the nodes'
     published signatures, never run there.
     """
-    qwen = type(backbone.pipe).__name__ == "QwenImagePipeline"
+    kind = type(backbone.pipe).__name__
     side = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
 
     names = {f"clip_name{i}": f"{n}.safetensors" for i, n in enumerate(("clip_l", "clip_g", "t5xxl"), 1)}
-    text = _node("TripleCLIPLoader", **names)
-    if qwen:
-        text = _node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image")
+    text, shift = _node("TripleCLIPLoader", **names), "ModelSamplingSD3"
+    if kind in (one := {"QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"), "ZImagePipeline": ("qwen_3_4b", "lumina2")}):
+        text = _node("CLIPLoader", clip_name=f"{one[kind][0]}.safetensors", type=one[kind][1])
+        shift = "ModelSamplingAuraFlow"
     flow = {
         "model": _node("UNETLoader", unet_name="transformer.safetensors", weight_dtype="default"),
         "clip": text,
         "vae": _node("VAELoader", vae_name="vae.safetensors"),
-        "shift": _node("ModelSamplingAuraFlow" if qwen else "ModelSamplingSD3", model=["model", 0], shift=how.shift),
+        "shift": _node(shift, model=["model", 0], shift=how.shift),
         "prompt": _node("CLIPTextEncode", clip=["clip", 0], text="a picture of a red circle"),
         "none": _node("CLIPTextEncode", clip=["clip", 0], text=""),
         "latent": _node("EmptySD3LatentImage", width=side, height=side, batch_size=1),

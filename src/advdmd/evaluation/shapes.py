@@ -12,7 +12,7 @@ from advdmd.data.shapes import DENSE, HELD_OUT_TASKS, for_exams, held_out, words
 from advdmd.evaluation.benchmark import Item, Perception, Verdict
 from advdmd.evaluation.verdict import Detection, judge, relative_position
 from advdmd.world import checker
-from advdmd.world.caption import parse
+from advdmd.world.caption import PLURALS, parse
 from advdmd.world.checker import Blob, Seen
 from advdmd.world.render import render, to_uint8
 from advdmd.world.scene import COLORS, SIZE, TASKS, WORLDS, Scene, Spec, Thing, specs, stable_hash
@@ -111,7 +111,9 @@ def questions(spec: Spec) -> list[Question]:
         root, about = len(out), {"shape": g.shape}
         entity.append(root)
         out.append(Question("entity", f"is there a {g.shape}?", (), about))
-        out.append(Question("other/count", f"is the number of {g.shape}s {g.count}?", (root,), about | {"count": g.count}))
+        out.append(
+            Question("other/count", f"is the number of {PLURALS[g.shape]} {g.count}?", (root,), about | {"count": g.count})
+        )
         if g.color:
             out.append(Question("attribute/color", f"is every {g.shape} {g.color}?", (root,), about | {"color": g.color}))
         if g.size:

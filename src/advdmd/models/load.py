@@ -19,6 +19,7 @@ from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling
 from advdmd.models.sd3 import SD3
 from advdmd.models.target_time import attach
+from advdmd.models.z_image import ZImage
 
 SHIPPED = ("mini-sd3", "mini-sd35")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -80,9 +81,9 @@ def load_pipeline(
     index = json.loads((path / "model_index.json").read_text())
     if not isinstance(index, dict):
         raise ValueError(f"{path / 'model_index.json'} is not a pipeline's index")
-    known = ("StableDiffusion3Pipeline", "QwenImagePipeline")
+    known = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
     if index.get("_class_name") not in known:
-        raise ValueError(f"{path} holds a {index.get('_class_name')}: {' and '.join(known)} are supported")
+        raise ValueError(f"{path} holds a {index.get('_class_name')}: {', '.join(known)} are supported")
     # A pipeline saved without its third encoder must be told so again when it is loaded.
     absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [True])[0] is None}
     if not encoders:
@@ -117,8 +118,11 @@ def sampling_of(path: Path) -> Sampling:
 
 def as_backbone(pipe: Any, note: dict[str, Any]) -> Backbone:
     """The backbone of a pipeline; its note may say `t5_length` (SD3) and the latents' `side`."""
-    if type(pipe).__name__ == "QwenImagePipeline":
+    kind = type(pipe).__name__
+    if kind == "QwenImagePipeline":
         return QwenImage(pipe, side=note.get("side", pipe.default_sample_size))
+    if kind == "ZImagePipeline":
+        return ZImage(pipe, side=note.get("side", 128))
     return SD3(pipe, t5_length=note.get("t5_length", 256), side=note.get("side"))
 
 

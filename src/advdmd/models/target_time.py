@@ -27,6 +27,8 @@ class TargetTime(nn.Module):
     def __init__(self, net: nn.Module, scale: float, copied: bool = False):
         super().__init__()
         self.net, self.scale = net, scale
+        if "time_text_embed" not in dict(net.named_children()):
+            raise ValueError(f"TwinFlow has no second time embedding for a {type(net).__name__}: use AdvDMD or DMD2")
         embed: Any = net.get_submodule("time_text_embed")
         self.embed_target = copy.deepcopy(embed.timestep_embedder)
         if not copied:

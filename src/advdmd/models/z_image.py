@@ -1,0 +1,85 @@
+"""Z-Image through diffusers' own classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advdmd import flow
+from advdmd.models.backbone import outputs
+from advdmd.types import Cond
+
+LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
+
+
+class ZImage:
+    """A ZImagePipeline as a backbone, for latents of side `side`.
+
+    Its transformer takes lists, one latent and one caption a sample, counts time from noise (1 - t) and points from noise to
+    data: all of that is turned round here.
+    """
+
+    def __init__(self, pipe: Any, side: int = 128):
+        if side < 2 or side % 2:
+            raise ValueError(f"side={side}: Z-Image reads latents two by two, so their side must be even")
+        self.pipe, self.vae, self.note = pipe, pipe.vae, {"side": side}
+        self.net: Any = pipe.transformer
+        self.dtype = self.net.dtype
+        self.stock_load: dict[str, Any] = {}
+        self.token_width, self.time_scale = self.net.config.dim, 1.0
+        self.lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+        self.latent_shape = (self.net.config.in_channels, side, side)
+
+    def stock_call(self, steps: int) -> dict[str, Any]:
+        """The pipeline's own grid is the student's: equal steps before a static shift. Its scale 0 turns guidance off."""
+        side = self.pipe.vae_scale_factor * self.latent_shape[-1]
+        return {"num_inference_steps": steps, "guidance_scale": 0.0, "height": side, "width": side}
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        return [self.pipe.text_encoder]
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """[N, 2, L] token ids of the prompts as a user's message, and their mask; padded to the longest."""
+        tokenizer, how = self.pipe.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        said = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
+        out = tokenizer(said, max_length=LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
+        return torch.stack([out.input_ids, out.attention_mask], 1)
+
+    def embed(self, ids: Tensor) -> Cond:
+        """Token ids and masks [N, 2, L] -> the second to last hidden states [N, L, D], zero and masked behind the prompt."""
+        ids = ids[..., : int(ids[:, 1].sum(1).max())]
+        tokens, mask = ids[:, 0], ids[:, 1]
+        hidden = self.pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents, the posterior's mean."""
+        z = self.vae.encode(pixels).latent_dist.mean
+        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images [N, 3, H, W] in [-1, 1]."""
+        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v = e - x0 at x [N, C, H, W], t [N]. Captions go in at their own lengths, which the transformer pads itself."""
+        assert cond.mask is not None
+        captions = [e[:n] for e, n in zip(cond.embeds.to(self.dtype), cond.mask.sum(1).tolist(), strict=True)]
+        images = list(x.to(self.dtype).unsqueeze(2).unbind(0))
+        out = net(images, 1 - t, captions, return_dict=False)[0]
+        return -torch.stack(list(out)).squeeze(2).float()
+
+    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance; the pipeline's own `guidance_scale` is this one less 1."""
+        return flow.guide(v, v_null, scale)
+
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
+        """Image tokens [N, T, W] after the layers `taps`, which have them before the caption's; later layers are not run."""
+        tokens = x.shape[-2] * x.shape[-1] // 4
+        return [o[:, :tokens].float() for o in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        return list(net.get_submodule("layers").children())
