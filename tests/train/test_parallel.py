@@ -97,6 +97,29 @@ def test_minibatches_are_the_steps_however_it_is_shared():
     assert sorted(torch.cat(whole).tolist()) == list(range(8))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_told_to_end_leaves_a_checkpoint_behind_its_last_step(processes, tiny_folder, tmp_path):
+    """SIGTERM, as a cluster sends it: all processes stop behind the same step, and nothing is lost or done twice."""
+    import signal
+    import time
+
+    words = ["mini-sd35-dmd2", f"teacher={tiny_folder}", *COMMON, "save_every=0", "look_every=0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
+    command = [sys.executable, *launch, "-m", "advdmd", "train", *words, "iterations=4000", "--out", str(tmp_path / "r")]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
+    until, metrics = time.monotonic() + 120, tmp_path / "r/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < until:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "as asked: the same command goes on from it" in said
+    rows = metrics.read_text().splitlines()
+    assert last(tmp_path / "r")[0] == f"step-{len(rows):07d}"
+    assert not (tmp_path / "r/student").exists()
+
+
 def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(tiny_folder, tmp_path):
     import signal
     import time

@@ -1,6 +1,10 @@
 """The training loop: deal a batch, play an iteration, write down what happened, save, look."""
 
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,20 @@ from advdmd.train.book import Book
 from advdmd.train.learner import Learner
 from advdmd.train.meter import Meter
 from advdmd.types import ALONE, Batch, Log, Team
+
+
+@contextmanager
+def _terminating() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM ends nothing: it makes what is given answer True, in all processes once one of them was told."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield lambda: parallel.any_of(bool(told))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def due(done: int, every: int, total: int) -> bool:
@@ -48,7 +66,8 @@ def run(
     place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
     `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs;
     `track` names where the numbers go besides metrics.jsonl.
-    Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite.
+    Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite; SystemExit, behind a
+    checkpoint, after SIGTERM.
     """
     players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
     start = checkpoint.resume(folder / "checkpoints", players, extra, fingerprint)
@@ -59,7 +78,7 @@ def run(
     parallel.wait()  # until all have read the checkpoint
     # Metrics, exams, pictures and checkpoints are the first process's.
     book = Book(folder, label, steps, start, show, track) if not team.rank else None
-    try:
+    with _terminating() as terminated, closing(book) if book else nullcontext():
         for step in range(start, steps):
             batch, samples = deal(step)
             if meter:
@@ -77,10 +96,12 @@ def run(
             last = sat and over()
             if book and look and (last or due(step + 1, look_every, steps)):
                 look(step + 1)
-            if book and (last or due(step + 1, save_every, steps)):
+            stop = terminated()
+            if book and (last or stop or due(step + 1, save_every, steps)):
                 checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint)
-            if last:
+            if last or step + 1 == steps:
                 return
-    finally:
-        if book:
-            book.close()
+            if stop:
+                if book:
+                    print(f"\nstopped after step {step}, as asked: the same command goes on from it", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM)

@@ -71,6 +71,13 @@ def mean(log: Log) -> Log:
     return dict(zip(log, every.mean(1).tolist(), strict=True))
 
 
+def any_of(mine: bool) -> bool:
+    """Whether it is so for any process."""
+    if not dist.is_initialized():
+        return mine
+    return bool(_gather(home(torch.tensor([float(mine)]))).any())
+
+
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():
