@@ -1,0 +1,202 @@
+"""Kills training, encoding, drawing and scoring, and export at random moments, lets the same call go on, and compares.
+
+    python runs/kills.py [--kills 100] [--seed 0] [--ranks 1] [--out results/kills.json]
+
+One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed. Two ranks
+(torchrun, one worker is killed): weights must agree within 2e-4. The work is tiny and its classes real.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from advdmd import run
+from advdmd.data.cache import SHARD
+from advdmd.data.shapes import make_pool
+from advdmd.encode import encode
+from advdmd.evaluate import evaluate
+from advdmd.evaluation.shapes import Shapes
+from advdmd.models import mini
+from advdmd.recipes.find import resolve
+from advdmd.world.caption import VOCABULARY
+
+TINY = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+WORDS = [
+    *(
+        "iterations=12",
+        "algorithm.group=2",
+        "prompts_per_step=4",
+        "data.prompts=8",
+        "data.reals=2",
+        "save_every=2",
+        "threads=1",
+    ),
+    *("look_every=4", "exam_every=4", "exam_images=2", "algorithm.warmup=3", "algorithm.ramp=2", "critic.hidden=8"),
+]
+
+
+def teacher(folder: Path) -> Path:
+    mini.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
+    note = {"name": "tiny", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
+    (folder / "advdmd.json").write_text(json.dumps(note))
+    return folder
+
+
+def photos(folder: Path, n: int = 3 * SHARD) -> Path:
+    """A folder of captioned images, three shards of a cache."""
+    folder.mkdir()
+    pool = make_pool(n, 1)
+    for i, image in enumerate(pool.images):
+        Image.fromarray(image[0]).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"{caption} {i}"}) for i, caption in enumerate(pool.prompts)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Relative name -> hash of every file but hidden ones; of metrics without what a clock said."""
+    found = {}
+    for f in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        data = f.read_bytes()
+        if f.name == "metrics.jsonl":
+            rows = [json.loads(line) for line in data.decode().splitlines()]
+            data = json.dumps([{k: v for k, v in r.items() if k != "cost/eta"} for r in rows]).encode()
+        found[str(f.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def child(work: Callable[[], object], log: Path) -> int:
+    """Do `work` in a process of its own, which shares what is imported; returns its pid."""
+    if pid := os.fork():
+        return pid
+    try:
+        with open(log, "a") as out:
+            os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+        work()
+        os._exit(0)
+    except BaseException as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def finished(work: Callable[[], object], log: Path) -> float:
+    """Seconds that `work` took; raises RuntimeError if it failed."""
+    began = time.monotonic()
+    if os.waitpid(child(work, log), 0)[1]:
+        raise RuntimeError(f"the work failed: {log.read_text()[-2000:]}")
+    return time.monotonic() - began
+
+
+def trial(name: str, make: Callable[[Path], Callable[[], object]], kills: int, rng: random.Random, base: Path) -> dict:
+    """`kills` kills of one verb, up to three in a row on one folder, then it may finish."""
+    log = base / f"{name}.log"
+    whole = base / f"{name}-whole" / "out"  # all results have the same name, which some files say
+    finished(make(whole), log)  # also warms the caches of the file system
+    shutil.rmtree(whole)
+    took = finished(make(whole), log)
+    wanted, done, early, rounds, different = digest(whole), 0, 0, 0, []
+    while done < kills:
+        folder = base / f"{name}-{rounds}" / "out"
+        for _ in range(min(rng.randint(1, 3), kills - done)):
+            pid = child(make(folder), log)
+            time.sleep(rng.uniform(0.02, 1.05) * took)
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            done += 1
+            early += not os.WIFSIGNALED(status)  # it had ended already
+        finished(make(folder), log)
+        found = digest(folder)
+        different += [f"{rounds}: {k}" for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]
+        rounds += 1
+        shutil.rmtree(folder)
+        print(f"{name}: {done} kills ({early} came too late), {rounds} results, {len(different)} files differ", flush=True)
+    return {
+        "verb": name,
+        "kills": done,
+        "too late": early,
+        "results": rounds,
+        "files each": len(wanted),
+        "different": different,
+    }
+
+
+def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
+    model, images = teacher(base / "teacher"), photos(base / "photos")
+    trained = base / "trained"
+    finished(lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), trained), base / "first.log")
+    suite = Shapes("mini-geneval", images_per_task=32)
+    verbs = {
+        "train": lambda out: lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out),
+        "encode": lambda out: lambda: encode(images, str(model), out, batch=2),
+        "eval": lambda out: lambda: evaluate(str(model), suite, out),
+        "export": lambda out: lambda: run.export_run(trained, out, overwrite=True),
+    }
+    shares = {"train": 0.4, "encode": 0.2, "eval": 0.2, "export": 0.2}
+    return [trial(name, make, round(shares[name] * kills), rng, base) for name, make in verbs.items()]
+
+
+def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[dict]:
+    from safetensors.torch import load_file
+
+    model, whole, folder = teacher(base / "teacher"), base / "whole", base / "killed"
+    words = [*WORDS, f"teacher={model}"]
+    run.train(*resolve("mini-sd35-advdmd", words), whole)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launch, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
+    off, done, late, results = 0.0, 0, 0, 0
+    while done < kills:
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while job.poll() is None and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 3))
+        workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+        if job.poll() is None and workers:
+            os.kill(int(rng.choice(workers)), signal.SIGKILL)
+        else:
+            late += 1
+        job.wait()
+        done += 1
+        if rng.random() < 0.5 or done == kills:  # let it finish
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            a, b = (load_file(f / "checkpoints/step-0000012.safetensors") for f in (whole, folder))
+            off = max(off, *((a[k] - b[k]).abs().max().item() for k in a if "/net/" in k))
+            results += 1
+            shutil.rmtree(folder)
+        print(f"{ranks} ranks: {done} kills ({late} came too late), {results} results, weights off by {off:.2g}", flush=True)
+    return [{"verb": f"train, {ranks} ranks", "kills": done, "too late": late, "results": results, "largest difference": off}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as base:
+        rows = (
+            one_process(args.kills, rng, Path(base)) if args.ranks == 1 else many_ranks(args.kills, args.ranks, rng, Path(base))
+        )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1))
+    sys.exit(any(r.get("different") or r.get("largest difference", 0) > 2e-4 for r in rows))
+
+
+if __name__ == "__main__":
+    main()
