@@ -1,6 +1,7 @@
 """The doctor: healthy runs pass, runs broken on purpose are named with a remedy."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do()
     assert len(health.bands()) >= 12
     assert all(p.meaning and (p.low or p.high) for p in health.PANELS)
     assert all(low <= high for low, high in health.bands().values())
+
+
+def test_the_main_jobs_folder_stands_for_its_run(tmp_path):
+    kept = Path(__file__).parent.parent / "results" / "mini"
+    shutil.copytree(kept, tmp_path / "job/run")
+    assert health.read(tmp_path / "job") == health.read(kept)
 
 
 def test_the_kept_run_of_the_main_job_is_healthy():

@@ -86,7 +86,7 @@ def page(models: Sequence[Model]) -> Any:
     try:
         import gradio as gr
     except ImportError:
-        raise ValueError("the compare page needs gradio: pip install 'advdmd[demo]'") from None
+        raise ValueError("the compare page needs gradio: install advdmd with its extra, pip install -e '.[demo]'") from None
 
     teacher = next((m for m in models if m.how.eta is None and m.how.gap is None), models[0])
     with gr.Blocks(title="advdmd", analytics_enabled=False) as blocks:

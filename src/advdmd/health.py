@@ -148,9 +148,14 @@ def verdict(run: Metrics, findings: Sequence[Finding]) -> str:
     return "; ".join(out) if out else "healthy"
 
 
+def run_of(folder: Path) -> Path:
+    """The run's own folder; the main job's stands for the run in it."""
+    return folder / "run" if (folder / "run/recipe.yaml").is_file() else folder
+
+
 def read(folder: Path) -> Metrics:
     """A run's metrics. Raises ValueError if there are none."""
-    path = folder / "metrics.jsonl"
+    path = run_of(folder) / "metrics.jsonl"
     try:
         found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     except (OSError, ValueError) as e:

@@ -53,8 +53,8 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, label: str) -> "Run":
-        """Raises ValueError if it is none. The main job's folder stands for the run in it."""
-        inner = folder / "run" if (folder / "run/recipe.yaml").is_file() else folder
+        """Raises ValueError if it is none."""
+        inner = health.run_of(folder)
         if not (inner / "recipe.yaml").is_file():
             raise ValueError(f"{folder} is not a training run: it has no recipe.yaml")
         name, r = find.resolve(str(inner / "recipe.yaml"))

@@ -229,7 +229,7 @@ def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"'advdmd\[wandb\]'")]
+    ("kind", "said"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"pip install -e '\.\[wandb\]'")]
 )
 def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path, kind, said):
     if kind == "wandb" and importlib.util.find_spec("wandb"):

@@ -24,7 +24,7 @@ def check(kinds: Sequence[str]) -> None:
         if kind not in TRACKERS:
             raise ValueError(f"track={kind!r}: one of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(kind) is None:
-            raise ValueError(f"track={kind} needs {kind}: pip install 'advdmd[{kind}]'")
+            raise ValueError(f"track={kind} needs {kind}: install advdmd with its extra, pip install -e '.[{kind}]'")
 
 
 def open_tracker(kind: str, folder: Path, label: str, start: int) -> Tracker:
