@@ -3,15 +3,28 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the tensor library says of a full disk is an OSError like any other, with the file's name."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(f"{path} cannot be written ({e}): make room there and run the same command again") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename: a kill or a full disk leaves the old file whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
+        with _told(path):
+            write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -26,7 +39,8 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     for leftover in (making, old):
         shutil.rmtree(leftover, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(making)
+    with _told(path):
+        write(making)
     if path.exists():
         path.rename(old)
     making.rename(path)

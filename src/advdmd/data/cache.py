@@ -83,10 +83,15 @@ def write_null(folder: Path, cond: Cond) -> None:
 
 
 def write_shard(folder: Path, k: int, cond: Cond, latents: Sequence[Tensor], content: str = "") -> None:
-    """Conditions of its prompts, and of each prompt its images' latents [n_i, C, h, w]; `content` names their sources."""
+    """Conditions of its prompts, and of each prompt its images' latents [n_i, C, h, w]; `content` names their sources.
+
+    Raises FloatingPointError, and writes nothing, if a number is not finite.
+    """
     counts = [len(z) for z in latents]
     both = torch.cat(list(latents)).bfloat16().cpu().contiguous()
     tensors = _columns(cond) | {"counts": torch.tensor(counts), "latents": both}
+    if bad := [name for name, v in tensors.items() if not torch.isfinite(v).all()]:
+        raise FloatingPointError(f"{shard_path(folder, k)}: {', '.join(bad)} of these prompts are not finite; try --device cpu")
     _write(shard_path(folder, k), tensors, images=counts, content=content)
 
 
@@ -166,7 +171,7 @@ class Cache:
             file, _ = self._shard(n // SHARD)
             keys = [k for k in ("embeds", "pooled", "mask") if k in file.keys()]  # noqa: SIM118 - not a dict
             at = n % SHARD
-            rows.append(Cond(**{k: _wide(file.get_slice(k)[at : at + 1]) for k in keys}))
+            rows.append(Cond(**{k: self._finite(_wide(file.get_slice(k)[at : at + 1]), n) for k in keys}))
         both = Cond.cat(rows)
         if both.mask is None:
             return both
@@ -181,7 +186,13 @@ class Cache:
         """[C, h, w]: the k-th image of prompt n, counted round."""
         file, counts = self._shard(n // SHARD)
         at = sum(counts[: n % SHARD]) + k % counts[n % SHARD]
-        return file.get_slice("latents")[at : at + 1][0].float()
+        return self._finite(file.get_slice("latents")[at : at + 1][0].float(), n)
+
+    def _finite(self, v: Tensor, n: int) -> Tensor:
+        if not torch.isfinite(v).all():
+            path = shard_path(self.folder, n // SHARD)
+            raise FloatingPointError(f"{path}: what is kept of prompt {n % SHARD} ({self.prompts[n][:60]!r}) is not finite")
+        return v
 
 
 def _wide(v: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""Full disks and numbers that are none: the run stops, says where, and keeps what it had."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from advdmd import run
+from advdmd.data import cache
+from advdmd.recipes.find import resolve
+from advdmd.train import checkpoint
+from advdmd.types import Cond
+
+WORDS = [
+    "iterations=6", "algorithm.group=2", "prompts_per_step=2", "data.prompts=6", "data.reals=1", "save_every=2", "look_every=0",
+    "threads=1", "algorithm.warmup=1", "algorithm.ramp=0", "algorithm.gated=false",
+]  # fmt: skip
+
+
+def train(teacher, out, *words):
+    return run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={teacher}", *words]), out)
+
+
+def weights(folder):
+    return load_file(max((folder / "checkpoints").glob("*.safetensors")))
+
+
+def poison(monkeypatch, where, bad, calls):
+    """Make one number of what a function gives `bad`, in its `calls`-th call."""
+    module, name = where
+    true, seen = getattr(module, name), []
+
+    def changed(*args, **kw):
+        seen.append(1)
+        out = true(*args, **kw)
+        if len(seen) != calls:
+            return out
+        spoiled = (out[0] if isinstance(out, tuple) else out).clone()
+        spoiled.view(-1)[0] = bad
+        return (spoiled, *out[1:]) if isinstance(out, tuple) else spoiled
+
+    monkeypatch.setattr(module, name, changed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "calls", "said"),
+    [
+        ("track_student", 11, r"step \d, fake/main: loss"),
+        ("match_teacher", 3, r"step \d, student/match: loss"),
+        ("pay_end", 2, r"step \d, student/policy: loss nan|step \d, policy: a reward"),
+        ("pay_hops", 2, r"step \d, student/policy: loss nan|step \d, policy: a reward"),
+    ],
+)
+def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
+    """Whether a loss or a reward: step and player are named, and no player has moved since its last good step."""
+    from advdmd.algorithms import advdmd, turns
+
+    poison(monkeypatch, (turns if name in ("track_student", "match_teacher") else advdmd, name), bad, calls)
+    moved = []
+    true = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: moved.append(self) or true(self, *a, **k))
+    with pytest.raises(FloatingPointError, match=said):
+        train(tiny_folder, tmp_path / "r", "save_every=1")
+    for player in moved:
+        for group in player.param_groups:
+            assert all(torch.isfinite(p).all() for p in group["params"])
+    assert checkpoint.newest(tmp_path / "r/checkpoints") is not None
+
+
+def test_a_gradient_that_is_none_stops_the_run_too(tiny_folder, tmp_path, monkeypatch):
+    true, seen = torch.nn.utils.get_total_norm, []
+
+    def spoiled(grads, *a, **k):
+        seen.append(1)
+        if len(seen) == 9:
+            grads[0].view(-1)[0] = float("inf")
+        return true(grads, *a, **k)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", spoiled)
+    with pytest.raises(FloatingPointError, match=r"step \d, .*gradient norm (inf|nan)"):
+        train(tiny_folder, tmp_path / "r")
+
+
+def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_path):
+    good = Cond(torch.ones(2, 3, 4), pooled=torch.ones(2, 4))
+    latents = [torch.ones(1, 4, 8, 8), torch.ones(1, 4, 8, 8)]
+    with pytest.raises(FloatingPointError, match="latents of these prompts are not finite"):
+        cache.write_shard(tmp_path, 0, good, [latents[0], latents[1] / 0])
+    assert not list(tmp_path.iterdir())
+    cache.write_null(tmp_path, good[:1])
+    cache.write_shard(tmp_path, 0, good, latents)
+    tensors = load_file(cache.shard_path(tmp_path, 0))
+    tensors["latents"][1, 0, 0, 0] = float("nan")
+    cache._write(cache.shard_path(tmp_path, 0), tensors, images=[1, 1])
+    cache.write_text(tmp_path / "plan.json", '{"resolution": 32, "teacher": {}}')
+    assert cache.finish(tmp_path, ["a circle", "a square"])
+    kept = cache.Cache(tmp_path)
+    assert kept.real(0, 0).isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"shard-000000.safetensors: what is kept of prompt 1 \('a square'\)"):
+        kept.real(1, 0)
+
+
+def test_a_file_that_grows_too_large_ends_the_run_with_one_line(tiny_folder, tmp_path):
+    """As on a full disk: the operating system refuses the write half way through the first checkpoint."""
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    command = [
+        sys.executable,
+        "-m",
+        "advdmd",
+        "train",
+        "mini-sd35-advdmd",
+        *WORDS,
+        f"teacher={tiny_folder}",
+        "--out",
+        tmp_path / "r",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step-0000002.safetensors cannot be written" in done.stderr
+    assert "File too large" in done.stderr
+    assert not list((tmp_path / "r/checkpoints").iterdir())
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_room(tiny_folder, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    train(tiny_folder, tmp_path / "whole")
+    size = sum(f.stat().st_size for f in (tmp_path / "whole/checkpoints").iterdir()) // 2
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", small], capture_output=True
+    ).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        words = [*WORDS, f"teacher={tiny_folder}"]
+        command = [sys.executable, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(small / "r")]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "No space left" in done.stderr
+        kept = checkpoint.newest(small / "r/checkpoints")
+        assert kept is not None
+        assert 2 <= kept[1]["step"] < 6
+        shutil.copytree(small / "r", tmp_path / "r")
+    finally:
+        subprocess.run(["umount", small], check=True)
+    train(tiny_folder, tmp_path / "r")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "r")
+    assert all(torch.equal(a[k], b[k]) for k in a)
