@@ -6,7 +6,7 @@ from pathlib import Path
 from advdmd import health
 
 ROOT = Path(__file__).parent.parent
-GOOD = ("h1-one-turn", "h2", "h2-guidance-3.2", "h2-one-turn")  # scores above the teacher's or beside it
+GOOD = ("h1", "h1-one-turn", "h2", "h2-guidance-3.2", "h2-one-turn")  # scores above the teacher's or beside it
 BROKEN = ROOT / "results" / "broken"
 
 
