@@ -91,15 +91,23 @@ def test_two_turns_of_a_player_say_whether_they_agree():
     assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((-1, 2), abs=1e-4)
 
 
-def test_eta_is_what_an_iteration_must_cost_over_what_it_does():
-    meter = Meter(lambda: time.sleep(0.02), 4, lambda step: 3.0 + step, batch=8)
-    found = []
+def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
+    clock = [0.0]  # this machine's own is too restless to be tested
+
+    def take(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr("advdmd.train.meter._now", lambda: clock[0])
+    meter = Meter(lambda: take(0.02), 4, lambda step: 3.0 + step, batch=8)
     for step in range(3):
         meter.start(step)
-        time.sleep((3 + step) * 2 * 0.02 * 1.25)  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
-        found.append(meter.stop(step))
-    assert [m["cost/forwards"] for m in found] == [3, 4, 5]
-    assert sorted(m["cost/eta"] for m in found)[1] == pytest.approx(0.8, abs=0.1)
+        take((3 + step) * 2 * 0.02 * 1.25)  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
+        assert meter.stop(step) == pytest.approx({"cost/forwards": 3 + step, "cost/eta": 0.8})
+    meter.forward = lambda: take(0.03)  # the machine becomes slower: seen at step 50, not before
+    for step, eta in ((49, 0.02 / 0.03), (50, 1.0)):
+        meter.start(step)
+        take((3 + step) * 2 * 0.03)
+        assert meter.stop(step)["cost/eta"] == pytest.approx(eta)
 
 
 def test_state_round_trips_and_strangers_are_refused():
@@ -177,6 +185,14 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         checkpoint.resume(folder, {})
     assert "cannot be read" in said[-1]
+
+
+def test_a_run_killed_within_its_first_checkpoint_begins_again(tmp_path):
+    """Tensors come before their record; without one they are no checkpoint, and the next one sweeps them up."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-0000001.safetensors").write_bytes(b"half")
+    run(tmp_path, 2)
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step-0000002.json", "step-0000002.safetensors"]
 
 
 def test_old_checkpoints_are_dropped(tmp_path):

@@ -152,17 +152,28 @@ class Cache:
     def _open(self, k: int) -> tuple[Any, list[int]]:
         path = shard_path(self.folder, k)
         self._check(path)
+        n = min(SHARD, len(self.prompts) - k * SHARD)
         try:
             file = safe_open(path, "pt")
-            return file, file.get_tensor("counts").tolist()
-        except SafetensorError as e:
-            raise ValueError(f"{path}: {e}") from None
+            _fits({name: file.get_slice(name) for name in file.keys()}, n)  # noqa: SIM118 - not a dict
+            counts = file.get_tensor("counts").tolist()
+            if min(counts) < 0 or sum(counts) != file.get_slice("latents").get_shape()[0]:
+                raise ValueError(f"{sum(counts)} images are counted, others are there")
+            return file, counts
+        except (SafetensorError, ValueError) as e:
+            raise ValueError(f"{path} is no shard of {n} prompts ({e}): encode again into another folder") from None
 
     @property
     def null(self) -> Cond:
         """[1] of the empty prompt."""
-        self._check(null_path(self.folder))
-        return Cond(**{k: _wide(v) for k, v in load_file(null_path(self.folder)).items()})
+        path = null_path(self.folder)
+        self._check(path)
+        try:
+            file = safe_open(path, "pt")
+            _fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
+            return Cond(**{k: _wide(v) for k, v in load_file(path).items()})
+        except (SafetensorError, ValueError) as e:
+            raise ValueError(f"{path} is no condition ({e}): encode again into another folder") from None
 
     def cond(self, i: Sequence[int]) -> Cond:
         """Conditions of prompts i, trimmed to the longest where masks say what is a token."""
@@ -193,6 +204,21 @@ class Cache:
             path = shard_path(self.folder, n // SHARD)
             raise FloatingPointError(f"{path}: what is kept of prompt {n % SHARD} ({self.prompts[n][:60]!r}) is not finite")
         return v
+
+
+# Of a shard of n prompts: how many dimensions each tensor has, and what its type begins with.
+LAYOUT = {"embeds": (3, "BF"), "pooled": (2, "BF"), "mask": (2, "I64"), "counts": (1, "I64"), "latents": (4, "BF")}
+
+
+def _fits(found: Mapping[str, Any], n: int, whole: bool = True) -> None:
+    """Raises ValueError unless tensors are what `write_shard` writes of n prompts, or without images `write_null`."""
+    needed = {"embeds", "counts", "latents"} if whole else {"embeds"}
+    if wrong := sorted((needed - found.keys()) | (found.keys() - LAYOUT.keys())):
+        raise ValueError(f"{wrong[0]} is missing or strange")
+    for name, v in found.items():
+        dims, kind = LAYOUT[name]
+        if len(v.get_shape()) != dims or not v.get_dtype().startswith(kind) or (name != "latents" and v.get_shape()[0] != n):
+            raise ValueError(f"{name} is {v.get_dtype()} {list(v.get_shape())}")
 
 
 def _wide(v: Tensor) -> Tensor:

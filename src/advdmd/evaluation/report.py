@@ -109,13 +109,16 @@ def read_scores(path: Path) -> tuple[dict[str, Any], Rows]:
     summary = json.loads(file.read_text())
     if not isinstance(summary, dict) or "scores" not in summary:
         raise ValueError(f"{file} is not a record of scores: name an evaluation's folder or its scores.json")
-    same = {k: summary[k] for k in ("suite", "suite_hash", "seed")}
-    rows = [
-        {"task": task, "item": item, "k": k, "loose": loose, "strict": strict, **same}
-        for task, items in summary.pop("scores").items()
-        for item, images in items.items()
-        for k, (loose, strict) in enumerate(images)
-    ]
+    try:
+        same = {k: summary[k] for k in ("suite", "suite_hash", "seed")}
+        rows = [
+            {"task": task, "item": item, "k": k, "loose": float(loose), "strict": float(strict), **same}
+            for task, items in summary.pop("scores").items()
+            for item, images in items.items()
+            for k, (loose, strict) in enumerate(images)
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{file} is damaged ({e!r}): score again") from None
     return summary, rows
 
 

@@ -31,7 +31,9 @@ def save(
     write_text(path.with_suffix(".json"), json.dumps(record))
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    for tensors_file in folder.glob("step-*.safetensors"):
+        if not tensors_file.with_suffix(".json").exists():
+            tensors_file.unlink()
     return path
 
 
@@ -60,7 +62,7 @@ def resume(
 
     found = newest(folder)
     if found is None:
-        if any(folder.glob("step-*")):
+        if any(folder.glob("step-*.json")):  # tensors without a record were being written when the run was killed
             raise ValueError(f"{folder}: every checkpoint is damaged; remove the folder to start again")
         return 0
     tensors, record = load_file(found[0]), found[1]

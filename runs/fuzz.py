@@ -1,0 +1,363 @@
+"""Hostile input, 20,000 cases: each ends in a result or one clear error, none in a crash, a hang, a file outside of the folder.
+
+    python runs/fuzz.py [--cases 20000] [--seed 0] [--out results/fuzz.json]
+
+A ValueError, or an OSError that names a file, is a clear error. Anything else is a finding, and so are five seconds.
+"""
+
+import argparse
+import io
+import json
+import random
+import signal
+import sys
+import tarfile
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from advdmd import health
+from advdmd.data import cache
+from advdmd.data.sources import Entry, load_image, read_entries
+from advdmd.evaluation import dpg, report
+from advdmd.evaluation.shapes import item_of
+from advdmd.models import load
+from advdmd.recipe import dump
+from advdmd.recipes import find
+from advdmd.train import checkpoint
+from advdmd.types import Cond
+from advdmd.world import caption
+
+STRANGE = (
+    *(
+        "",
+        " ",
+        "\x00",
+        "\n",
+        "\t\r",
+        "null",
+        "nan",
+        ".inf",
+        "-1",
+        "1e999",
+        "9" * 400,
+        "true",
+        "[]",
+        "{}",
+        "../..",
+        "/etc/passwd",
+        "~",
+    ),
+    *(
+        "a picture of",
+        "red",
+        "circle",
+        "above",
+        "é",
+        "ß",
+        "日本",
+        "🟥",
+        "\u202e",
+        "\ud800",
+        "\ufeff",
+        "<script>",
+        "%s%n",
+        "${HOME}",
+        "a" * 10_000,
+    ),
+    *(
+        "!!python/object/apply:os.system ['true']",
+        "&a [*a]",
+        "*x",
+        "- -",
+        ": :",
+        "algorithm",
+        "steps",
+        "recipe",
+        "data.folder",
+        "teacher",
+    ),
+)
+
+
+class Slow(BaseException):
+    """Five seconds are over."""
+
+
+def text(rng: random.Random, most: int = 6) -> str:
+    glue = rng.choice(("", " ", ".", "=", ": ", "\n"))
+    parts = [rng.choice(STRANGE) if rng.random() < 0.7 else rng.choice(caption.VOCABULARY) for _ in range(rng.randint(0, most))]
+    said = glue.join(parts)
+    return "".join(c for c in said if rng.random() > 0.02) if rng.random() < 0.3 else said
+
+
+def plain(rng: random.Random) -> str:
+    """Text that a file in UTF-8 can hold."""
+    return text(rng).encode("utf-8", "ignore").decode()
+
+
+def thing(rng: random.Random, depth: int = 3) -> object:
+    kinds = [text(rng, 2), rng.randint(-3, 10**6), rng.random() * 10 ** rng.randint(-9, 9), None, True, float("nan")]
+    if depth and rng.random() < 0.4:
+        return [thing(rng, depth - 1) for _ in range(rng.randint(0, 3))]
+    if depth and rng.random() < 0.4:
+        return {text(rng, 1): thing(rng, depth - 1) for _ in range(rng.randint(0, 3))}
+    return rng.choice(kinds)
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.randint(0, 4)):
+        kind = rng.random()
+        if not out:
+            break
+        if kind < 0.3:
+            del out[rng.randrange(len(out)) :]
+        elif kind < 0.8:
+            out[rng.randrange(len(out))] = rng.randrange(256)
+        else:
+            at = rng.randrange(len(out))
+            out[at:at] = rng.randbytes(rng.randint(1, 64))
+    return bytes(out)
+
+
+def overrides(rng: random.Random, here: Path) -> None:
+    name, r = find.resolve("mini-sd35-advdmd")
+    keys = [line.split(":")[0].strip() for line in dump(name, r).splitlines()]
+
+    def word() -> str:
+        key = f"{rng.choice(('', 'algorithm.', 'match.', 'data.'))}{rng.choice(keys)}"
+        value = rng.choice((plain(rng), rng.randint(1, 9), rng.random(), "true"))
+        return f"{key}={value}" if rng.random() < 0.9 else plain(rng)
+
+    words = [word() for _ in range(rng.randint(1, 2))]
+    find.resolve(rng.choice((name, name, plain(rng))), words)
+
+
+def recipe_file(rng: random.Random, here: Path) -> None:
+    good = dump(*find.resolve(rng.choice(("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow"))))
+    lines = good.splitlines()
+    for _ in range(rng.randint(0, 4)):
+        at = rng.randrange(len(lines))
+        lines[at] = rng.choice((plain(rng), lines[at].split(":")[0] + ": " + plain(rng), lines[at] + plain(rng), ""))
+    file = here / "recipe.yaml"
+    file.write_bytes(damaged("\n".join(lines).encode(), rng) if rng.random() < 0.3 else "\n".join(lines).encode())
+    find.resolve(str(file))
+
+
+def prompt(rng: random.Random, here: Path) -> None:
+    said = text(rng, 8)
+    for f in (caption.check_prompt, item_of, caption.parse):
+        with suppress(ValueError):
+            f(said)
+
+
+def metadata(rng: random.Random, here: Path) -> None:
+    rows = [
+        thing(rng) if rng.random() < 0.3 else {"text": text(rng), "file_name": rng.choice((*STRANGE, "0.png"))}
+        for _ in range(3)
+    ]
+    said = "\n".join(json.dumps(r) for r in rows).encode("utf-8", "surrogatepass")
+    file = here / rng.choice(("metadata.jsonl", "prompts.txt", "p.jsonl"))
+    file.write_bytes(damaged(said, rng))
+    for e in read_entries(file if rng.random() < 0.7 else here):
+        if e.image is not None:
+            assert e.image.resolve().is_relative_to(here.resolve()), f"outside: {e.image}"
+
+
+def table(rng: random.Random, here: Path) -> None:
+    file = here / "dpg.csv"
+    file.write_bytes(
+        damaged((HEAD + "\n".join(",".join(plain(rng) for _ in range(rng.randint(5, 9))) for _ in range(3))).encode(), rng)
+    )
+    dpg.DPG(file).items()
+
+
+HEAD = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+
+
+def picture(rng: random.Random) -> bytes:
+    mode = rng.choice(("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F", "YCbCr"))
+    kind = rng.choice(("png", "jpeg", "webp", "gif", "tiff", "bmp"))
+    image, out = Image.new("RGB", (rng.randint(1, 40), rng.randint(1, 40)), "red"), io.BytesIO()
+    try:
+        image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+        exif = Image.Exif()
+        exif[274] = rng.randint(0, 9)
+        image.save(out, kind, exif=exif, **({"save_all": True, "append_images": [image] * 2} if kind == "gif" else {}))
+    except (OSError, ValueError, KeyError):
+        image.convert("RGB").save(out, "png")
+    return out.getvalue()
+
+
+def image(rng: random.Random, here: Path) -> None:
+    file = here / "x.png"
+    file.write_bytes(damaged(picture(rng), rng) if rng.random() < 0.8 else rng.randbytes(rng.randint(0, 200)))
+    found = load_image(Entry("a", file), 16, 16)
+    assert found.shape == (3, 16, 16)
+    assert np.isfinite(found).all()
+
+
+def tar(rng: random.Random, here: Path) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as t:
+        for _ in range(rng.randint(0, 4)):
+            key = rng.choice(("a", "../a", "/tmp/a", "b/../../c", plain(rng)[:80] or "x"))
+            for ending, data in (
+                (".png", picture(rng)),
+                (rng.choice((".txt", ".json")), text(rng).encode("utf-8", "surrogatepass")),
+            ):
+                m = tarfile.TarInfo(key + ending)
+                m.size = len(data)
+                if rng.random() < 0.2:
+                    m.type, m.linkname = (
+                        rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)),
+                        "/etc/passwd",
+                    )
+                t.addfile(m, io.BytesIO(data))
+    (here / "x.tar").write_bytes(damaged(out.getvalue(), rng))
+    for e in read_entries(here / "x.tar"):
+        load_image(e, 8, 8)
+
+
+def shard(rng: random.Random, here: Path) -> None:
+    """A cache that someone else wrote: right hashes, wrong insides."""
+    n = rng.randint(1, 3)
+    tensors = {
+        "embeds": torch.zeros(n, 3, 4, dtype=torch.bfloat16),
+        "counts": torch.ones(n, dtype=torch.long),
+        "latents": torch.zeros(n, 4, 8, 8, dtype=torch.bfloat16),
+    }
+    for k in list(tensors):
+        kind = rng.random()
+        if kind < 0.15:
+            del tensors[k]
+        elif kind < 0.3:
+            tensors[k] = torch.zeros([rng.randint(0, 3) for _ in range(rng.randint(0, 4))])
+        elif kind < 0.4:
+            tensors[k] = tensors[k].to(rng.choice((torch.int8, torch.float64, torch.bool)))
+    if rng.random() < 0.5:
+        cache._write(cache.shard_path(here, 0), tensors, images=[1] * n)
+    else:
+        save_file(tensors, cache.shard_path(here, 0))
+        cache.shard_path(here, 0).with_suffix(".json").write_bytes(damaged(b'{"sha256": "0", "images": [1]}', rng))
+    cache.write_null(here, Cond(torch.zeros(1, 3, 4)))
+    for name, said in (
+        ("plan.json", {"resolution": 32, "teacher": {}}),
+        ("manifest.json", {"format": 1, "prompts": n, "images": n, "prompts_without_image": 0}),
+    ):
+        (here / name).write_bytes(json.dumps(said if rng.random() < 0.7 else thing(rng)).encode("utf-8", "surrogatepass"))
+    (here / "prompts.jsonl").write_text('"a"\n' * n)
+    kept = cache.Cache(here)
+    kept.expect({})
+    kept.with_images()
+    kept.cond(range(n))
+    _ = kept.null
+    for i in range(n):
+        kept.images(i)
+        kept.real(i, 0)
+
+
+def records(rng: random.Random, here: Path) -> None:
+    """Files that a run or an evaluation left, damaged: metrics, scores, checkpoints, a model's note."""
+    rows = [{"step": i, "fake/loss": 1.0} for i in range(3)]
+    (here / "metrics.jsonl").write_bytes(damaged("\n".join(json.dumps(r) for r in rows).encode(), rng))
+    (here / "scores.json").write_bytes(
+        damaged(json.dumps({"suite": "s", "suite_hash": "h", "seed": 0, "scores": {"t": {"i": [[0, 1]]}}}).encode(), rng)
+        if rng.random() < 0.7
+        else json.dumps(thing(rng)).encode("utf-8", "surrogatepass")
+    )
+    (here / "step-0000001.json").write_bytes(damaged(b'{"step": 1, "sha256": "0", "run": "", "counters": {}}', rng))
+    (here / "advdmd.json").write_bytes(json.dumps(thing(rng)).encode("utf-8", "surrogatepass"))
+    (here / "model_index.json").write_bytes(json.dumps(thing(rng)).encode("utf-8", "surrogatepass"))
+    for f in (
+        lambda: health.examine(health.read(here), health.bands()),
+        lambda: report.read_scores(here),
+        lambda: checkpoint.newest(here, say=lambda _: None),
+        lambda: load.load(str(here)),
+    ):
+        with suppress(ValueError, OSError):
+            f()
+
+
+KINDS: dict[str, tuple[Callable[[random.Random, Path], None], int]] = {
+    "overrides": (overrides, 4),
+    "recipe file": (recipe_file, 4),
+    "prompt": (prompt, 4),
+    "metadata": (metadata, 3),
+    "csv": (table, 2),
+    "image": (image, 4),
+    "tar": (tar, 2),
+    "cache": (shard, 2),
+    "records": (records, 2),
+}
+
+
+def case(kind: str, seed: int) -> str:
+    """What came of one case: fine, refused, or the finding."""
+    rng, told = random.Random(f"{kind}/{seed}"), ""
+    with tempfile.TemporaryDirectory() as root:
+        here = Path(root) / "in"
+        here.mkdir()
+        Image.new("RGB", (4, 4)).save(here / "0.png")
+        signal.alarm(5)
+        try:
+            KINDS[kind][0](rng, here)
+            told = "fine"
+        except (ValueError, OSError) as e:
+            told = "refused" if str(e) else "an error that says nothing"
+        except FloatingPointError:
+            told = "refused"
+        except Slow:
+            told = "slow"
+        except Exception:
+            told = traceback.format_exc(limit=-3)
+        finally:
+            signal.alarm(0)
+        if [p.name for p in Path(root).iterdir()] != ["in"]:
+            told = "wrote outside of the folder"
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    def late(*_: object) -> None:
+        raise Slow
+
+    signal.signal(signal.SIGALRM, late)
+    torch.set_num_threads(1)
+    load.quiet()
+    total, rows, bad = sum(w for _, w in KINDS.values()), {}, 0
+    for kind, (_, weight) in KINDS.items():
+        count: Counter[str] = Counter()
+        for i in range(-(-args.cases * weight // total)):
+            told = case(kind, args.seed * 10**6 + i)
+            if told not in ("fine", "refused"):
+                bad += 1
+                if bad <= 20:
+                    print(f"--- {kind}, case {i}: {told}", flush=True)
+            count[told if told in ("fine", "refused", "slow") else "finding"] += 1
+        rows[kind] = dict(count)
+        print(kind, rows[kind], flush=True)
+    if args.out:
+        args.out.write_text(
+            json.dumps({"seed": args.seed, "cases": sum(sum(r.values()) for r in rows.values()), "rows": rows}, indent=1)
+        )
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
