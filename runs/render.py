@@ -207,6 +207,34 @@ def summary() -> str:
     return "\n".join(out)
 
 
+def between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Put text between two marks of a page."""
+    said = page.read_text()
+    head, tail = said.index(marks[0]) + len(marks[0]), said.index(marks[1])
+    page.write_text(f"{said[:head]}\n{text}\n{said[tail:]}")
+
+
+def reliability() -> None:
+    """What the kills and the hostile cases came to."""
+    page = RESULTS.parent / "docs/reliability.md"
+    if (file := RESULTS / "kills.json").is_file():
+        told = json.loads(file.read_text())
+        lines = ["| verb | kills | too late | results compared | files in each | files that differ |", "|---" * 6 + "|"]
+        for r in told["rows"]:
+            cells = [str(r[k]) for k in ("verb", "kills", "too late", "results", "files each")]
+            lines.append(f"| {' | '.join(cells)} | {len(r['different'])} |")
+        between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", f"Seed {told['seed']}."]))
+    if (file := RESULTS / "fuzz.json").is_file():
+        told = json.loads(file.read_text())
+        lines = ["| what | results | clear errors | slow | findings |", "|---" * 5 + "|"]
+        for kind, r in told["rows"].items():
+            lines.append(f"| {kind} | {' | '.join(str(r.get(k, 0)) for k in ('fine', 'refused', 'slow', 'finding'))} |")
+        said = (
+            f"{told['cases']:,} cases, seed {told['seed']}; of prompts and records the harness takes clear errors for results."
+        )
+        between(page, ("<!-- fuzz -->", "<!-- /fuzz -->"), "\n".join([*lines, "", said]))
+
+
 def main() -> None:
     lines = [
         "# Results",
@@ -220,11 +248,12 @@ def main() -> None:
         lines += claim(name)
     if any((RESULTS / "ablations").glob("*.json")):
         lines += ["", "## Ablations", "", "`runs/ablations.sh`: one change to the recipe, equal forwards, strict.", ""]
-        lines += [ablations(RESULTS / "ablations")]
+        lines += [ablations(RESULTS / "ablations"), ""]
+        reading = RESULTS / "ablations" / "reading.md"  # what the table teaches, in words
+        lines += [reading.read_text().strip()] if reading.is_file() else []
     PAGE.write_text("\n".join(lines) + "\n")
-    text = README.read_text()
-    head, tail = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-    README.write_text(f"{text[:head]}\n{summary()}\n{text[tail:]}")
+    between(README, MARKS, summary())
+    reliability()
     print(PAGE)
 
 

@@ -158,3 +158,17 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_roo
     train(tiny_folder, tmp_path / "r")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "r")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_no_secret_of_the_environment_reaches_what_a_run_writes(tiny_folder, tmp_path, monkeypatch, capfd):
+    from advdmd import page
+
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "hunter2-sentinel")
+    train(tiny_folder, tmp_path / "r", "iterations=2", "look_every=2")
+    page.write([tmp_path / "r"], [], tmp_path / "report.html")
+    said = "".join(capfd.readouterr())
+    assert "hunter2" not in said
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert len(files) > 15
+    assert not [f for f in files if b"hunter2" in f.read_bytes()]
