@@ -39,6 +39,18 @@ def outputs(blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], 
     return [found[i] for i in taps]
 
 
+def kl_encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] -> latents of an AutoencoderKL, the posterior's mean."""
+    z = vae.encode(pixels).latent_dist.mean
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def kl_decode(vae: Any, latents: Tensor) -> Tensor:
+    """Its latents -> images [N, 3, H, W] in [-1, 1]."""
+    z = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+
+
 class Backbone(Protocol):
     """One family of flow models, read from a diffusers pipeline folder: a new one is one file.
 
@@ -63,7 +75,7 @@ class Backbone(Protocol):
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor: ...
     def embed(self, ids: Tensor) -> Cond: ...
-    def encode(self, pixels: Tensor) -> Tensor: ...
+    def encode(self, pixels: Tensor) -> Tensor: ...  # images [N, 3, H, W] in [-1, 1] -> latents
     def decode(self, latents: Tensor) -> Tensor: ...
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
     def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor: ...

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import ATTENTION, outputs
+from advdmd.models.backbone import ATTENTION, kl_decode, kl_encode, outputs
 from advdmd.types import Cond
 
 MLP = ("net.0.proj", "net.2")
@@ -79,14 +79,10 @@ class SD3:
         return Cond(torch.cat([clip, t5], 1), torch.cat([o.text_embeds for o in out], -1))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents, the posterior's mean."""
-        z = self.vae.encode(pixels).latent_dist.mean
-        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return kl_encode(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images [N, 3, H, W] in [-1, 1]."""
-        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+        return kl_decode(self.vae, latents)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]; SD3 takes t * 1000 and already points from data to noise."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import outputs
+from advdmd.models.backbone import kl_decode, kl_encode, outputs
 from advdmd.types import Cond
 
 LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
@@ -55,14 +55,10 @@ class ZImage:
         return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents, the posterior's mean."""
-        z = self.vae.encode(pixels).latent_dist.mean
-        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return kl_encode(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images [N, 3, H, W] in [-1, 1]."""
-        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+        return kl_decode(self.vae, latents)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]. Captions go in at their own lengths, which the transformer pads itself."""
