@@ -219,7 +219,10 @@ def reliability() -> None:
     page = RESULTS.parent / "docs/reliability.md"
     if (file := RESULTS / "kills.json").is_file():
         told = json.loads(file.read_text())
-        lines = ["| verb | kills | too late | results compared | files in each | files that differ |", "|---" * 6 + "|"]
+        lines = [
+            "| verb | signals | of them too late | results compared | files in each | files that differ |",
+            "|---" * 6 + "|",
+        ]
         for r in told["rows"]:
             cells = [str(r[k]) for k in ("verb", "kills", "too late", "results", "files each")]
             lines.append(f"| {' | '.join(cells)} | {len(r['different'])} |")
