@@ -220,7 +220,7 @@ def reliability() -> None:
     if (file := RESULTS / "kills.json").is_file():
         told = json.loads(file.read_text())
         lines = [
-            "| verb | signals | of them too late | results compared | files in each | files that differ |",
+            "| verb | signals | too late | results compared | files each | files that differ |",
             "|---" * 6 + "|",
         ]
         for r in told["rows"]:
