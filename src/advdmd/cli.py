@@ -120,8 +120,7 @@ def train(
     name, r = find.resolve(recipe, changes or [])
     student = go(name, r, out, overwrite, track or ())
     print(f"student: {student}")
-    metrics = health.read(out)
-    print(f"health: {health.verdict(metrics, health.examine(metrics, health.bands()))}")
+    print(f"health: {health.line(health.read(out), r.teacher)}")
 
 
 @app.command()

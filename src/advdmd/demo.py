@@ -29,6 +29,11 @@ class Model:
     backbone: Any
     how: Sampling
 
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it takes any number of steps, as the ODE does."""
+        return self.how.eta is None and self.how.gap is None
+
     @classmethod
     def read(cls, name: str) -> "Model":
         """Raises ValueError if it cannot be loaded."""
@@ -39,7 +44,7 @@ class Model:
 
     def draw(self, prompt: str, seed: int, images: int, steps: int | None = None) -> tuple[np.ndarray, str]:
         """Images [images, H, W, 3] and a line: steps, evaluations, seconds, verdict. A student keeps its own steps."""
-        how = replace(self.how, steps=steps) if steps and self.how.eta is None and self.how.gap is None else self.how
+        how = replace(self.how, steps=steps) if steps and self.is_teacher else self.how
         began = time.perf_counter()
         drawn = painter(self.backbone, self.backbone.net, how)([prompt] * images, [("demo", k, seed) for k in range(images)])
         took = time.perf_counter() - began
@@ -88,7 +93,7 @@ def page(models: Sequence[Model]) -> Any:
     except ImportError:
         raise ValueError("the compare page needs gradio: install advdmd with its extra, pip install -e '.[demo]'") from None
 
-    teacher = next((m for m in models if m.how.eta is None and m.how.gap is None), models[0])
+    teacher = next((m for m in models if m.is_teacher), models[0])
     with gr.Blocks(title="advdmd", analytics_enabled=False) as blocks:
         gr.Markdown("# Teacher beside students\nThe same prompt and noise for all. Students take the steps they were made for.")
         prompt = gr.Textbox(EXAMPLE, label="Prompt", max_length=LONGEST, elem_id="prompt")

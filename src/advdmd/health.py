@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from advdmd.exam import parted
+from advdmd.models.load import SHIPPED
 
 Metrics = Sequence[Mapping[str, float]]
 Band = tuple[float, float]
@@ -146,6 +147,13 @@ def verdict(run: Metrics, findings: Sequence[Finding]) -> str:
     if (step := parted(run)) is not None:
         out.append(f"reward and score parted after {step} iterations: keep the best average, lower policy.lr")
     return "; ".join(out) if out else "healthy"
+
+
+def line(run: Metrics, teacher: str) -> str:
+    """The verdict by the shipped ranges, which are those of the miniature's teachers and say nothing of others."""
+    if teacher not in SHIPPED:
+        return "no ranges for this teacher: compare with a good run of your own, advdmd doctor --against"
+    return verdict(run, examine(run, bands()))
 
 
 def run_of(folder: Path) -> Path:

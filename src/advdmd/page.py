@@ -129,11 +129,8 @@ def _overview(runs: Sequence[Run]) -> str:
     """Who they are, how far they came, and what the doctor says."""
     out = []
     for i, r in enumerate(runs):
-        step, verdict = int(r.metrics[-1]["step"]) + 1, health.verdict(r.metrics, health.examine(r.metrics, r.bands))
-        said = (
-            verdict if r.bands else "no ranges for this teacher: compare with a good run of your own, advdmd doctor --against"
-        )
-        mark = ("good" if verdict == "healthy" else "bad") if r.bands else ""
+        step, said = int(r.metrics[-1]["step"]) + 1, health.line(r.metrics, r.recipe.teacher)
+        mark = ("good" if said == "healthy" else "bad") if r.bands else ""
         done = f"{step} of {r.recipe.iterations} iterations, {r.recipe.forwards_until(step):,.0f} forwards a sample"
         sort = f"{html.escape(r.name)} from {html.escape(r.recipe.teacher)}, seed {r.recipe.seed}"
         out.append(f'<p><b>{_key(i, r.label)}</b>: {sort}<br>{done}<br><span class="{mark}">{html.escape(said)}</span></p>')
@@ -212,8 +209,8 @@ def _scores(found: Sequence[Path]) -> str:
         out.append(_part(f"{html.escape(suite)}, {html.escape(split)}", _table(rows) + paired))
         columns = [(n, p, _verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()]
         if columns:
-            shown, told = gallery.cards(columns[::-1], FAILURES)
-            out.append(f"<details><summary>{told}</summary>{shown}</details>")
+            shown, told, note = gallery.cards(columns[::-1], FAILURES)
+            out.append(f"<details><summary>{told}</summary><p>{note}</p>{shown}</details>")
     return "".join(out)
 
 

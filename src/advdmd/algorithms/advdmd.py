@@ -199,7 +199,8 @@ class AdvDMD:
             now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]
             cast.auc[level - 1] = self.auc_memory * cast.auc[level - 1] + (1 - self.auc_memory) * now
             log[f"critic/auc_{level}"] = cast.auc[level - 1].item()
-            log[f"critic/gap_{level}"] = (real_logits[at].mean() - fake_logits[at].mean()).item() if at.any() else 0.0
+            if at.any():  # of all processes' samples, so all of them agree
+                log[f"critic/gap_{level}"] = (real_logits[at].mean() - fake_logits[at].mean()).item()
         log["critic/gap"] = (real_logits[shown].mean() - fake_logits[shown].mean()).item()
         return log
 

@@ -62,9 +62,9 @@ def _figure(label: str, folder: Path, row: dict[str, Any]) -> str:
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
-def cards(columns: Sequence[Column], limit: int) -> tuple[str, str]:
+def cards(columns: Sequence[Column], limit: int) -> tuple[str, str, str]:
     """The images of the first column that fail the strict rule, spread over the tasks, the other columns' images of the same
-    prompts and seeds beside them; and a line that says how many there are."""
+    prompts and seeds beside them; how many there are; and how many are shown, if not all."""
     label, _, rows = columns[0]
     failed = [r for r in rows if r["strict"] < 1]
     by_task: dict[str, list[dict[str, Any]]] = {}
@@ -84,9 +84,8 @@ def cards(columns: Sequence[Column], limit: int) -> tuple[str, str]:
         )
         out.append(f'<article>{head}<div class="row">{"".join(figures)}</div></article>')
     told = f"{html.escape(label)}: {len(failed)} of {len(rows)} images fail the strict rule"
-    return "".join(out), told + (
-        f"; {len(shown)} of them are shown, at most {share} a task" if len(shown) < len(failed) else ""
-    )
+    note = f"{len(shown)} of them are shown, at most {share} a task." if len(shown) < len(failed) else ""
+    return "".join(out), told, note
 
 
 def document(title: str, body: str, style: str = "") -> str:
@@ -99,6 +98,5 @@ def document(title: str, body: str, style: str = "") -> str:
 
 def page(columns: Sequence[Column], limit: int = 120) -> str:
     """Self-contained HTML of a model's failures."""
-    found, told = cards(columns, limit)
-    title, _, shown = told.partition("; ")
-    return document(title, f"<p>{shown}</p>{found}")
+    found, title, note = cards(columns, limit)
+    return document(title, f"<p>{note}</p>{found}")

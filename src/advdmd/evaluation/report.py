@@ -106,7 +106,10 @@ def read_scores(path: Path) -> tuple[dict[str, Any], Rows]:
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no scores.json: score it first with advdmd eval")
-    summary = json.loads(file.read_text())
+    try:
+        summary = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged ({e}): score again") from None
     if not isinstance(summary, dict) or "scores" not in summary:
         raise ValueError(f"{file} is not a record of scores: name an evaluation's folder or its scores.json")
     try:
