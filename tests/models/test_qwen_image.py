@@ -1,5 +1,6 @@
 """Qwen-Image as a backbone, against the stock pipeline."""
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from advdmd import flow, run
 from advdmd.kernels import renoise
 from advdmd.models import load, mini
 from advdmd.models.cast import Teacher
-from advdmd.models.qwen_image import PREFIX, QwenImage, pack, unpack
+from advdmd.models.qwen_image import PREFIX, QwenImage, pack, see_images, unpack
 from advdmd.models.sampler import Sampling, draw_noise, sample
 from advdmd.recipes.find import resolve
 from advdmd.rollout import rollout
@@ -133,6 +134,23 @@ def test_latents_round_trip_through_the_configured_statistics(qwen):
         assert torch.equal(qwen.decode(z), plain)
         encoded = qwen.vae.encode(plain[:, :, None]).latent_dist.mean[:, :, 0]
         torch.testing.assert_close(qwen.encode(plain) * std + mean, encoded)
+
+
+def test_an_image_is_a_video_of_one_frame(qwen):
+    torch.manual_seed(0)
+    stock = mini.qwen_autoencoder(TINY)
+    quick = see_images(copy.deepcopy(stock))
+    again = copy.deepcopy(quick)  # a copy uses its own weights
+    for p in quick.parameters():
+        p.data.zero_()
+    frame, video = torch.rand(2, 3, 1, 32, 32), torch.rand(1, 3, 5, 32, 32)
+    with torch.no_grad():
+        for x in (frame, video):
+            z = stock.encode(x).latent_dist.mean
+            torch.testing.assert_close(again.encode(x).latent_dist.mean, z, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(again.decode(z).sample, stock.decode(z).sample, atol=1e-5, rtol=1e-5)
+    calls = (module for module in again.modules() if isinstance(module, torch.nn.Conv3d))
+    assert all(module.forward.__func__ is not type(module).forward for module in calls)
 
 
 def test_features_are_image_tokens(qwen):

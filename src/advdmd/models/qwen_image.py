@@ -1,10 +1,12 @@
 """Qwen-Image through diffusers' own classes."""
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from advdmd.models.backbone import ATTENTION, outputs
 from advdmd.types import Cond
@@ -26,6 +28,24 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
     return tokens.reshape(n, h // 2, w // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, d // 4, h, w)
 
 
+def _one_frame(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    if x.shape[2] > 1 or cache_x is not None:
+        return type(self).forward(self, x, cache_x)
+    (side, _, top, _, _, _), newest = self._padding, self.weight[:, :, -1]
+    return F.conv2d(x[:, :, 0], newest, self.bias, self.stride[1:], (top, side))[:, :, None]
+
+
+def see_images(vae: Any) -> Any:
+    """Make a causal video codec quick at images, in place: of one frame its 3-d convolutions see two thirds of padding, so a
+    2-d convolution with the newest slice of the kernel is the same sum in half of the time (the whole codec, tiny, CPU)."""
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
+    for module in vae.modules():
+        if isinstance(module, QwenImageCausalConv3d):
+            module.forward = MethodType(_one_frame, module)
+    return vae
+
+
 class QwenImage:
     """A QwenImagePipeline as a backbone, for latents of side `side`.
 
@@ -38,7 +58,7 @@ class QwenImage:
             raise ValueError(f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {PREFIX}")
         if side < 2 or side % 2:
             raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
-        self.pipe, self.vae, self.note = pipe, pipe.vae, {"side": side}
+        self.pipe, self.vae, self.note = pipe, see_images(pipe.vae), {"side": side}
         self.net: Any = pipe.transformer
         self.dtype = self.net.dtype  # asked once: with adapters of another type the library's answer would change
         self.stock_load: dict[str, Any] = {}

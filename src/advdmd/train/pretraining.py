@@ -15,6 +15,7 @@ from advdmd.files import write_folder
 from advdmd.models import mini
 from advdmd.models.backbone import Backbone
 from advdmd.models.load import as_backbone, save_pipeline
+from advdmd.models.qwen_image import see_images
 from advdmd.train import loop
 from advdmd.train.book import Progress
 from advdmd.train.learner import Learner, Optim
@@ -72,6 +73,8 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
     def images(i: Tensor) -> Tensor:
         return pool.pixels(i)[:, :, None] if video else pool.pixels(i)  # a video codec sees an image as one frame
 
+    if video:
+        see_images(vae)
     learner = Learner("vae", vae, vae, {"main": (stage.optim, [(vae.parameters(), 1.0)])}, ema=stage.ema)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
