@@ -48,9 +48,26 @@ def test_the_main_jobs_folder_stands_for_its_run(tmp_path):
     assert health.read(tmp_path / "job") == health.read(kept)
 
 
-def test_the_kept_run_of_the_main_job_is_healthy():
-    run = health.read(Path(__file__).parent.parent / "results" / "mini")
-    assert health.verdict(run, health.examine(run, health.bands())) == "healthy"
+KEPT = Path(__file__).parent.parent / "results"
+
+
+GOOD_RUNS = [KEPT / "mini", *sorted(KEPT.glob("h[12]/*-[0-9]"))]
+
+
+@pytest.mark.parametrize("folder", GOOD_RUNS, ids=lambda f: f"{f.parent.name}-{f.name}")
+def test_a_good_run_is_called_healthy_while_it_goes_on(folder):
+    run = health.read(folder)
+    for tenths in range(3, 11):
+        so_far = run[: len(run) * tenths // 10]
+        assert health.verdict(so_far, health.examine(so_far, health.bands())) == "healthy", f"at {tenths}/10"
+
+
+@pytest.mark.parametrize("folder", sorted((KEPT / "broken").glob("*/")), ids=lambda f: f.name)
+def test_a_broken_run_is_told_while_it_goes_on(folder):
+    run = health.read(folder)
+    for tenths in range(3, 11):
+        so_far = run[: len(run) * tenths // 10]
+        assert any(f.remedy for f in health.examine(so_far, health.bands())), f"at {tenths}/10"
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from advdmd import exam
+from advdmd import exam, health
 from advdmd.algorithms.base import Cast
 from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.data.cache import Cache
@@ -139,6 +139,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
         team=team,
         meter=_meter(r, backbone, deal),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
+        verdict=(lambda: health.line(health.read(folder), r.teacher)) if r.teacher in load.SHIPPED else None,
         track=track,
         label=name,
     )

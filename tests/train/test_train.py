@@ -161,6 +161,15 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_written_once(tmp_pat
     assert steps == list(range(8))
 
 
+def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, capsys):
+    def lines():
+        return len((tmp_path / "metrics.jsonl").read_text().splitlines())
+
+    run(tmp_path, 40, verdict=lambda: f"{lines()} are written")
+    said = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
+    assert said == [f"train after {n}: {n} are written" for n in (20, 30)]
+
+
 def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):
     cast = make_cast(Mixture(), seeded_net(), 4)
     teacher = lambda x, t, c: torch.full_like(x, float("nan"))  # noqa: E731

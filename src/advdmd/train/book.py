@@ -41,6 +41,11 @@ class Progress:
             self.out.write(line + "\n")
         self.out.flush()
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the one that is rewritten."""
+        self.out.write(("\r\x1b[2K" if self.out.isatty() else "") + f"{self.label} {text}\n")
+        self.out.flush()
+
 
 class Book:
     """Appends one JSON line per step; on resume it forgets lines of steps that will be done again."""

@@ -56,6 +56,7 @@ def run(
     team: Team = ALONE,
     meter: Meter | None = None,
     show: tuple[str, ...] = (),
+    verdict: Callable[[], str] | None = None,
     track: Sequence[str] = (),
     label: str = "train",
 ) -> None:
@@ -65,7 +66,8 @@ def run(
     finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are tensors changed in
     place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
     `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs;
-    `track` names where the numbers go besides metrics.jsonl.
+    `track` names where the numbers go besides metrics.jsonl. `verdict` says in one line how the run is doing: printed every
+    tenth of it (10 or more steps) behind the first quarter.
     Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite; SystemExit, behind a
     checkpoint, after SIGTERM.
     """
@@ -91,6 +93,8 @@ def run(
             sat = bool(exam and exam_every and due(step + 1, exam_every, steps))
             if book:
                 book.write(step, log | (exam(step + 1) if exam and sat else {}))
+                if verdict and steps / 4 < step + 1 < steps and due(step + 1, max(10, steps // 10), steps):
+                    book.progress.say(f"after {step + 1}: {verdict()}")
             if sat:
                 parallel.wait()  # the exam's file, which says whether the run is over, is written
             last = sat and over()
