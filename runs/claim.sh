@@ -2,12 +2,12 @@
 # One claim of the miniature: students of a teacher over training seeds, scored beside it, compared pair by pair.
 #   runs/claim.sh NAME TEACHER
 # Everything is resumable: what results/NAME has is not done again, a run that was stopped goes on in runs/NAME. DMD2, DMD
-# (the same without its GAN) and AdvDMD without its policy turns get as many iterations as cost AdvDMD's forwards. SEEDS, METHODS, ITERATIONS (of AdvDMD) and BIN
-# (where advdmd is installed) may be set.
+# (the same without its GAN), TwinFlow and AdvDMD without its policy turns get as many iterations as cost AdvDMD's forwards.
+# SEEDS, METHODS, STEPS, ITERATIONS (of AdvDMD) and BIN (where advdmd is installed) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
-seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-700}
+seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-700} steps=${STEPS:-4}
 bin=${BIN:-.venv/bin} work=runs/$name kept=results/$name commit=${COMMIT:-$(git rev-parse --short HEAD)}
 suites=(mini-geneval-test mini-dpg-test mini-dpg-pairs)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -34,9 +34,11 @@ for seed in $seeds; do
       dmd2) what=("$teacher-dmd2-long") ;;
       dmd) what=("$teacher-dmd2-long" algorithm.gan=0) ;;
       no_policy) what=("$teacher-advdmd-long" algorithm.warmup=99999) ;;
-      *) echo "METHODS: advdmd, dmd2, dmd, no_policy; not $method" >&2 && exit 2 ;;
+      twinflow) what=("$teacher-twinflow" "algorithm.gap=$([ "$steps" = 4 ] && echo .5 || echo .6)") ;;
+      *) echo "METHODS: advdmd, dmd2, dmd, twinflow, no_policy; not $method" >&2 && exit 2 ;;
     esac
-    n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" "iterations=$iterations" -- "${what[@]}")
+    what+=("algorithm.steps=$steps")
+    n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" "algorithm.steps=$steps" "iterations=$iterations" -- "${what[@]}")
     what+=("iterations=$n" "seed=$seed" exam_every=100)
     if complete "$kept/$method-$seed"; then
       "$bin/python" runs/same.py "$kept/$method-$seed/recipe.yaml" "${what[@]}"

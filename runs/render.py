@@ -17,21 +17,27 @@ MARKS = ("<!-- results: made by runs/render.py -->", "<!-- /results -->")
 H1 = "H1: AdvDMD at 4 steps against mini-sd35 at 40 guided steps"
 H2 = "H2: AdvDMD at 4 steps against mini-sd3 at 40 guided steps, and DMD2"
 ONE = "one matching turn a path, the recipe before"
+SHORT, DENSE = ("mini-geneval",), ("mini-dpg",)
+H3 = "H3: AdvDMD at {} against TwinFlow and DMD2 at {}, mini-qwen"
 CLAIMS = {
-    "h1": (H1, "mini-dpg", ("teacher",)),
-    "h1-one-turn": (f"{H1} ({ONE})", "mini-dpg", ("teacher",)),
-    "h2": (H2, "mini-geneval", ("teacher", "dmd2")),
-    "h2-guidance-3.2": (f"{H2} (matching guidance 3.2)", "mini-geneval", ("teacher",)),
-    "h2-one-turn": (f"{H2} ({ONE})", "mini-geneval", ("teacher", "dmd2")),
+    "h1": (H1, DENSE, ("teacher",)),
+    "h1-one-turn": (f"{H1} ({ONE})", DENSE, ("teacher",)),
+    "h2": (H2, SHORT, ("teacher", "dmd2")),
+    "h2-guidance-3.2": (f"{H2} (matching guidance 3.2)", SHORT, ("teacher",)),
+    "h2-one-turn": (f"{H2} ({ONE})", SHORT, ("teacher", "dmd2")),
+    "h3": (H3.format("2 steps", "2"), SHORT + DENSE, ("twinflow", "dmd2")),
+    "h3-1-step": (H3.format("1 step", "1"), SHORT + DENSE, ("twinflow", "dmd2")),
+    "h3-4-step": (H3.format("4 steps", "4"), SHORT + DENSE, ("twinflow", "dmd2")),
 }
 LABELS = {
     "advdmd": "AdvDMD",
+    "twinflow": "TwinFlow",
     "dmd2": "DMD2",
     "dmd": "DMD alone",
     "no_policy": "AdvDMD without policy turns",
     "teacher": "teacher",
 }
-COLORS = {"advdmd": "tab:red", "dmd2": "tab:blue", "dmd": "tab:gray", "no_policy": "tab:orange"}
+COLORS = {"advdmd": "tab:red", "twinflow": "tab:green", "dmd2": "tab:blue", "dmd": "tab:gray", "no_policy": "tab:orange"}
 Found = tuple[str, str, dict[str, Any]]  # ours, theirs, comparison
 
 
@@ -171,7 +177,7 @@ def hacking(runs: dict[str, list[dict[str, float]]]) -> str:
 
 def claim(name: str) -> list[str]:
     """A claim's section, or nothing if it has no results."""
-    folder, (title, suite, _) = RESULTS / name, CLAIMS[name]
+    folder, (title, suites, _) = RESULTS / name, CLAIMS[name]
     rows = comparisons(folder) if folder.is_dir() else []
     if not rows:
         return []
@@ -179,7 +185,8 @@ def claim(name: str) -> list[str]:
     curves(folder, runs)
     lines = ["", f"## {title}", "", f"`runs/{name[:2]}.sh` at commit {rows[0][2]['commit']}.", ""]
     for theirs in LABELS:
-        lines += [f"- {verdict(row[2], suite, theirs)}" for row in rows if is_about(row, suite, theirs)]
+        found = ((row[2], suite) for row in rows for suite in suites if is_about(row, suite, theirs))
+        lines += [f"- {verdict(c, suite, theirs)}" for c, suite in found]
     spread = {
         about: row[2]["ours"]["diversity"] / row[2]["theirs"]["diversity"]
         for about in ("mini-geneval", "mini-dpg")
@@ -196,10 +203,11 @@ def claim(name: str) -> list[str]:
 
 def summary() -> str:
     """The README's table: one row per claim and opponent."""
-    out = ["| claim | suite | teacher or baseline | AdvDMD, 4 steps | paired difference, strict | seeds |", "|---" * 6 + "|"]
-    for name, (_, suite, against) in CLAIMS.items():
+    out = ["| claim | suite | teacher or baseline | AdvDMD | paired difference, strict | seeds |", "|---" * 6 + "|"]
+    for name, (_, suites, against) in CLAIMS.items():
         for ours, theirs, c in comparisons(RESULTS / name) if (RESULTS / name).is_dir() else []:
-            if is_about((ours, theirs, c), suite, theirs) and theirs in against:
+            suite = c["suite"]
+            if suite in suites and is_about((ours, theirs, c), suite, theirs) and theirs in against:
                 d, n = c["difference"]["strict"]["overall"], len(c["ours"]["strict"])
                 label = name[:2].upper() + name[2:].replace("-", " ")
                 scores = f"{LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f}"
@@ -243,7 +251,7 @@ def main() -> None:
         "# Results",
         "",
         "Made by `runs/render.py` from `results/`; every figure is measured in the miniature. Differences are paired by prompt",
-        "and noise; intervals are 95 %, over prompts and training seeds. Students take 4 evaluations an image, teachers 80.",
+        "and noise; intervals are 95 %, over prompts and training seeds. Students take an evaluation a step, teachers 80 an image.",
         "Diversity: spread of what prompts leave open, against the renderer's, ours / theirs. Equal forwards. `pairs`",
         "are prompts with a shape in a colour that training never showed it in.",
     ]

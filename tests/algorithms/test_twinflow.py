@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from advdmd import flow, run
-from advdmd.algorithms.twinflow import Twin, TwinFlow, robust
+from advdmd.algorithms.twinflow import Twin, TwinFlow, enhancement, robust
 from advdmd.look import painter
 from advdmd.models import load, mini
 from advdmd.models.target_time import TargetTime, attach
@@ -106,6 +106,17 @@ def test_the_target_of_an_exact_flow_is_that_flow():
     torch.testing.assert_close(target, v, atol=2e-4, rtol=0)
     off = algorithm.target(cast, v + 0.01, x, t, r, v, torch.zeros(400), quarter)
     assert ((off - v - 0.01)[(t - r).abs() > 0.02] < 0).all(), "and what is off is moved towards it"
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 5.0])
+def test_the_enhanced_target_comes_to_rest_at_the_guidance_scale(scale):
+    """A network that has become its own target, with r at t: v_null + scale (v - v_null)."""
+    v, null, t, quarter = torch.tensor([[0.1, -0.2]]), torch.tensor([[0.05, 0.02]]), torch.tensor([0.5]), torch.tensor([1])
+    F = v
+    for _ in range(200):
+        cast = Twin(None, lambda x, t, r, c, now=F: torch.where(c[:, None] > 0, now, null), torch.zeros(1))
+        F = TwinFlow(guidance=enhancement(scale)).target(cast, F, torch.zeros(1, 2), t, t, v, torch.ones(1), quarter)
+    torch.testing.assert_close(F, flow.guide(v, null, scale), atol=1e-5, rtol=1e-4)
 
 
 def test_an_error_weighs_like_its_root():

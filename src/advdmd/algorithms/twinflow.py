@@ -29,6 +29,15 @@ def robust(error: Tensor, c: float = 1e-3) -> Tensor:
     return mse * ((mse / c**2 + 1) ** -0.5 / c).detach()
 
 
+def enhancement(scale: float) -> float:
+    """The strength w of the enhanced target that comes to guidance of `scale`: 1 - 1 / scale; 5 gives the paper's .8.
+
+    The target v + w (F - F_null) is made with the network that learns it, so at rest F = v + w (F - F_null), which is
+    v_null + (v - v_null) / (1 - w) while the empty prompt stays where it was. With w >= 1 there is no rest: scores fall to 0.
+    """
+    return 1 - 1 / scale
+
+
 def repeated(cond: Any, n: int) -> Any:
     return cond[torch.zeros(n, dtype=torch.long)]
 

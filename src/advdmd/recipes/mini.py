@@ -7,7 +7,7 @@ from typing import Any
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch
-from advdmd.algorithms.twinflow import TwinFlow
+from advdmd.algorithms.twinflow import TwinFlow, enhancement
 from advdmd.models import mini
 from advdmd.models.critic import CriticConfig
 from advdmd.recipe import Data, Recipe
@@ -130,10 +130,10 @@ def dmd2(name: str, guidance: float, iterations: int = 860, rate: float = 1e-3) 
 
 
 def twinflow(name: str, guidance: float, iterations: int = 1300, rate: float = 3e-4) -> Recipe:
-    """TwinFlow at two steps; not tuned yet. v + w (F - F_null) with w = guidance - 1 is what guides the teacher elsewhere."""
+    """TwinFlow at two steps, tuned as docs/log.md tells."""
     return Recipe(
         teacher=name,
-        algorithm=TwinFlow(guidance=guidance - 1),
+        algorithm=TwinFlow(guidance=enhancement(guidance)),
         guidance=1.0,
         iterations=iterations,
         match=Optim(lr=rate, betas=(0.9, 0.99), decay=iterations),

@@ -11,7 +11,7 @@ from typing import Any
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
-from advdmd.algorithms.twinflow import TwinFlow
+from advdmd.algorithms.twinflow import TwinFlow, enhancement
 from advdmd.models.critic import CriticConfig
 from advdmd.recipe import Cached, Recipe
 from advdmd.train.learner import Optim
@@ -112,7 +112,8 @@ def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Re
 
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code). A batch goes in one piece: four samples."""
-    algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=MODELS[name].guidance - 1, group=2)
+    w = enhancement(MODELS[name].guidance)
+    algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=w, group=2)
     return _recipe(name, preset, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=2)
 
 
