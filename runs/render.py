@@ -251,7 +251,7 @@ def main() -> None:
         "# Results",
         "",
         "Made by `runs/render.py` from `results/`; every figure is measured in the miniature. Differences are paired by prompt",
-        "and noise; intervals are 95 %, over prompts and training seeds. Students take an evaluation a step, teachers 80 an image.",
+        "and noise; intervals are 95 %, over prompts and training seeds. Students take one evaluation a step, teachers 80.",
         "Diversity: spread of what prompts leave open, against the renderer's, ours / theirs. Equal forwards. `pairs`",
         "are prompts with a shape in a colour that training never showed it in.",
     ]

@@ -13,7 +13,7 @@ from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.files import write_atomically, write_text
 from advdmd.recipes.find import resolve
 from advdmd.run import train
-from advdmd.train import checkpoint, loop
+from advdmd.train import book, checkpoint, loop
 from advdmd.train.book import Book, Progress, duration
 from advdmd.train.learner import Learner, Optim
 from advdmd.train.meter import Meter
@@ -168,6 +168,13 @@ def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, caps
     run(tmp_path, 40, verdict=lambda: f"{lines()} are written")
     said = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
     assert said == [f"train after {n}: {n} are written" for n in (20, 30)]
+
+
+def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "LINES", 4)
+    run(tmp_path, 12, exam=lambda step: {"exam/strict": 0.5}, exam_every=5)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 3, 4, 6, 9, 11], "every third, those with an exam, and the last"
 
 
 def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):

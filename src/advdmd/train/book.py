@@ -47,6 +47,9 @@ class Progress:
         self.out.flush()
 
 
+LINES = 10_000  # that metrics.jsonl holds about at most: a longer run writes every second or third step
+
+
 class Book:
     """Appends one JSON line per step; on resume it forgets lines of steps that will be done again."""
 
@@ -62,9 +65,11 @@ class Book:
             write_text(self.path, "".join(line + "\n" for line in keep))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - held open for the run
         self.progress = Progress(label, steps, start)
+        self.stride, self.last = max(1, -(-steps // LINES)), steps - 1
 
     def write(self, step: int, log: Log) -> None:
-        self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
+        if step % self.stride == 0 or step == self.last or any(key.startswith("exam/") for key in log):
+            self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
         for tracker in self.trackers:
             tracker.write(step, log)
         self.progress(step + 1, " ".join(f"{k} {log[k]:.4g}" for k in self.show if k in log))

@@ -1,0 +1,91 @@
+"""A long run of the smallest recipe: does memory, the number of open files, the metrics file or the cost of an iteration grow?
+
+    python runs/long.py [--iterations 20000] [--out results/long.json]
+
+Memory (resident) and open files are read every two seconds; slopes are fitted behind the first tenth, in which pools fill.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from kills import teacher
+
+from advdmd.files import write_text
+from advdmd.health import read
+
+EVERY = 2.0  # seconds
+WORDS = ["algorithm.group=2", "prompts_per_step=2", "data.prompts=8", "data.reals=2", "threads=1", "critic.hidden=8"]
+WORDS += ["save_every=500", "look_every=2000", "exam_every=2000", "exam_images=2"]
+
+
+def watched(command: list[str], metrics: Path) -> list[tuple[float, float, float]]:
+    """Run a command and look at its process every few seconds: iterations done, MB in memory, open files."""
+    seen: list[tuple[float, float, float]] = []
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(EVERY)
+            try:
+                home = Path("/proc") / str(process.pid)
+                memory = int((home / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+                done = json.loads(metrics.read_text().splitlines()[-1])["step"]
+                seen.append((done, memory, len(os.listdir(home / "fd"))))
+            except (OSError, IndexError, ValueError):  # before its first line, behind its end, or between two lines
+                continue
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}")
+    return seen
+
+
+def slope(steps: np.ndarray, values: np.ndarray) -> dict[str, float]:
+    """Least squares behind the first tenth: per 1,000 iterations, and what it comes to over all of them beside the start."""
+    late = steps >= steps[-1] / 10
+    fit = np.polyfit(steps[late], values[late], 1)[0] * 1000
+    first, last = (float(np.median(part)) for part in (values[late][:20], values[late][-20:]))
+    return {
+        "per_1000": float(f"{fit:.4g}"),
+        "first": round(first, 4),
+        "last": round(last, 4),
+        "max": round(float(values.max()), 4),
+    }
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    ask.add_argument("--iterations", type=int, default=20000)
+    ask.add_argument("--out", type=Path, default=Path("results/long.json"))
+    told = ask.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "run"
+        words = [*WORDS, f"iterations={told.iterations}", f"algorithm.warmup={told.iterations // 4}"]
+        words += [f"teacher={teacher(Path(home) / 'teacher')}"]
+        command = [sys.executable, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
+        seen = watched(command, folder / "metrics.jsonl")
+        metrics = read(folder)
+        size = (folder / "metrics.jsonl").stat().st_size
+        checkpoints = len(list((folder / "checkpoints").glob("*.safetensors")))
+    steps, memory, files = (np.array(column, float) for column in zip(*seen, strict=True))
+    policy = [m for m in metrics if "cost/eta" in m and "reward/end" in m]
+    at, eta = (np.array([m[k] for m in policy]) for k in ("step", "cost/eta"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {
+        "iterations": told.iterations,
+        "commit": os.environ.get("COMMIT", commit),
+        "resident_mb": slope(steps, memory),
+        "open_files": slope(steps, files),
+        "eta": slope(at, eta),
+        "metrics": {"lines": len(metrics), "bytes": size},
+        "checkpoints_kept": checkpoints,
+    }
+    write_text(told.out, json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
