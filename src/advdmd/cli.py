@@ -63,12 +63,12 @@ def pretrain(
         str,
         typer.Argument(
             help="autoencoder, mini-sd35, mini-sd35-again, mini-sd35-deep, mini-sd3, in this order; "
-            "or qwen-autoencoder, mini-qwen, mini-qwen-again"
+            "or qwen-autoencoder, qwen-autoencoder-again, mini-qwen, mini-qwen-again"
         ),
     ],
     out: Out,
     start: Annotated[
-        Path | None, typer.Option(help="mini-sd35, mini-qwen: the vae folder; later stages: the pipeline to go on from.")
+        Path | None, typer.Option(help="mini-sd35, qwen-autoencoder-again, mini-qwen: the vae folder; others: the pipeline.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,

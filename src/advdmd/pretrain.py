@@ -60,6 +60,12 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
         torch.manual_seed(plan.seed)
         make = mini.qwen_autoencoder if plan.model == "qwen-autoencoder" else mini.autoencoder
         return pretraining.train_autoencoder(plan, folder, make(plan.size))
+    if plan.model == "qwen-autoencoder":
+        from diffusers import AutoencoderKLQwenImage
+
+        return pretraining.train_autoencoder(
+            plan, folder, AutoencoderKLQwenImage.from_pretrained(source, local_files_only=True)
+        )
     if plan.origin == "autoencoder":
         from diffusers import AutoencoderKL
 
