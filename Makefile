@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: mini test docs lint coverage
+.PHONY: mini test docs lint coverage audit
 mini: $(VENV)/ready
 	$(BIN)/advdmd mini --out runs/mini
 
@@ -21,6 +21,12 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Known vulnerabilities of what is pinned (asks an advisory service), and a bill of materials of it (asks nobody).
+audit: $(VENV)/ready
+	$(BIN)/python -m pip install -q pip-audit cyclonedx-bom
+	$(BIN)/cyclonedx-py requirements constraints.txt --of JSON --output-reproducible -o sbom.cdx.json
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "advdmd needs Python 3.11 or newer; set PYTHON=...")'

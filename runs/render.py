@@ -223,7 +223,7 @@ def between(page: Path, marks: tuple[str, str], text: str) -> None:
 
 
 def reliability() -> None:
-    """What the kills and the hostile cases came to."""
+    """What kills, low precision and hostile cases came to."""
     page = RESULTS.parent / "docs/reliability.md"
     if (file := RESULTS / "kills.json").is_file():
         told = json.loads(file.read_text())
@@ -235,6 +235,12 @@ def reliability() -> None:
             cells = [str(r[k]) for k in ("verb", "kills", "too late", "results", "files each")]
             lines.append(f"| {' | '.join(cells)} | {len(r['different'])} |")
         between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", f"Seed {told['seed']}."]))
+    if (file := RESULTS / "drift.json").is_file():
+        told = json.loads(file.read_text())
+        lines = ["| path and replay | largest \\|ratio - 1\\| | outside the clip range | stopped |", "|---" * 4 + "|"]
+        for name, r in told["rows"].items():
+            lines.append(f"| {name} | {r['max']:.1e} | {r['outside_clip_range']:.0%} | {'yes' if r['stopped'] else 'no'} |")
+        between(page, ("<!-- drift -->", "<!-- /drift -->"), "\n".join(lines))
     if (file := RESULTS / "fuzz.json").is_file():
         told = json.loads(file.read_text())
         lines = ["| what | results | clear errors | slow | findings |", "|---" * 5 + "|"]

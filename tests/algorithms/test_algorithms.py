@@ -71,6 +71,24 @@ def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
         play(algorithm, cast._replace(student=Moved()), toy_deal(world), 1)
 
 
+def test_a_bfloat16_replay_of_a_float32_path_is_stopped(tiny_folder, backbone):
+    """Sampling in one precision and learning in another, on the real network: no injected error."""
+    cast = cast_for(tiny_recipe(tiny_folder, algorithm := AdvDMD(**ADV, group=4)), backbone)
+
+    class Mixed:
+        def __call__(self, x, t, c):
+            with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
+                return cast.student(x, t, c)
+
+        def descend(self, losses, turn="main"):
+            return cast.student.descend(losses, turn)
+
+    batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
+    with pytest.raises(FloatingPointError, match=r"policy: \|ratio - 1\|"):
+        algorithm.iteration(cast._replace(student=Mixed()), batch, 0, rng)
+    assert "policy/ratio_off" in algorithm.iteration(cast, batch, 0, rng), "and one precision goes through"
+
+
 def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
     world, algorithm = Mixture(), AdvDMD(**(ADV | {"gated": True}))
     cast, c = toy_cast(world, Net(2), 4), torch.arange(64) // 8 % 2
