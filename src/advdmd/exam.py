@@ -17,7 +17,7 @@ from advdmd.look import painter
 from advdmd.models.sampler import Sampling
 from advdmd.recipe import Data, Recipe
 from advdmd.train.learner import Learner
-from advdmd.types import Log
+from advdmd.types import ALONE, Log, Team
 from advdmd.world.scene import TASKS
 
 
@@ -32,13 +32,16 @@ def suites(r: Recipe) -> tuple[Shapes, Shapes]:
     )
 
 
-def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path, step: int) -> Log:
-    """Score the averaged student after `step` iterations; keep it in `folder` as best.safetensors if none was better.
+def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path, step: int, team: Team = ALONE) -> Log:
+    """Score the averaged student after `step` iterations; keep it in `folder` as best.safetensors if none was better. The
+    first process does; the others help to average.
 
     The mark is the mean of both suites' strict scores; diversity is that of the short prompts, which leave more open.
     """
     log: Log = {"exam/forwards": r.forwards_until(step)}
     with student.averaging() as net:
+        if team.rank:
+            return log
         for suite in suites(r):
             wanted = jobs(suite)
             keys = [("exam", item.id, k) for item, k in wanted]

@@ -52,5 +52,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_hash(path: Path) -> str:
+    """Of a file's bytes; of a folder: of its files' names and hashes."""
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.is_file())
+        return hashlib.sha256("".join(f"{f.name} {file_hash(f)}\n" for f in files).encode()).hexdigest()
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """The players of a recipe: networks of the cast with their optimizers, and how the student will be sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from advdmd.models.sampler import Sampling, decode
 from advdmd.models.target_time import TargetTime
 from advdmd.recipe import Recipe
 from advdmd.rng import home
+from advdmd.train import parallel
 from advdmd.train.learner import Learner
 from advdmd.types import ALONE, Cond, Team
 
@@ -48,6 +49,7 @@ def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (),
     """
     how = (r.lora_rank, r.checkpointing)
     student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, null, *how)
+    plain = _spread(r, backbone, [student, fake.score] + [fake.trunk] * (fake.trunk is not None)) if team.size > 1 else None
     velocity = backbone.velocity
     turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
     groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
@@ -55,13 +57,28 @@ def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (),
         groups.append((fake.trunk.parameters(), r.trunk_rate))
     return Cast(
         teacher=cast.Teacher(backbone, r.guidance, null),
-        student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, ema=r.ema),
+        student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, r.ema, plain),
         fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
         critic=cast.Critic(backbone, fake, r.critic),
         auc=torch.full((r.algorithm.steps,), 0.5),
         bonus=make_bonus(r, backbone, prompts),
         team=team,
     )
+
+
+def _spread(r: Recipe, backbone: Any, nets: Sequence[Any]) -> Callable[[], torch.nn.Module] | None:
+    """Where the recipe says so, spread teacher and players over the processes; returns what makes a network that is not."""
+    if not r.shard:
+        return None
+    kind, config, device = type(backbone.net), backbone.net.config, backbone.net.device
+
+    def plain() -> torch.nn.Module:
+        return kind.from_config(config).to(device).requires_grad_(False).eval()
+
+    for net in nets:
+        parallel.shard(net.float(), backbone.blocks(net), backbone.dtype)
+    parallel.shard(backbone.net, backbone.blocks(backbone.net), backbone.dtype)
+    return plain
 
 
 def make_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:

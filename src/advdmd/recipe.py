@@ -52,7 +52,10 @@ class Recipe:
     exits_rate: float = 5.0  # the same for the vectors that tell the fake score the hop
     critic: CriticConfig = CriticConfig()
     lora_rank: int = 0  # of each player's adapter on one shared teacher; 0: every player is a whole network
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; adapters are float32 either way
+    shard: bool = False  # spread whole networks over torchrun's processes (FSDP2); otherwise each has a replica
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the frozen base, and of a sharded network's passes; what learns: float32
+    )
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: a GPU if there is one
     checkpointing: bool = False  # keep only what enters the blocks and run them twice: less memory, a forward more
     data: Data | Cached = Data()
@@ -83,9 +86,11 @@ class Recipe:
             raise ValueError(f"{self.batch} samples an iteration: TwinFlow needs four equal quarters")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: the rank of adapters, 0 for full fine-tuning")
-        if self.dtype != "float32" and not self.lora_rank:
+        if self.shard and (self.lora_rank or isinstance(self.algorithm, TwinFlow)):
+            raise ValueError("shard=true: spreads the whole networks of AdvDMD and DMD2; adapters and TwinFlow are replicated")
+        if self.dtype != "float32" and not (self.lora_rank or self.shard):
             raise ValueError(
-                f"dtype={self.dtype}: whole networks learn in float32; only adapters (lora_rank) can do with such a base"
+                f"dtype={self.dtype}: whole networks learn in float32; adapters (lora_rank) and sharded runs can do with it"
             )
         if isinstance(self.data, Cached) and self.exam_every:
             raise ValueError(

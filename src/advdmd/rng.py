@@ -41,10 +41,14 @@ class Rng:
         """[N] integers in [low, high)."""
         return home(torch.stack([torch.randint(low, high, (), generator=g, device="cpu") for g in self._each(name)]))
 
-    def minibatches(self, name: str, n: int) -> list[Tensor]:
+    def minibatches(self, name: str, n: int, micro: int) -> list[tuple[Tensor, int]]:
         """The step's samples, all processes', in n random minibatches: of each the indices of those that are here, perhaps
-        none."""
+        none, and how many passes of `micro` samples the process with most of them needs."""
         here = len(self.samples)
-        g, first = generator(self.seed, self.step, "all", name), self.team.rank * here
+        g = generator(self.seed, self.step, "all", name)
         order = torch.randperm(here * self.team.size, generator=g, device="cpu")
-        return [home(m[(m >= first) & (m < first + here)] - first) for m in order.chunk(n)]
+        out = []
+        for m in order.chunk(n):
+            most = int(torch.bincount(m // here).max())
+            out.append((home(m[m // here == self.team.rank] % here), -(-most // micro)))
+        return out

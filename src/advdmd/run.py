@@ -114,7 +114,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
 
     def look(step: int) -> None:
         with players.student.averaging() as net:
-            watch(backbone, net, how, data.look, data.null, folder, step)
+            if not team.rank:
+                watch(backbone, net, how, data.look, data.null, folder, step)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
         with torch.device("cpu"):  # data, text encoders and the autoencoder live there
@@ -132,7 +133,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
         look_every=r.look_every,
         look=look,
         exam_every=r.exam_every,
-        exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step),
+        exam=lambda step: exam.sit(r, backbone, players.student, how, folder, step, team),
         over=lambda: exam.over(r, folder),
         extra=extra(players),
         fingerprint=_fingerprint(text, encoded),
@@ -143,8 +144,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
         track=track,
         label=name,
     )
-    if not team.rank:
-        _export(r, name, backbone, players, folder, folder / "student")
+    _export(r, name, backbone, players, folder, folder / "student", team)
     parallel.wait()
     return folder / "student"
 
@@ -177,9 +177,11 @@ def _fingerprint(text: str, encoded: Cache | None) -> str:
     return hashlib.sha256((text + (json.dumps(encoded.plan) if encoded else "")).encode()).hexdigest()
 
 
-def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path, out: Path) -> Path:
+def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path, out: Path, team: Team = ALONE) -> Path:
     """Write the averaged student as it is now or, where exams were sat, as it was at its best."""
     with players.student.averaging() as net:
+        if team.rank:
+            return out
         step = exam.load_best(run, net) if r.exam_every else 0
         note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
         note["forwards"] = r.forwards_until(note["iterations"]) * r.batch

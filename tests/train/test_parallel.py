@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from advdmd import run
 from advdmd.recipes.find import resolve
 from advdmd.rng import Rng
+from advdmd.train import checkpoint
 from advdmd.types import Team
 
 COMMON = [
@@ -90,11 +91,13 @@ def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
 
 
 def test_minibatches_are_the_steps_however_it_is_shared():
-    whole = Rng(1, 2, range(8)).minibatches("order", 3)
-    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Team(rank=r, size=2)).minibatches("order", 3) for r in (0, 1)]
-    for m, a, b in zip(whole, *parts, strict=True):
+    whole = Rng(1, 2, range(8)).minibatches("order", 3, 2)
+    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Team(rank=r, size=2)).minibatches("order", 3, 2) for r in (0, 1)]
+    for (m, passes), (a, mine), (b, theirs) in zip(whole, *parts, strict=True):
+        assert passes == -(-len(m) // 2)
+        assert mine == theirs == -(-max(len(a), len(b)) // 2), "all make as many"
         assert sorted(m.tolist()) == sorted([*a.tolist(), *(b + 4).tolist()])
-    assert sorted(torch.cat(whole).tolist()) == list(range(8))
+    assert sorted(torch.cat([m for m, _ in whole]).tolist()) == list(range(8))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -139,3 +142,62 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     assert job.returncode != 0
     assert "SIGKILL" in said or "another process is gone" in said
     assert last(tmp_path / "r")[0] >= "step-0000003"
+
+
+SHARDED = [*WORDS, "shard=true", "algorithm.judge_every=2", "critic.trunk=own", "look_every=2", "exam_every=2", "exam_images=2"]
+
+
+def students_agree(a, b):
+    ours, theirs = (load_file(f / "student/transformer/diffusion_pytorch_model.safetensors") for f in (a, b))
+    for k in ours:
+        torch.testing.assert_close(ours[k], theirs[k], rtol=1e-3, atol=2e-4, msg=lambda m, k=k: f"{k}: {m}")
+
+
+def forget_the_end(folder):
+    """As if the run had been stopped behind its second step."""
+    for f in folder.glob("checkpoints/step-0000004*"):
+        shutil.rmtree(f) if f.is_dir() else f.unlink()
+    shutil.rmtree(folder / "student")
+
+
+@pytest.fixture(scope="module")
+def alone_to_share(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run.train(*resolve("mini-sd35-advdmd", [f"teacher={tiny_folder}", *SHARDED]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spread(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spread") / "run"
+    done = torchrun(folder, tiny_folder, words=SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_networks_spread_over_two_processes_run_as_one_process_does(alone_to_share, spread):
+    """FSDP2: the same student, metrics and exams."""
+    assert len(list(spread.glob("checkpoints/step-0000004.safetensors/*.safetensors"))) == 2, "each wrote its shares"
+    students_agree(spread, alone_to_share)
+    rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (alone_to_share, spread)]
+    for a, b in zip(*rows, strict=True):
+        assert set(a) == set(b)
+        for k in set(a) - {"cost/eta"}:
+            assert a[k] == pytest.approx(b[k], rel=5e-3, abs=2e-3), k
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2)])
+def test_a_spread_run_goes_on_with_another_number_of_processes(alone_to_share, spread, tiny_folder, tmp_path, first, then):
+    folder = shutil.copytree(alone_to_share if first == 1 else spread, tmp_path / "run")
+    forget_the_end(folder)
+    done = torchrun(folder, tiny_folder, n=then, words=SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    students_agree(folder, alone_to_share)
+
+
+def test_a_damaged_share_is_passed_over(spread, tmp_path, capsys):
+    folder = shutil.copytree(spread, tmp_path / "run") / "checkpoints"
+    share = max(folder.glob("step-0000004.safetensors/*.safetensors"))
+    share.write_bytes(share.read_bytes()[:-1] + b"?")
+    assert checkpoint.newest(folder)[1]["step"] == 2
+    assert "damaged" in capsys.readouterr().out

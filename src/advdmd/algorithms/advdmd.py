@@ -177,16 +177,16 @@ class AdvDMD:
 
         def judge(i: Tensor) -> Tensor:
             loss, seen = torch.zeros(len(i)), shown[i]
-            if not seen.any():
+            if not judging:
                 return loss
-            i = i[seen]
+            i = i[seen] if seen.any() else i[:1]  # one pass at least, in every process
             real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
             real_logits[i], fake_logits[i] = real.detach().float(), fake.detach().float()
             told = losses.critic(real, fake)
             if self.mismatch:
                 image = flow.interpolate(batch.real[i], noise[i], t[i])
                 told = told + self.mismatch * other[i] * losses.mismatch(cast.critic(image, t[i], wrong[i]))
-            return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told)
+            return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told[: int(seen.sum())])
 
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         if not judging:

@@ -31,10 +31,18 @@ def catch_up(
     exits, shape = late_exits(rng, "fake.k", path.hops), path.x.shape[2:]
     x0 = path.x0[exits, torch.arange(len(exits))]
     u, e = rng.uniform("fake.u", *u_range), rng.normal("fake.e", shape)
+
+    def caught_up(i: Tensor) -> Tensor:
+        """The loss on samples i; where this process has none, of one that counts for nothing: networks that are spread over
+        processes need as many passes of each."""
+        j = i if len(i) else torch.zeros(1, dtype=torch.long)
+        loss = track_student(cast, x0[j], cond[j], u[j], e[j], exits[j]) + judge(j)
+        return loss[: len(i)]
+
     log: Log = {}
-    for minibatch in rng.minibatches("critic.order", steps):
-        parts = [i for i in minibatch.split(micro) if len(i)]
-        log = cast.fake.descend(track_student(cast, x0[i], cond[i], u[i], e[i], exits[i]) + judge(i) for i in parts)
+    for minibatch, passes in rng.minibatches("critic.order", steps, micro):
+        parts = [minibatch[k * micro : (k + 1) * micro] for k in range(passes)]
+        log = cast.fake.descend(caught_up(i) for i in parts)
     return log
 
 

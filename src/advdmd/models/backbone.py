@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ class _Enough(Exception):
     """Raised by the last hook of a pass that wants block outputs only: the rest of the network need not run."""
 
 
-def outputs(blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], object]) -> list[Any]:
-    """What the blocks `taps` put out while `run()` walks the network; what lies behind the last of them is not run."""
+def outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], object]) -> list[Any]:
+    """What the blocks `taps` of `net` put out while `run()` walks it; what lies behind the last of them is not run."""
     found: dict[int, Any] = {}
 
     def keep(i: int) -> Any:
@@ -36,6 +36,8 @@ def outputs(blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], 
     finally:
         for h in handles:
             h.remove()
+        if hasattr(net, "reshard") and not torch.is_grad_enabled():  # spread over processes (train.parallel)
+            cast(Any, net).reshard()  # a pass that ends early leaves what was gathered for all of the network
     return [found[i] for i in taps]
 
 

@@ -1,6 +1,5 @@
 """Pipeline folders to backbones: shipped names, diffusers folders, and students we exported."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -181,10 +180,8 @@ def identity(path: Path, parts: Sequence[str] = ENCODERS) -> dict[str, Any]:
     index, note = json.loads((path / "model_index.json").read_text()), read_note(path)
     found: dict[str, Any] = {"family": index["_class_name"], "t5_length": note.get("t5_length", 256)}
     for part in parts:
-        files = sorted(f for f in (path / part).glob("*") if f.is_file()) if index.get(part, [None])[0] else []
-        if files:
-            digest = hashlib.sha256("".join(f"{f.name} {file_hash(f)}\n" for f in files).encode())
-            found[part] = digest.hexdigest()
+        if index.get(part, [None])[0] and any((path / part).glob("*")):
+            found[part] = file_hash(path / part)
     return found
 
 

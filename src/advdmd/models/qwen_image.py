@@ -137,7 +137,7 @@ class QwenImage:
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1].float() for out in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

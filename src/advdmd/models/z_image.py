@@ -75,7 +75,7 @@ class ZImage:
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the layers `taps`, which have them before the caption's; later layers are not run."""
         tokens = x.shape[-2] * x.shape[-1] // 4
-        return [o[:, :tokens].float() for o in outputs(self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [o[:, :tokens].float() for o in outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("layers").children())

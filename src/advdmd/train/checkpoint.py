@@ -1,6 +1,11 @@
-"""Checkpoints: safetensors plus a JSON record written last; atomic, hashed, the newest good one is found again."""
+"""Checkpoints: safetensors plus a JSON record written last; atomic, hashed, the newest good one is found again.
+
+A file, or a folder of every process's shares where networks are spread over processes; either can be gone on with by any
+number of processes, spread or not.
+"""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,33 +13,55 @@ from typing import Any
 from torch import Tensor
 
 from advdmd.files import file_hash, write_atomically, write_text
+from advdmd.train import parallel
 from advdmd.train.learner import Learner
+from advdmd.types import ALONE, Team
 
 KEEP = 2  # checkpoints kept; the one before the newest survives a damaged newest
 
 
 def save(
-    folder: Path, step: int, players: Mapping[str, Learner], extra: Mapping[str, Tensor] | None = None, run: str = ""
-) -> Path:
-    """Write `folder`/step-N.safetensors and its record, then drop all but the newest KEEP. `run` tells runs apart."""
+    folder: Path,
+    step: int,
+    players: Mapping[str, Learner],
+    extra: Mapping[str, Tensor] | None = None,
+    run: str = "",
+    team: Team = ALONE,
+) -> None:
+    """Write `folder`/step-N.safetensors and its record, then drop all but the newest KEEP. `run` tells runs apart.
+
+    All processes call this; the first one writes, and every one its shares if there are any.
+    """
     from safetensors.torch import save_file
 
+    spread = any(p.sharded for p in players.values())
+    if team.rank and not spread:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {f"extra/{k}": v for k, v in (extra or {}).items()}
     counters: dict[str, Any] = {}
     for name, player in players.items():
         state, counters[name] = player.state()
-        tensors |= {f"{name}/{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+        tensors |= {f"{name}/{k}": v.detach() for k, v in state.items()}
     path = folder / f"step-{step:07d}.safetensors"
-    write_atomically(path, lambda p: save_file(tensors, p))
+    if spread:
+        if not team.rank:
+            shutil.rmtree(path, ignore_errors=True)
+        parallel.wait()
+        parallel.save_shares(tensors, path)
+        parallel.wait()
+    else:
+        own = {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        write_atomically(path, lambda p: save_file(own, p))
+    if team.rank:
+        return
     record = {"step": step, "sha256": file_hash(path), "run": run, "counters": counters}
     write_text(path.with_suffix(".json"), json.dumps(record))
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
-    for tensors_file in folder.glob("step-*.safetensors"):
-        if not tensors_file.with_suffix(".json").exists():
-            tensors_file.unlink()
-    return path
+    for stale in folder.glob("step-*.safetensors"):
+        if not stale.with_suffix(".json").exists():
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def newest(folder: Path, say: Callable[[str], object] = print) -> tuple[Path, dict[str, Any]] | None:
@@ -65,11 +92,16 @@ def resume(
         if any(folder.glob("step-*.json")):  # tensors without a record were being written when the run was killed
             raise ValueError(f"{folder}: every checkpoint is damaged; remove the folder to start again")
         return 0
-    tensors, record = load_file(found[0]), found[1]
+    path, record = found
     if run is not None and record["run"] != run:
-        raise ValueError(f"{found[0]} is a checkpoint of another recipe: choose another --out")
+        raise ValueError(f"{path} is a checkpoint of another recipe: choose another --out")
     if set(record["counters"]) != set(players):
-        raise ValueError(f"{found[0]}: holds {sorted(record['counters'])}, this run needs {sorted(players)}")
+        raise ValueError(f"{path}: holds {sorted(record['counters'])}, this run needs {sorted(players)}")
+    if path.is_dir():
+        places = {f"{name}/{k}": v for name, player in players.items() for k, v in player.places().items()}
+        tensors = parallel.load_shares(path, places | {f"extra/{k}": v for k, v in (extra or {}).items()})
+    else:
+        tensors = load_file(path)
     for name, player in players.items():
         mine = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
         player.load(mine, record["counters"][name])

@@ -54,7 +54,8 @@ class Learner:
     """A network with a part in the game: call it, or hand it losses to descend.
 
     `turns` names its optimizers: each an Optim and groups of (parameters, multiple of the rate). `ema` keeps an average
-    of the parameters, moved after every descent with decay min(ema, (1 + n) / (10 + n)).
+    of the parameters, moved after every descent with decay min(ema, (1 + n) / (10 + n)). `plain` makes another network of
+    the same kind: one that is spread over processes is gathered into it to be looked at.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Learner:
         call: Callable[..., Any],
         turns: Mapping[str, tuple[Optim, Sequence[tuple[Iterable[nn.Parameter], float]]]],
         ema: float | None = None,
+        plain: Callable[[], nn.Module] | None = None,
     ):
-        self.name, self.net, self._call, self.ema_decay = name, net, call, ema
+        self.name, self.net, self._call, self.ema_decay, self._plain = name, net, call, ema, plain
         self._turns: dict[str, _Turn] = {}
         for key, (optim, groups) in turns.items():
             listed = [(list(p), m) for p, m in groups]
@@ -92,11 +94,13 @@ class Learner:
         total, count = parallel.add_up(params, total, count)
         grads = [p.grad for p in params if p.grad is not None]
         for g in grads:
-            g /= count
-        norm = torch.nn.utils.get_total_norm(grads).item()
+            parallel.here(g).div_(count)
+        norm = parallel.norm(grads)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"{self.name}/{turn}: loss {total / count}, gradient norm {norm}")
-        torch.nn.utils.clip_grads_with_norm_(params, t.optim.clip, torch.tensor(norm))
+        share = (t.optim.clip / (torch.tensor(norm) + 1e-6)).clamp(max=1.0)
+        for g in grads:
+            parallel.here(g).mul_(share)
         for setting, (_, multiple) in zip(t.adam.param_groups, t.groups, strict=True):
             setting["lr"] = t.optim.rate(t.updates) * multiple
         t.adam.step()
@@ -106,6 +110,11 @@ class Learner:
         label = self.name if turn == "main" else f"{self.name}/{turn}"
         return {f"{label}/loss": total / count, f"{label}/norm": norm} | self._agreement()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the network is spread over processes."""
+        return any(parallel.sharded(p) for p in self.net.parameters())
+
     @torch.no_grad()
     def _agreement(self) -> Log:
         """Of two optimizers that have both moved: the cosine of their mean gradients (Adam's first moments), and how long the
@@ -113,9 +122,10 @@ class Learner:
         if len(self._turns) != 2 or not all(t.updates for t in self._turns.values()):
             return {}
         first, second = (t.adam.state for t in self._turns.values())
-        pairs = [(first[p]["exp_avg"], second[p]["exp_avg"]) for p in first if p in second]
+        both = [p for p in first if p in second]
+        pairs = [(parallel.here(first[p]["exp_avg"]), parallel.here(second[p]["exp_avg"])) for p in both]
         dots = torch.stack([torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs])
-        ab, aa, bb = dots.double().sum(0).tolist()
+        ab, aa, bb = parallel.total(dots.double().sum(0), both).tolist()
         return {
             f"{self.name}/cosine": ab / math.sqrt(max(aa * bb, 1e-60)),
             f"{self.name}/ratio": math.sqrt(bb / max(aa, 1e-60)),
@@ -136,7 +146,14 @@ class Learner:
 
     @contextmanager
     def averaging(self) -> Iterator[nn.Module]:
-        """The network with its averaged weights inside; its own again outside."""
+        """The network with its averaged weights inside; its own again outside. Of one that is spread, a gathered copy; all
+        processes must ask for it."""
+        if self.sharded:
+            assert self._plain
+            net = self._plain()
+            net.load_state_dict({k: parallel.whole(v) for k, v in self.averaged().items()})
+            yield net
+            return
         own = {k: v.clone() for k, v in self.net.state_dict().items()}
         self.net.load_state_dict(self.averaged())
         try:
@@ -154,12 +171,23 @@ class Learner:
         counts = {k: {"updates": t.updates, "moved": len(t.adam.state)} for k, t in self._turns.items()}
         return tensors, {"averages": self.averages, "turns": counts}
 
+    def places(self) -> dict[str, Tensor]:
+        """By the names of `state`, a tensor like each that it may hold."""
+        out = {f"net/{k}": v for k, v in self.net.state_dict().items()} | {f"ema/{k}": v for k, v in self.ema.items()}
+        for key, t in self._turns.items():
+            for i, p in enumerate(q for group, _ in t.groups for q in group):
+                head = f"adam/{key}/{i}"
+                out |= {f"{head}/exp_avg": p, f"{head}/exp_avg_sq": p, f"{head}/step": torch.zeros((), device=p.device)}
+        return out
+
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Inverse of `state`; missing or extra names are errors."""
         if "turns" not in counters:
             raise ValueError(
                 f"{self.name}: this checkpoint is an earlier version's and cannot be read: run again into another --out"
             )
+        places = self.places()
+        tensors = {k: parallel.spread(v, places[k]) if k in places else v for k, v in tensors.items()}
         part = lambda head: {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
         self.net.load_state_dict(part("net/"), strict=True)
         if set(part("ema/")) != set(self.ema):

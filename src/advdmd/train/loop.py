@@ -62,9 +62,10 @@ def run(
 ) -> None:
     """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
 
-    deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end; what an exam
-    finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are tensors changed in
-    place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another one is refused.
+    deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end, in all processes;
+    what an exam finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are
+    tensors changed in place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another
+    one is refused.
     `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs;
     `track` names where the numbers go besides metrics.jsonl. `verdict` says in one line how the run is doing: printed every
     tenth of it (10 or more steps) behind the first quarter.
@@ -91,18 +92,20 @@ def run(
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
             log = parallel.mean(log | (meter.stop(step) if meter else {}))
             sat = bool(exam and exam_every and due(step + 1, exam_every, steps))
+            if exam and sat:
+                log = log | exam(step + 1)
             if book:
-                book.write(step, log | (exam(step + 1) if exam and sat else {}))
+                book.write(step, log)
                 if verdict and steps / 4 < step + 1 < steps and due(step + 1, max(10, steps // 10), steps):
                     book.progress.say(f"after {step + 1}: {verdict()}")
             if sat:
                 parallel.wait()  # the exam's file, which says whether the run is over, is written
             last = sat and over()
-            if book and look and (last or due(step + 1, look_every, steps)):
+            if look and (last or due(step + 1, look_every, steps)):
                 look(step + 1)
             stop = terminated()
-            if book and (last or stop or due(step + 1, save_every, steps)):
-                checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint)
+            if last or stop or due(step + 1, save_every, steps):
+                checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint, team)
             if last or step + 1 == steps:
                 return
             if stop:

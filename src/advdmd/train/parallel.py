@@ -1,12 +1,15 @@
-"""Several processes with a replica each, started by torchrun: who is who, what all of them computed, and sums over them.
+"""Several processes, started by torchrun: who is who, what all of them computed, sums over them, networks spread over them.
 
-The only file that knows torch.distributed. One process needs no process group and pays nothing.
+The only file that knows torch.distributed. One process needs no process group and pays nothing. Each process has a replica of
+every network, or its share of those that `shard` has spread (FSDP2); the shares are DTensors, all else are plain tensors.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,19 +50,97 @@ def _gather(x: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def shard(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype = torch.float32) -> None:
+    """Spread a network's parameters over all processes, in place: a block at a time is gathered for a pass, in `dtype`, and
+    given back behind it. Gradients arrive as sums over the processes, in float32. Every process must make as many passes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*blocks, net):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded(x: Tensor) -> bool:
+    return hasattr(x, "full_tensor")
+
+
+def here(x: Any) -> Tensor:
+    """This process's share of a tensor, or all of a plain one; changes in place are changes of the tensor."""
+    return x.to_local() if sharded(x) else x
+
+
+def whole(x: Any) -> Tensor:
+    """All of a tensor, in every process, which must all ask."""
+    return x.full_tensor() if sharded(x) else x
+
+
+def spread(x: Tensor, like: Any) -> Tensor:
+    """A plain tensor spread as `like` is; what is spread already, and all where `like` is plain, stays as it is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements) if sharded(like) and not sharded(x) else x
+
+
+def total(shares: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """Sums over this process's shares made sums over all of them, if the tensors they are `of` are spread."""
+    if any(sharded(x) for x in of):
+        dist.all_reduce(shares)
+    return shares
+
+
+def norm(grads: Sequence[Tensor]) -> float:
+    """The norm of all gradients together, spread ones and replicas."""
+    spread_out = [g for g in grads if sharded(g)]
+    if not spread_out:
+        return torch.nn.utils.get_total_norm(grads).item()
+    squares = total(torch.stack([here(g).double().square().sum() for g in spread_out]).sum(), spread_out)
+    plain = [g.double().square().sum() for g in grads if not sharded(g)]
+    return torch.stack([squares, *plain]).sum().sqrt().item()
+
+
+def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Every process writes its shares into `folder`, as safetensors (torch.distributed.checkpoint)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def load_shares(folder: Path, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `save_shares` wrote, by however many processes, spread as the tensors of their names in `places` are now."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+    names = reader.read_metadata().state_dict_metadata
+    if strange := sorted(set(names) - set(places)):
+        raise ValueError(f"{folder}: the checkpoint holds what this recipe has no place for: {strange[0]}")
+    out = {name: torch.zeros_like(places[name]) for name in names}
+    dcp.load(out, storage_reader=reader, no_dist=not dist.is_initialized())
+    return out
+
+
 def add_up(params: Sequence[nn.Parameter], *numbers: float) -> list[float]:
-    """Sum gradients in place, and numbers, over all processes in one exchange. A gradient that one process lacks (none of a
-    minibatch's samples were its own) counts as zero; one that all lack stays absent."""
+    """Sum gradients of replicas in place, and numbers, over all processes in one exchange. A gradient that one process lacks
+    (none of a minibatch's samples were its own) counts as zero; one that all lack stays absent."""
     if not dist.is_initialized():
         return list(numbers)
     device, dtype = params[0].device, torch.float64
+    params = [p for p in params if not sharded(p)]  # the others' are sums already
     has = torch.tensor([float(p.grad is not None) for p in params] + list(numbers), dtype=dtype, device=device)
     dist.all_reduce(has)
     moved = [p for p, n in zip(params, has, strict=False) if n > 0]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
-    dist.all_reduce(flat)
-    for p, g in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
-        p.grad = g.view_as(p).clone()
+    if moved:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
+        dist.all_reduce(flat)
+        for p, g in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+            p.grad = g.view_as(p).clone()
     return has[len(params) :].tolist()
 
 
