@@ -4,7 +4,7 @@ import pytest
 
 from advdmd.memory import advice, need, roles
 from advdmd.recipes.find import resolve
-from advdmd.recipes.real import RECIPES
+from advdmd.recipes.real import RECIPES, cards
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,19 @@ def test_parameters_are_the_published_models(name, billions):
 def test_every_recipe_fits_the_card_it_is_named_after_at_512_pixels():
     for name in RECIPES:
         r = resolve(name)[1]
-        card = 24 if name.endswith("24gb") else 80
-        assert advice(r, need(r, 512), card).startswith("fits"), name
+        preset = name.rpartition("-")[2]
+        card = 24 if preset.endswith("24gb") else 80
+        assert advice(r, need(r, 512, cards(preset)), card).startswith("fits"), name
+        assert r.prompts_per_step % cards(preset) == 0, name
+
+
+def test_whole_networks_are_shared_by_the_cards():
+    r = resolve("sd35-large-advdmd-4step-8x80gb")[1]
+    one, many = need(r, cards=1), need(r, cards=8)
+    for part in ("trained weights", "gradients", "Adam", "average", "frozen base"):
+        assert many.parts[part] == one.parts[part] / 8
+    assert many.parts["activations"] == one.parts["activations"]
+    assert advice(r, one, 80).endswith("lora_rank=32 shard=false (adapters on one base), more cards")
 
 
 def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):

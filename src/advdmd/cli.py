@@ -26,6 +26,7 @@ def show(
     recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; none lists them.")] = None,
     changes: Changes = None,
     card: Annotated[float | None, typer.Option(help="GB of the card it is to run on.")] = None,
+    cards: Annotated[int, typer.Option(min=1, help="How many of them; sharded recipes share networks among them.")] = 1,
     resolution: Annotated[int, typer.Option(help="Side of its images in pixels, for the memory of a published model.")] = 1024,
 ) -> None:
     """Print a resolved recipe, what an iteration costs and what it takes of a card, before anything is loaded."""
@@ -48,10 +49,10 @@ def show(
     print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
     if not isinstance(r.data, Cached) and card is None:
         return
-    need = memory.need(r, resolution)
+    need = memory.need(r, resolution, cards)
     each = f", {need.adapter / 1e6:.0f} M in each of {memory.roles(r)} adapters" if need.adapter else ""
     print(f"transformer: {need.base / 1e9:.2f} B parameters{each}")
-    print(f"memory at {resolution} pixels, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items()))
+    print(f"memory of a card at {resolution} pixels, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items()))
     print(f"in all {need.total / 1e9:.1f} GB; activations are an estimate")
     if card is not None:
         print(memory.advice(r, need, card))

@@ -57,9 +57,9 @@ def roles(r: Recipe) -> int:
     return 1 if isinstance(r.algorithm, TwinFlow) else 2 + (r.critic.trunk == "own")
 
 
-def need(r: Recipe, resolution: int = 1024) -> Need:
-    """Bytes of a card that a recipe takes at a resolution in pixels. Text encoders and autoencoder are not on it: text is
-    encoded before, and pictures to look at are decoded on the CPU."""
+def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
+    """Bytes of a card that a recipe takes at a resolution in pixels, when it runs on so many of them. Text encoders and
+    autoencoder are not on it: text is encoded before, and pictures to look at are decoded on the CPU."""
     net, text = transformer(r)
     base = sum(p.numel() for p in net.parameters())
     # Every target of SD3 and Qwen-Image is a linear layer of a block, in attention or behind it.
@@ -74,6 +74,9 @@ def need(r: Recipe, resolution: int = 1024) -> Need:
         "Adam": 8.0 * learned * (n - 1 + turns),
         "average": 4.0 * learned * (2 if n == 1 and adapter else 1),  # TwinFlow also walks it, as one more adapter
     }
+    if r.shard:  # every card holds its share, and what the pass is at: the block that is used and the next
+        parts = {k: v / cards for k, v in parts.items()}
+        parts["gathered"] = 2.0 * base / net.config.num_layers * BYTES[r.dtype]
     width = net.inner_dim
     patch = net.config.patch_size if "patch_size" in net.config else 2
     tokens = (resolution // 8 // patch) ** 2 + text
@@ -83,7 +86,7 @@ def need(r: Recipe, resolution: int = 1024) -> Need:
     parts["activations"] = float(samples * tokens * width * BYTES[r.dtype] * held)
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
     said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
-    parts["paths and text"] = 4.0 * r.batch * (path + said)
+    parts["paths and text"] = 4.0 * r.batch / cards * (path + said)
     return Need(base, adapter, parts)
 
 
@@ -98,7 +101,7 @@ def advice(r: Recipe, found: Need, card: float) -> str:
         return f"fits a {card:g} GB card with {free:.0f} GB to spare"
     ways = []
     if not r.lora_rank:
-        ways.append("lora_rank=32 (adapters on one base)")
+        ways += ["lora_rank=32 shard=false (adapters on one base)"] + ["more cards"] * r.shard
     if not r.checkpointing:
         ways.append("checkpointing=true")
     if getattr(r.algorithm, "micro", 1) > 1:
@@ -107,7 +110,7 @@ def advice(r: Recipe, found: Need, card: float) -> str:
         ways.append("a smaller resolution when encoding")
     if r.lora_rank > 16:
         ways.append("lora_rank=16")
-    least = found.parts["frozen base"] / GB
+    least = found.parts["frozen base"] / GB  # of which a sharded run needs its share only
     if least > card * 0.94:
         ways = [f"the frozen base alone takes {least:.0f} GB: only a larger card or a smaller model will do"]
     return f"needs {found.total / GB:.0f} GB, too much for a {card:g} GB card: " + ", ".join(ways or ["a larger card"])

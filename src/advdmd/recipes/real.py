@@ -1,11 +1,12 @@
-"""Recipes for the published models: adapters on one frozen base, prompts and images from `advdmd encode`.
+"""Recipes for the published models: adapters on one frozen base for a card, whole networks spread over many; prompts and images
+from `advdmd encode`.
 
 None of these has been run on real weights. Schedules and the critic are what worked in the miniature (docs/results.md), rates
 those of published few-step adapters; the teacher's guidance is its model card's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ MODELS = {
     "sd35-large": Model("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
     "qwen-image": Model("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
 }
-# Model and preset -> rank of an adapter, samples a pass; advdmd show says what that takes of a card.
+# Model and preset -> rank of an adapter (0: whole networks, spread over the cards of the name), samples a pass; advdmd show
+# says what that takes of a card.
 PRESETS = {
     ("sd3-medium", "24gb"): (32, 1),
     ("sd35-medium", "24gb"): (32, 1),
@@ -51,7 +53,19 @@ PRESETS = {
     ("sd35-medium", "80gb"): (64, 4),
     ("sd35-large", "80gb"): (64, 4),
     ("qwen-image", "80gb"): (32, 2),
+    ("sd3-medium", "8x80gb"): (0, 4),
+    ("sd35-medium", "8x80gb"): (0, 4),
+    ("sd35-large", "8x80gb"): (0, 1),
+    ("qwen-image", "32x80gb"): (0, 1),
 }
+
+
+def cards(preset: str) -> int:
+    """How many a preset is for: 8 of "8x80gb"."""
+    many, x, _ = preset.partition("x")
+    return int(many) if x else 1
+
+
 ITERATIONS = 2000
 GROUP, PROMPTS = 8, 4  # 32 samples an iteration: the fewest with which group advantages meant something in the miniature
 # A trunk that learns pays for what the prompt says, a frozen one for nothing (docs/log.md); here it is one more adapter. It
@@ -63,15 +77,16 @@ FAKE = Optim(lr=2e-4, betas=(0.0, 0.999))  # twice the student's: the fake score
 
 
 def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
+    rank = PRESETS[name, preset][0]
+    slower = 1.0 if rank else 0.1
     common = {
         "teacher": MODELS[name].hub,
         "algorithm": algorithm,
-        "prompts_per_step": PROMPTS,
-        "match": MATCH,
-        "policy": POLICY,
-        "fake": FAKE,
+        "prompts_per_step": max(PROMPTS, cards(preset)),  # a prompt a card at least, for groups stay together
+        **{k: replace(v, lr=slower * v.lr) for k, v in {"match": MATCH, "policy": POLICY, "fake": FAKE}.items()},
         "critic": CRITIC,
-        "lora_rank": PRESETS[name, preset][0],
+        "lora_rank": rank,
+        "shard": not rank,
         "dtype": "bfloat16",
         "device": "auto",
         "checkpointing": True,
@@ -123,4 +138,5 @@ RECIPES = {
     for name, preset in PRESETS
     for method, make in METHODS.items()
     for steps in (4, 2)
+    if PRESETS[name, preset][0] or make is not twinflow  # which is not spread
 }
