@@ -96,7 +96,7 @@ def _hash(things: Iterable[Any]) -> str:
 def _state(entry: Entry) -> tuple[Any, ...]:
     """What changes when an image does: a shard whose images have changed is encoded again."""
     assert entry.image is not None
-    stat = entry.image.stat()
+    stat = (entry.image if entry.row is None else entry.image / "state.json").stat()
     return entry.place, stat.st_size, stat.st_mtime_ns
 
 

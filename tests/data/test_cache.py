@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from advdmd import run
 from advdmd.data import cache
 from advdmd.data.deal import make_deal
-from advdmd.data.sources import Entry, load_image, read_entries, unique
+from advdmd.data.sources import Entry, _rows, load_image, read_entries, unique
 from advdmd.encode import encode
 from advdmd.models import load
 from advdmd.recipes.find import resolve
@@ -305,6 +305,29 @@ def test_sources_of_every_form_say_the_same(tmp_path):
         ["a", "b"],
         [[Entry("a", tar, "1"), Entry("a", tar, "2")], []],
     )
+
+
+def test_a_saved_dataset_says_the_same_as_its_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for n, color in enumerate(("red", "blue")):
+        (tmp_path / f"{n}.png").write_bytes(png(color=color))
+    kinds = datasets.Features({"caption": datasets.Value("string"), "picture": datasets.Image()})
+    rows = {"caption": ["a red circle", "two stars"], "picture": [str(tmp_path / f"{n}.png") for n in (0, 1)]}
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path / "saved")
+    found = read_entries(tmp_path / "saved")
+    assert [(e.prompt, e.place) for e in found] == [
+        (p, f"{tmp_path / 'saved'}, row {n}") for n, p in enumerate(rows["caption"])
+    ]
+    for n, entry in enumerate(found):
+        assert (load_image(entry, 4, 4) == load_image(Entry("", tmp_path / f"{n}.png"), 4, 4)).all()
+    datasets.Dataset.from_dict({"text": ["a red circle"]}).save_to_disk(tmp_path / "bare")
+    assert read_entries(tmp_path / "bare") == [Entry("a red circle")]
+    datasets.Dataset.from_dict({"title": ["a red circle"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="has columns title: captions are looked for in"):
+        read_entries(tmp_path / "other")
+    (tmp_path / "saved/state.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as a dataset"):
+        _rows.__wrapped__(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Prompts and captioned images as people have them: text files, folders with metadata.jsonl, webdataset tars."""
+"""Prompts and captioned images as people have them: text files, folders with metadata.jsonl, webdataset tars, datasets."""
 
 import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,24 @@ from PIL import Image, ImageOps
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_KEYS, FILE_KEYS = ("text", "prompt", "caption"), ("file_name", "image")
-FORMS = "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset .tar or a folder of them"
+FORMS = "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset .tar or a folder of them, a saved dataset"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt, and one image of it: a file, or the bytes of `member` of a tar file, from `start` on."""
+    """A prompt, and one image of it: a file, the bytes of `member` of a tar file, from `start` on, or of a dataset's `row`."""
 
     prompt: str
     image: Path | None = None
     member: str = ""
     start: int = 0
     size: int = 0
+    row: int | None = None
 
     @property
     def place(self) -> str:
+        if self.row is not None:
+            return f"{self.image}, row {self.row}"
         return f"{self.image}:{self.member}" if self.member else str(self.image)
 
 
@@ -37,6 +41,8 @@ def read_entries(source: Path) -> list[Entry]:
         tars = sorted(source.glob("*.tar"))
         if (source / "metadata.jsonl").is_file():
             found = list(_jsonl(source / "metadata.jsonl"))
+        elif (source / "state.json").is_file() and (source / "dataset_info.json").is_file():
+            found = list(_dataset(source))
         elif tars:
             found = [e for tar in tars for e in _tar(tar)]
         else:
@@ -128,17 +134,58 @@ def _tar(path: Path) -> Iterator[Entry]:
         raise ValueError(f"{path}: {e}") from None
 
 
+@cache
+def _rows(folder: Path) -> tuple[Any, str | None]:
+    """A dataset as the library's save_to_disk left it, and its first column of images, which are not decoded.
+
+    Raises ValueError if it cannot be read.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{folder} is a saved dataset: it takes the datasets library, pip install 'advdmd[datasets]'"
+        ) from None
+    try:
+        found = datasets.load_from_disk(str(folder))
+        kinds = {k: v for k, v in found.features.items() if isinstance(v, datasets.Image)}
+        for name in kinds:
+            found = found.cast_column(name, datasets.Image(decode=False))
+    except Exception as e:  # whatever a damaged folder makes the library raise
+        raise ValueError(f"{folder} cannot be read as a dataset: {e}") from None
+    return found, next(iter(kinds), None)
+
+
+def _dataset(folder: Path) -> Iterator[Entry]:
+    """Captions are under one of CAPTION_KEYS; without a column of images it is a list of prompts."""
+    rows, column = _rows(folder)
+    said = next((k for k in CAPTION_KEYS if k in rows.column_names), None)
+    if said is None:
+        raise ValueError(f"{folder} has columns {', '.join(rows.column_names)}: captions are looked for in {CAPTION_KEYS}")
+    for n, text in enumerate(rows[said]):
+        yield Entry(_caption({"text": text}, f"{folder}, row {n}"), folder if column else None, row=n if column else None)
+
+
+def _bytes(entry: Entry) -> bytes:
+    assert entry.image is not None
+    if entry.row is not None:
+        rows, column = _rows(entry.image)
+        image = rows[entry.row][column]
+        if image["bytes"] is None:
+            raise ValueError("the dataset holds a path instead of the image: save it with its images embedded")
+        return image["bytes"]
+    with open(entry.image, "rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.size if entry.member else -1)
+
+
 def load_image(entry: Entry, height: int, width: int) -> np.ndarray:
     """[3, H, W] float32 in [-1, 1]: turned as its camera says, scaled to cover the size, the middle cut out.
 
     Raises ValueError that names the image if it cannot be read.
     """
-    assert entry.image is not None
     try:
-        with open(entry.image, "rb") as file:
-            file.seek(entry.start)
-            data = file.read(entry.size if entry.member else -1)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(_bytes(entry))) as image:
             image = ImageOps.fit(ImageOps.exif_transpose(_flat(image)), (width, height), Image.Resampling.LANCZOS)
     except Exception as e:  # whatever a damaged or hostile file makes the library raise
         raise ValueError(f"image {entry.place} cannot be read: {e}") from None
