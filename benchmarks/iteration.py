@@ -1,17 +1,22 @@
 """What an iteration must cost against what it does cost: forwards counted and measured, in one run.
 
-A forward of the batch without gradient is timed between the iterations; medians; ratios only, as clocks here drift.
+A forward of the batch without gradient is timed between the iterations; medians; ratios only, as clocks here drift. Where
+nvidia-modelopt is installed (it needs omegaconf and pulp too), its DMD2 is measured in the same way, beside ours.
 Usage: python benchmarks/iteration.py [--threads 1] [--rounds 7] [--out results/iteration.json]
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from advdmd import flow
 from advdmd.models import load
 from advdmd.players import make_players
 from advdmd.recipes import find
@@ -25,49 +30,125 @@ def clock(f) -> float:
     return time.perf_counter() - began
 
 
-def measure(name: str, rounds: int, threads: int, *changes: str) -> dict:
-    """Median over rounds of (iteration time / forward time), each iteration bracketed by forwards."""
+def rounds_of(forward: Callable[[], None], iteration: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """Medians over rounds of the forwards that an iteration counts and of those it takes, in units of the batch's forward,
+    which is timed before and after it."""
+    counts, ratios = [], []
+    for i in range(rounds + 1):
+        before = clock(forward) / 3
+        began = time.perf_counter()
+        counted = iteration()
+        took = time.perf_counter() - began
+        after = clock(forward) / 3
+        if i:  # the first round warms up
+            counts.append(counted)
+            ratios.append(took / ((before + after) / 2))
+    # Per counted forward, as iterations need not be alike.
+    return statistics.mean(counts), statistics.mean(counts) * statistics.median(
+        r / c for r, c in zip(ratios, counts, strict=True)
+    )
+
+
+def forwards(backbone: Any, batch: Any) -> Callable[[], None]:
+    """Three forwards of the teacher on the batch."""
+    t = torch.full((len(batch),), 0.5)
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(3):
+            backbone.velocity(backbone.net, batch.real, t, batch.cond)
+
+    return run
+
+
+def row(name: str, counted: float, measured: float, batch: int) -> dict[str, Any]:
+    return {
+        "recipe": name,
+        "counted": round(counted, 2),
+        "measured": round(measured, 2),
+        "eta": round(counted / measured, 3),
+        "batch": batch,
+    }
+
+
+def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, Any]:
+    """A full iteration of a recipe."""
     _, r = find.resolve(name, ["data.prompts=16", f"threads={threads}", *changes])
     torch.set_num_threads(threads)
     backbone, _ = load.load(r.teacher)
     data, a = supply(r, backbone), r.algorithm
     cast = make_players(r, backbone, data.null)
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
-    counted = sum(r.forwards(step).values())
     batch, ids = data.deal(0)
-    t = torch.full((len(batch),), 0.5)
 
-    @torch.no_grad()
-    def forward() -> None:
-        for _ in range(3):
-            backbone.velocity(backbone.net, batch.real, t, batch.cond)
+    def iteration() -> float:
+        a.iteration(cast, batch, step, Rng(0, step, ids))
+        return sum(r.forwards(step).values())
 
-    ratios = []
-    for i in range(rounds + 1):
-        before = clock(forward) / 3
-        took = clock(lambda: a.iteration(cast, batch, step, Rng(0, step, ids)))
-        after = clock(forward) / 3
-        if i:  # the first round warms up
-            ratios.append(took / ((before + after) / 2))
-    measured = statistics.median(ratios)
-    return {
-        "recipe": " ".join((name, *changes)),
-        "counted": counted,
-        "measured": round(measured, 2),
-        "eta": round(counted / measured, 3),
-        "batch": len(batch),
-    }
+    return row(" ".join((name, *changes)), *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))
+
+
+def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
+    """One update of the generator and one of the fake score by nvidia-modelopt's DMD2, whole networks, backward simulation,
+    on the batch and grid of our recipe; passes are counted as they happen, one with gradient as three."""
+    try:
+        from modelopt.torch.fastgen import DMDConfig, DMDPipeline, SampleTimestepConfig  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    _, r = find.resolve("mini-sd35-dmd2", ["data.prompts=16", f"threads={threads}"])
+    torch.set_num_threads(threads)
+    backbone, _ = load.load(r.teacher)
+    data = supply(r, backbone)
+    batch, _ = data.deal(0)
+    student, fake = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
+    times = SampleTimestepConfig(t_list=flow.grid(4, r.algorithm.shift).tolist(), shift=r.algorithm.shift)
+    config = DMDConfig(
+        pred_type="flow",
+        guidance_scale=r.guidance,
+        student_sample_steps=4,
+        student_sample_type="sde",
+        num_train_timesteps=1000,
+        backward_simulation=True,
+        sample_t_cfg=times,
+        fake_score_pred_type="flow",
+    )
+    pipe = DMDPipeline(student, backbone.net, fake, config)
+    optims = [torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) for net in (student, fake)]
+    passes: list[int] = []
+    for net in (student, fake, backbone.net):
+        net.register_forward_hook(lambda *_: passes.append(3 if torch.is_grad_enabled() else 1))
+    said = {"encoder_hidden_states": batch.cond.embeds, "pooled_projections": batch.cond.pooled, "return_dict": False}
+    null = data.null.embeds.expand(len(batch), -1, -1)
+    lengths = {"negative_encoder_hidden_states": null}
+
+    def iteration() -> float:
+        passes.clear()
+        for optim, loss, more in zip(
+            optims, (pipe.compute_student_loss, pipe.compute_fake_score_loss), (lengths, {}), strict=True
+        ):
+            optim.zero_grad(set_to_none=True)
+            loss(batch.real, torch.randn_like(batch.real), **said, **more)["total"].backward()
+            torch.nn.utils.clip_grad_norm_([p for g in optim.param_groups for p in g["params"]], 1.0)
+            optim.step()
+        return float(sum(passes))
+
+    return row("nvidia-modelopt DMD2, no GAN", *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    # The recipe as it is, and what its many small minibatches of the fake score cost: one instead of two.
-    runs = [(n, *c) for n in ("mini-sd35-advdmd", "mini-sd35-dmd2") for c in ((), ("algorithm.critic_steps=1",))]
+    # Recipes as they are; with one minibatch of the fake score instead of two; as adapters; and the peer's work.
+    names = ("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow")
+    runs = [(n, *c) for n in names for c in ((), ("lora_rank=16",))]
+    runs += [(n, "algorithm.critic_steps=1") for n in names[:2]]
+    runs += [("mini-sd35-dmd2", "algorithm.critic_steps=1", "algorithm.gan=0")]
     rows = [measure(n, args.rounds, args.threads, *c) for n, *c in runs]
+    if peer := theirs(3 * args.rounds, args.threads):  # its iterations differ in the length of their rollouts
+        rows.append(peer)
     print("| recipe | counted F | measured F | eta |\n|---|---|---|---|")
     for r in rows:
         print(f"| {r['recipe']} | {r['counted']:g} | {r['measured']:g} | {r['eta']:.2f} |")
