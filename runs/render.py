@@ -252,6 +252,52 @@ def reliability() -> None:
         between(page, ("<!-- fuzz -->", "<!-- /fuzz -->"), "\n".join([*lines, "", said]))
 
 
+def performance() -> None:
+    """What iterations cost, and how that grows."""
+    page = RESULTS.parent / "docs/performance.md"
+    if (file := RESULTS / "iteration.json").is_file():
+        lines = ["| what | counted F | measured F | η |", "|---" * 4 + "|"]
+        for r in json.loads(file.read_text()):
+            lines.append(f"| {r['recipe']} | {r['counted']:g} | {r['measured']:g} | {r['eta']:.2f} |")
+        between(page, ("<!-- iteration -->", "<!-- /iteration -->"), "\n".join(lines))
+    if (file := RESULTS / "scaling.json").is_file():
+        told = json.loads(file.read_text())
+        two = told.pop("two processes beside one")
+        lines = ["| | value | time of a sample | its forwards |", "|---" * 4 + "|"]
+        for axis, values in told.items():
+            lines += [f"| {axis} | {v} | {c['time']:.2f} | {c['forwards']:.2f} |" for v, c in values.items()]
+        said = (
+            f"Two processes of one thread make {two['replicas']:.2f} times the iterations of one on the same batch as replicas,"
+        )
+        lines += [
+            "",
+            "![time of a sample](../results/scaling.png)",
+            "",
+            f"{said} {two['spread']:.2f} times with networks spread.",
+        ]
+        between(page, ("<!-- scaling -->", "<!-- /scaling -->"), "\n".join(lines))
+        scaling(told)
+
+
+def scaling(told: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Time and forwards of a sample along each axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(1, len(told), figsize=(11, 2.6), constrained_layout=True, sharey=True)
+    for (name, values), ax in zip(told.items(), axes, strict=True):
+        for what, style in (("time", "o-"), ("forwards", "s--")):
+            ax.plot(list(values), [c[what] for c in values.values()], style, label=what)
+        ax.set(xlabel=name, ylim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel="of a sample, main job = 1")
+    axes[0].legend(frameon=False, fontsize=8)
+    fig.savefig(RESULTS / "scaling.png", dpi=90)
+    plt.close(fig)
+
+
 def main() -> None:
     lines = [
         "# Results",
@@ -271,6 +317,7 @@ def main() -> None:
     PAGE.write_text("\n".join(lines) + "\n")
     between(README, MARKS, summary())
     reliability()
+    performance()
     print(PAGE)
 
 

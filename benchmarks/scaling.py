@@ -1,0 +1,115 @@
+"""How the cost of an AdvDMD iteration grows: with batch, group, steps, latent size, and with one process or two.
+
+Each setting is timed turn by turn with the main job's own, so that what else the machine does falls on both; ratios only.
+    python benchmarks/scaling.py [--rounds 5] [--out results/scaling.json]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advdmd.files import write_text
+from advdmd.models import load
+from advdmd.players import make_players
+from advdmd.recipes import find
+from advdmd.rng import Rng
+from advdmd.supply import supply
+
+RECIPE, COMMON = "mini-sd35-advdmd", ["data.prompts=16", "threads=1"]
+# Of the recipe: 8 prompts x 4 samples, 4 steps, latents of 8 x 8.
+AXES = {
+    "batch": {str(4 * n): [f"prompts_per_step={n}"] for n in (2, 4, 8, 16)},
+    "group": {str(g): [f"algorithm.group={g}", f"prompts_per_step={32 // g}"] for g in (2, 4, 8, 16)},
+    "steps": {str(k): [f"algorithm.steps={k}"] for k in (1, 2, 4, 8)},
+    "latent side": {str(n): [f"side={n}"] for n in (8, 16, 32)},
+}
+
+
+class Setting:
+    """A recipe with changes, ready to be played; `side` is that of the latents, of a network with random weights."""
+
+    def __init__(self, changes: list[str]):
+        sides = [int(c.removeprefix("side=")) for c in changes if c.startswith("side=")]
+        self.recipe = find.resolve(RECIPE, [*COMMON, *(c for c in changes if not c.startswith("side="))])[1]
+        backbone: Any = load.load(self.recipe.teacher)[0]
+        data = supply(self.recipe, backbone)
+        self.batch, self.ids = data.deal(0)
+        for side in sides:
+            kind = type(backbone.net)
+            net = kind.from_config({**backbone.net.config, "sample_size": side, "pos_embed_max_size": side})
+            backbone.net, backbone.latent_shape = net.requires_grad_(False).eval(), (backbone.latent_shape[0], side, side)
+            times = side // self.batch.real.shape[-1]
+            self.batch = type(self.batch)(self.batch.cond, self.batch.real.repeat(1, 1, times, times), self.batch.prompt)
+        self.cast = make_players(self.recipe, backbone, data.null)
+        steps = range(self.recipe.iterations)
+        self.step = max(steps, key=lambda i: sum(self.recipe.forwards(i).values()))  # a full iteration
+
+    def play(self) -> float:
+        began = time.perf_counter()
+        self.recipe.algorithm.iteration(self.cast, self.batch, self.step, Rng(0, self.step, self.ids))
+        return (time.perf_counter() - began) / len(self.batch)
+
+
+def axis(settings: dict[str, list[str]], base: Setting, rounds: int) -> dict[str, dict[str, float]]:
+    """Time of a sample beside the main job's, and forwards of a sample beside its."""
+    out = {}
+    for value, changes in settings.items():
+        other = Setting(changes)
+        ratios = []
+        for i in range(rounds + 1):
+            ours, theirs = base.play(), other.play()
+            if i:  # the first round warms up
+                ratios.append(theirs / ours)
+        counted = [sum(s.recipe.forwards(s.step).values()) for s in (other, base)]
+        out[value] = {"time": round(statistics.median(ratios), 3), "forwards": round(counted[0] / counted[1], 3)}
+        print(value, out[value], flush=True)
+    return out
+
+
+def processes(rounds: int) -> dict[str, float]:
+    """Iterations a second of two processes beside one, same batch: replicas, and networks spread over both."""
+
+    def seconds(n: int, iterations: int, *more: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            words = [*COMMON, f"iterations={iterations}", "look_every=0", "save_every=0", *more]
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+            command = [sys.executable, *launch, "-m", "advdmd", "train", RECIPE, *words, "--out", f"{folder}/run"]
+            began = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            return time.perf_counter() - began
+
+    def pace(n: int, *more: str) -> float:
+        return (seconds(n, 20, *more) - seconds(n, 4, *more)) / 16  # without what a start takes
+
+    out: dict[str, list[float]] = {"replicas": [], "spread": []}
+    for _ in range(rounds):
+        one = pace(1)
+        out["replicas"].append(one / pace(2))
+        out["spread"].append(one / pace(2, "shard=true"))
+    return {k: round(statistics.median(v), 3) for k, v in out.items()}
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    ask.add_argument("--rounds", type=int, default=5)
+    ask.add_argument("--out", type=Path, default=Path("results/scaling.json"))
+    told = ask.parse_args()
+    torch.set_num_threads(1)
+    base = Setting([])
+    found: dict[str, Any] = {name: axis(settings, base, told.rounds) for name, settings in AXES.items()}
+    found["two processes beside one"] = processes(max(1, told.rounds // 2))
+    write_text(told.out, json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
