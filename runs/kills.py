@@ -156,19 +156,19 @@ def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[d
     run.train(*resolve("mini-sd35-advdmd", words), whole)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launch, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
-    off, done, late, results = 0.0, 0, 0, 0
+    off, done, late, results, wait = 0.0, 0, 0, 0, 3.0
     while done < kills:
         job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while job.poll() is None and not (folder / "metrics.jsonl").exists():
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, wait))
         workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
         if job.poll() is None and workers:
             os.kill(int(rng.choice(workers)), signal.SIGKILL)
-        else:
-            late += 1
+            done += 1
+        else:  # it had ended already: the moments come earlier from now on
+            late, wait = late + 1, 0.9 * wait
         job.wait()
-        done += 1
         if rng.random() < 0.5 or done == kills:  # let it finish
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             a, b = (load_file(f / "checkpoints/step-0000012.safetensors") for f in (whole, folder))

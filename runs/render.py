@@ -234,7 +234,14 @@ def reliability() -> None:
         for r in told["rows"]:
             cells = [str(r[k]) for k in ("verb", "kills", "too late", "results", "files each")]
             lines.append(f"| {' | '.join(cells)} | {len(r['different'])} |")
-        between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", f"Seed {told['seed']}."]))
+        lines += ["", f"Seed {told['seed']}."]
+        if (ranks := RESULTS / "kills-2-ranks.json").is_file():
+            (r,) = json.loads(ranks.read_text())["rows"]
+            lines[-1] += (
+                f" Training by two processes, one of which was killed: {r['kills']} kills in time, {r['results']} results"
+            )
+            lines[-1] += f" compared, weights off by {r['largest difference']:.1g} at most (2e-4 is allowed)."
+        between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join(lines))
     if (file := RESULTS / "drift.json").is_file():
         told = json.loads(file.read_text())
         lines = ["| path and replay | largest \\|ratio - 1\\| | outside the clip range | stopped |", "|---" * 4 + "|"]
