@@ -82,12 +82,15 @@ def pretrain(
 
 @app.command()
 def encode(
-    source: Annotated[Path, typer.Argument(help="A .txt of prompts, a .jsonl, a folder with metadata.jsonl, a .tar or many.")],
+    source: Annotated[
+        Path, typer.Argument(help="Prompts (.txt, .jsonl), a folder with metadata.jsonl, .tar files or a dataset.")
+    ],
     teacher: Annotated[str, typer.Argument(help="Pipeline folder, hub id or shipped name: whose encoders.")],
     out: Out,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default the teacher's own.")] = None,
     reals: Annotated[str, typer.Option(help="source, or teacher: it draws what the critic takes for real.")] = "source",
     per_prompt: Annotated[int, typer.Option(help="Images of each prompt, with --reals teacher.")] = 1,
+    by_shape: Annotated[bool, typer.Option("--by-shape", help="Lying and standing images keep about their shape.")] = False,
     shard: Annotated[str, typer.Option(help="I/N: this is process I of N, from 0.")] = "0/1",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts or images at a time.")] = 8,
@@ -101,7 +104,7 @@ def encode(
 
     torch.set_num_threads(threads)
     of = cli_evaluate.shard_of(shard)
-    done = go(source, teacher, out, resolution, reals, per_prompt, of, device_of(device), batch)
+    done = go(source, teacher, out, resolution, reals, per_prompt, of, device_of(device), batch, by_shape=by_shape)
     print(f"cache: {out}" if done else f"{out}: the shards of process {shard} are done, others are missing")
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advdmd.data import cache
-from advdmd.data.sources import Entry, load_image, read_entries, unique
+from advdmd.data import buckets, cache
+from advdmd.data.sources import Entry, image_size, load_image, read_entries, unique
 from advdmd.models import load
 from advdmd.models.sampler import Sampling, draw_noise, walk
 from advdmd.train.book import Progress
@@ -28,14 +28,18 @@ def encode(
     device: str = "cpu",
     batch: int = 8,
     seed: int = 0,
+    by_shape: bool = False,
 ) -> bool:
     """Write or complete the cache `out`; says whether all of it is there now (other shards' processes may still be at it).
 
     `reals`: whose images the critic takes for real: the source's, or `per_prompt` drawn by the teacher for every prompt.
+    `by_shape`: a cache for each of several shapes of about the square's area, a prompt's chosen by its first image.
     Raises ValueError before any work on a source, teacher or folder that cannot be used.
     """
     if reals not in ("source", "teacher"):
         raise ValueError(f"reals={reals!r}: source or teacher")
+    if by_shape and reals != "source":
+        raise ValueError("by_shape: what the teacher draws is square; it is for images of the source")
     if per_prompt < 1 or batch < 1 or not 0 <= shard[0] < shard[1]:
         raise ValueError(f"per_prompt={per_prompt}, batch={batch}: at least 1; shard={shard}: process I of N, 0 <= I < N")
     prompts, images = unique(read_entries(source))
@@ -53,32 +57,57 @@ def encode(
         "format": cache.FORMAT,
         "teacher": load.identity(folder),
         "resolution": _side(backbone),
-        "content": _hash(zip(prompts, ([e.place for e in found] for found in images), strict=True)),
         "reals": reals,
     }
     if reals == "teacher":
         drawer = load.identity(folder, ("transformer",))["transformer"]
         plan["reals"] = {"transformer": drawer, "each": per_prompt, "seed": seed, **asdict(own)}
-    cache.claim(out, plan)
+    square = (_side(backbone),) * 2
+    parts = {out: (square, range(len(prompts)))}
+    if by_shape:
+        found = _by_shape(images, buckets.sizes(square[0], 2 * backbone.pipe.vae_scale_factor))
+        parts = {out / buckets.name(size): (size, members) for size, members in found.items()}
+        cache.claim(out, plan | {"content": _content(prompts, images), "sizes": [p.name for p in parts]})
+        buckets.write_record(out, {size: len(members) for size, members in found.items()})
+    for part, (size, members) in parts.items():
+        mine = [prompts[n] for n in members], [images[n] for n in members]
+        cache.claim(part, plan | {"content": _content(*mine)} | ({"size": size} if by_shape else {}))
     for part in (*backbone.encoders, backbone.vae if reals == "source" else backbone.net):
         part.to(device)
-    if shard[0] == 0 and cache.record(cache.null_path(out)) is None:
-        cache.write_null(out, _embed(backbone, [""], device))
-    todo = range(shard[0], -(-len(prompts) // cache.SHARD), shard[1])
-    ranges = {k: range(k * cache.SHARD, min(len(prompts), (k + 1) * cache.SHARD)) for k in todo}
-    say, done = Progress("encoding prompts", sum(map(len, ranges.values()))), 0
-    for k, here in ranges.items():
+    work = [
+        (part, size, k, members[k * cache.SHARD : (k + 1) * cache.SHARD])
+        for part, (size, members) in parts.items()
+        for k in range(shard[0], -(-len(members) // cache.SHARD), shard[1])
+    ]
+    for part in parts if shard[0] == 0 else ():
+        if cache.record(cache.null_path(part)) is None:
+            cache.write_null(part, _embed(backbone, [""], device))
+    say, done = Progress("encoding prompts", sum(len(here) for *_, here in work)), 0
+    for part, size, k, here in work:
         content = _hash(_state(e) for n in here for e in images[n]) if reals == "source" else ""
-        if (cache.record(cache.shard_path(out, k)) or {}).get("content") != content:
+        if (cache.record(cache.shard_path(part, k)) or {}).get("content") != content:
             cond = _embed(backbone, [prompts[n] for n in here], device, batch)
             if reals == "teacher":
                 latents = _drawn(backbone, own, cond, here, per_prompt, seed, device, batch)
             else:
-                latents = [_latents(backbone, images[n], device, batch) for n in here]
-            cache.write_shard(out, k, cond, latents, content)
+                latents = [_latents(backbone, images[n], size, device, batch) for n in here]
+            cache.write_shard(part, k, cond, latents, content)
         done += len(here)
         say(done)
-    return cache.finish(out, prompts)
+    finished = [cache.finish(part, [prompts[n] for n in members]) for part, (_, members) in parts.items()]
+    return all(finished)
+
+
+def _by_shape(images: Sequence[Sequence[Entry]], choices: Sequence[buckets.Size]) -> dict[buckets.Size, list[int]]:
+    """Which prompts have each size, by their first images."""
+    found: dict[buckets.Size, list[int]] = {}
+    for n, own in enumerate(images):
+        found.setdefault(buckets.nearest(choices, image_size(own[0])), []).append(n)
+    return dict(sorted(found.items()))
+
+
+def _content(prompts: Sequence[str], images: Sequence[Sequence[Entry]]) -> str:
+    return _hash(zip(prompts, ([e.place for e in found] for found in images), strict=True))
 
 
 def _side(backbone: Any) -> int:
@@ -109,10 +138,9 @@ def _embed(backbone: Any, prompts: Sequence[str], device: str, batch: int = 8) -
 
 
 @torch.no_grad()
-def _latents(backbone: Any, images: Sequence[Entry], device: str, batch: int) -> Tensor:
-    side = _side(backbone)
+def _latents(backbone: Any, images: Sequence[Entry], size: buckets.Size, device: str, batch: int) -> Tensor:
     parts = [images[i : i + batch] for i in range(0, len(images), batch)]
-    arrays = (np.stack([load_image(e, side, side) for e in part]) for part in parts)
+    arrays = (np.stack([load_image(e, *size) for e in part]) for part in parts)
     return torch.cat([backbone.encode(torch.from_numpy(a).to(device)).cpu() for a in arrays])
 
 

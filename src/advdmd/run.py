@@ -17,7 +17,7 @@ from PIL import Image
 from advdmd import exam, health
 from advdmd.algorithms.base import Cast
 from advdmd.algorithms.twinflow import Twin, TwinFlow
-from advdmd.data.cache import Cache
+from advdmd.data.buckets import Caches
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
 from advdmd.evaluation.metrics.named import parse_reward
@@ -157,7 +157,7 @@ def _meter(r: Recipe, backbone: Any, deal: Callable[[int], tuple[Batch, list[int
     return Meter(lambda: backbone.velocity(backbone.net, x, t, cond), n, lambda i: sum(r.forwards(i).values()), len(batch))
 
 
-def stage(r: Recipe, encoded: Cache | None, team: Team = ALONE) -> tuple[Any, Supply, Cast | Twin]:
+def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, Supply, Cast | Twin]:
     """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
     with torch.device("cpu"):  # where all but the transformer stays
         size = encoded.resolution if encoded else None
@@ -172,7 +172,7 @@ def stage(r: Recipe, encoded: Cache | None, team: Team = ALONE) -> tuple[Any, Su
     return backbone, data, make_players(r, backbone, data.null, data.prompts, team)
 
 
-def _fingerprint(text: str, encoded: Cache | None) -> str:
+def _fingerprint(text: str, encoded: Caches | None) -> str:
     """Of a run: its recipe and, where it has one, its cache's plan."""
     return hashlib.sha256((text + (json.dumps(encoded.plan) if encoded else "")).encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from advdmd.data import shapes
-from advdmd.data.cache import Cache
+from advdmd.data.buckets import Caches, mixed
 from advdmd.data.deal import Deal, make_deal
 from advdmd.look import LOOK_PROMPTS
 from advdmd.models import load
@@ -32,23 +32,25 @@ def _pool(d: Data, seed: int) -> shapes.Pool:
     return shapes.make_pool(d.prompts, seed, WORLDS[d.world], Progress("drawing scenes", d.prompts), d.reals)
 
 
-def open_cache(r: Recipe) -> Cache | None:
-    """The recipe's cache, if its data are one; checked against its teacher before anything is loaded."""
+def open_cache(r: Recipe) -> Caches | None:
+    """The recipe's cache, or one for each size, if its data are one; checked against its teacher before anything is loaded."""
     if not isinstance(r.data, Cached):
         return None
-    found = Cache(Path(r.data.folder))
+    found = Caches(Path(r.data.folder))
     found.expect(load.identity(load.folder_of(r.teacher)))
     found.with_images()
     return found
 
 
-def supply(r: Recipe, backbone: Any, encoded: Cache | None = None, team: Team = ALONE) -> Supply:
+def supply(r: Recipe, backbone: Any, encoded: Caches | None = None, team: Team = ALONE) -> Supply:
     """A recipe's data, drawn or `encoded`, ready to deal to this process of a team."""
     size = (r.prompts_per_step, r.algorithm.group, r.seed)
     if encoded:
-        deal = make_deal(len(encoded.prompts), *size, encoded.cond, encoded.real, team)
-        shown = range(min(len(LOOK_PROMPTS), len(encoded.prompts)))
-        return Supply(deal, encoded.prompts, encoded.null, encoded.cond(shown))
+        first, *others = encoded.parts
+        deals = [make_deal(len(p.prompts), *size, p.cond, p.real, team, bool(others)) for p in encoded.parts]
+        deal = mixed(deals, [len(p.prompts) for p in encoded.parts], r.seed) if others else deals[0]
+        shown = range(min(len(LOOK_PROMPTS), len(first.prompts)))
+        return Supply(deal, encoded.prompts, encoded.null, first.cond(shown))
     assert isinstance(r.data, Data)
     pool = _pool(r.data, r.seed)
     latents, ids = shapes.encode(backbone, pool, Progress("encoding images", r.data.prompts)), backbone.tokenize(pool.prompts)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from advdmd import run
-from advdmd.data import cache
+from advdmd.data import buckets, cache
 from advdmd.data.deal import make_deal
 from advdmd.data.sources import Entry, _rows, load_image, read_entries, unique
 from advdmd.encode import encode
@@ -209,6 +209,44 @@ def test_another_resolution_reaches_latents_and_student(teacher, photos, tmp_pat
     assert cache.Cache(tmp_path / "c").real(0, 0).shape[-2:] == torch.Size([4, 4])
     with pytest.raises(ValueError, match="a multiple of 4"):
         encode(photos, str(teacher), tmp_path / "d", resolution=18)
+
+
+def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
+    pipe = sd3_with_t5()
+    pipe.register_modules(transformer=type(pipe.transformer).from_config({**pipe.transformer.config, "pos_embed_max_size": 8}))
+    pipe.save_pretrained(tmp_path / "t")
+    (tmp_path / "t/advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
+    (tmp_path / "p").mkdir()
+    lines, shapes = [], [(60, 100), (50, 50), (100, 60), (51, 49), (64, 99)]
+    for n, (caption, (h, w)) in enumerate(zip(CAPTIONS, shapes, strict=True)):
+        camera = Image.Exif()
+        camera[0x0112] = 6 if n == 2 else 1  # the third was taken lying and is shown standing
+        Image.new("RGB", (h, w) if n == 2 else (w, h), (40 * n, 9, 9)).save(tmp_path / f"p/{n}.jpg", exif=camera)
+        lines.append(json.dumps({"file_name": f"{n}.jpg", "text": caption}))
+    (tmp_path / "p/metadata.jsonl").write_text("\n".join(lines))
+    assert buckets.sizes(32, 8) == [(24, 40), (32, 32), (40, 24)]
+    assert encode(tmp_path / "p", str(tmp_path / "t"), tmp_path / "c", resolution=32, by_shape=True)
+    found = buckets.Caches(tmp_path / "c")
+    got = {part.folder.name: (part.prompts, tuple(part.real(0, 0).shape)) for part in found.parts}
+    assert got == {
+        "24x40": ([CAPTIONS[0], CAPTIONS[4]], (4, 6, 10)),
+        "32x32": ([CAPTIONS[1], CAPTIONS[3]], (4, 8, 8)),
+        "40x24": ([CAPTIONS[2]], (4, 10, 6)),
+    }
+    words = [f"teacher={tmp_path / 't'}", f"data.folder={tmp_path / 'c'}", *WORDS, "iterations=6"]
+    name, r = resolve("sd35-medium-advdmd-4step-24gb", words)
+    _, data, _ = run.stage(r, found)
+    batches = [data.deal(k)[0] for k in range(60)]
+    seen = [tuple(b.real.shape[-2:]) for b in batches]
+    assert set(seen) == {(6, 10), (8, 8), (10, 6)}
+    assert seen == [tuple(data.deal(k)[0].real.shape[-2:]) for k in range(60)], "pure in the step"
+    of = {(6, 10): {0, 1}, (8, 8): {2, 3}, (10, 6): {4}}
+    for batch, shape in zip(batches, seen, strict=True):
+        assert set(batch.prompt.tolist()) <= of[shape], "prompts are counted through all shapes"
+    assert (run.train(name, r, tmp_path / "run") / "model_index.json").is_file()
+    shutil.rmtree(tmp_path / "c/40x24")
+    with pytest.raises(ValueError, match="40x24' is not a cache"):
+        run.train(name, r, tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", ["sd35-medium-advdmd-4step-24gb", "sd35-medium-dmd2-2step-24gb"])

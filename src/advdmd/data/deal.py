@@ -27,13 +27,14 @@ def make_deal(
     cond: Callable[[Sequence[int]], Cond],
     real: Callable[[int, int], Tensor],
     team: Team = ALONE,
+    few: bool = False,
 ) -> Deal:
     """step -> groups of one prompt each with real latents of the same prompt, other images every epoch, and the samples' ids.
 
     Of n prompts a step takes `prompts`, of which this process gets its share. cond(i) are the conditions of prompts i, real(p,
-    k) the k-th image of prompt p, counted round. Raises ValueError if there are too few prompts.
+    k) the k-th image of prompt p, counted round. Raises ValueError if there are too few prompts, unless `few` may come twice.
     """
-    if n < prompts:
+    if n < prompts and not few:
         raise ValueError(f"the data hold {n} prompts, an iteration takes prompts_per_step={prompts}")
 
     def deal(step: int) -> tuple[Batch, list[int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_KEYS, FILE_KEYS = ("text", "prompt", "caption"), ("file_name", "image")
@@ -177,6 +177,16 @@ def _bytes(entry: Entry) -> bytes:
     with open(entry.image, "rb") as file:
         file.seek(entry.start)
         return file.read(entry.size if entry.member else -1)
+
+
+def image_size(entry: Entry) -> tuple[int, int]:
+    """Height and width as its camera says. Raises ValueError that names the image if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(_bytes(entry))) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size if turned else image.size[::-1]
+    except Exception as e:  # whatever a damaged or hostile file makes the library raise
+        raise ValueError(f"image {entry.place} cannot be read: {e}") from None
 
 
 def load_image(entry: Entry, height: int, width: int) -> np.ndarray:
