@@ -3,7 +3,8 @@
 #   runs/claim.sh NAME TEACHER
 # Everything is resumable: what results/NAME has is not done again, a run that was stopped goes on in runs/NAME. DMD2, DMD
 # (the same without its GAN), TwinFlow and AdvDMD without its policy turns get as many iterations as cost AdvDMD's forwards.
-# SEEDS, METHODS, STEPS, ITERATIONS (of AdvDMD) and BIN (where advdmd is installed) may be set.
+# SEEDS, METHODS, STEPS, ITERATIONS (of AdvDMD) and BIN (where advdmd is installed) may be set; RUNS_ONLY=1 leaves teacher and
+# comparisons out, so that several can be at it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
@@ -49,6 +50,7 @@ for seed in $seeds; do
     "$bin/python" runs/keep.py "$run" "$work/scores/$method-$seed" "$kept/$method-$seed"
   done
 done
+[ -z "${RUNS_ONLY:-}" ] || exit 0
 if ! complete "$kept/teacher"; then
   score "$teacher" "$work/scores/teacher"
   "$bin/python" runs/keep.py "$teacher" "$work/scores/teacher" "$kept/teacher"
