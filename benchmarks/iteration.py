@@ -141,7 +141,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    # Recipes as they are; with one minibatch of the fake score instead of two; as adapters (of a 24th of the width, as rank 64 is of SD3.5 Medium's); and the peer's work.
+    # Recipes as they are; as adapters of a 24th of the width, as rank 64 is of SD3.5 Medium's; with one minibatch of the fake
+    # score instead of two; and the peer's work.
     names = ("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow")
     runs = [(n, *c) for n in names for c in ((), ("lora_rank=4",))]
     runs += [(n, "algorithm.critic_steps=1") for n in names[:2]]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,10 +51,14 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda p: p.write_text(text))
 
 
+def folder_hash(files: Mapping[str, str]) -> str:
+    """Of files' names and their hashes."""
+    return hashlib.sha256("".join(f"{k} {v}\n" for k, v in sorted(files.items())).encode()).hexdigest()
+
+
 def file_hash(path: Path) -> str:
-    """Of a file's bytes; of a folder: of its files' names and hashes."""
+    """Of a file's bytes; of a folder: its files' `folder_hash`."""
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.is_file())
-        return hashlib.sha256("".join(f"{f.name} {file_hash(f)}\n" for f in files).encode()).hexdigest()
+        return folder_hash({f.name: file_hash(f) for f in path.iterdir() if f.is_file()})
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from advdmd.algorithms.base import Bonus, Cast
 from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.evaluation.metrics.named import load_scorer, parse_reward
 from advdmd.look import to_bytes
-from advdmd.models import cast
+from advdmd.models import cast, load
 from advdmd.models.lora import Role
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling, decode
@@ -70,14 +70,14 @@ def _spread(r: Recipe, backbone: Any, nets: Sequence[Any]) -> Callable[[], torch
     """Where the recipe says so, spread teacher and players over the processes; returns what makes a network that is not."""
     if not r.shard:
         return None
-    kind, config, device = type(backbone.net), backbone.net.config, backbone.net.device
+    kind, config, device = type(backbone.net), backbone.net.config, load.device_of(r.device)
 
     def plain() -> torch.nn.Module:
-        return kind.from_config(config).to(device).requires_grad_(False).eval()
+        return kind.from_config(config).to(device, backbone.dtype).requires_grad_(False).eval()
 
-    for net in nets:
-        parallel.shard(net.float(), backbone.blocks(net), backbone.dtype)
-    parallel.shard(backbone.net, backbone.blocks(backbone.net), backbone.dtype)
+    for net in nets:  # made on the CPU; each goes to the devices in shares
+        parallel.shard(net.float(), backbone.blocks(net), backbone.dtype, device)
+    parallel.shard(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
     return plain
 
 

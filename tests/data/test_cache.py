@@ -361,8 +361,12 @@ def test_a_saved_dataset_says_the_same_as_its_files(tmp_path):
     datasets.Dataset.from_dict({"text": ["a red circle"]}).save_to_disk(tmp_path / "bare")
     assert read_entries(tmp_path / "bare") == [Entry("a red circle")]
     datasets.Dataset.from_dict({"title": ["a red circle"]}).save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match="has columns title: captions are looked for in"):
+    with pytest.raises(ValueError, match="captions are looked for in a column text or prompt or caption"):
         read_entries(tmp_path / "other")
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="give the folder of one of them"):
+        read_entries(tmp_path / "splits")
+    assert read_entries(tmp_path / "splits/train") == [Entry("a")]
     (tmp_path / "saved/state.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a dataset"):
         _rows.__wrapped__(tmp_path / "saved")

@@ -174,7 +174,7 @@ def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, mo
     monkeypatch.setattr(book, "LINES", 4)
     run(tmp_path, 12, exam=lambda step: {"exam/strict": 0.5}, exam_every=5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 3, 4, 6, 9, 11], "every third, those with an exam, and the last"
+    assert steps == [0, 4, 8, 9, 11], "one in three, those with an exam, and the last"
 
 
 def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):

@@ -175,13 +175,13 @@ class AdvDMD:
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
         shown = (torch.arange(N) % self.judge_every == 0) & judging
 
-        def judge(i: Tensor) -> Tensor:
+        def judge(i: Tensor, n: int) -> Tensor:
             loss, seen = torch.zeros(len(i)), shown[i]
             if not judging:
                 return loss
-            i = i[seen] if seen.any() else i[:1]  # one pass at least, in every process
+            i, n = (i[seen], min(n, int(seen.sum()))) if seen.any() else (i[:1], 0)  # one pass at least, in every process
             real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
-            real_logits[i], fake_logits[i] = real.detach().float(), fake.detach().float()
+            real_logits[i[:n]], fake_logits[i[:n]] = real.detach().float()[:n], fake.detach().float()[:n]
             told = losses.critic(real, fake)
             if self.mismatch:
                 image = flow.interpolate(batch.real[i], noise[i], t[i])

@@ -66,11 +66,11 @@ class DMD2:
         x = flow.interpolate(x0, rng.normal("critic.fake", shape), t)
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
 
-        def judge(i: Tensor) -> Tensor:
+        def judge(i: Tensor, n: int) -> Tensor:
             if not self.gan:
                 return torch.zeros(len(i))
             real_, fake = tell_apart(cast, real[i], x[i], cond[i], t[i], seen[i])
-            real_logits[i], fake_logits[i] = real_.detach().float(), fake.detach().float()
+            real_logits[i[:n]], fake_logits[i[:n]] = real_.detach().float()[:n], fake.detach().float()[:n]
             return losses.critic(real_, fake)
 
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)

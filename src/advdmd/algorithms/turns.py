@@ -17,7 +17,7 @@ def catch_up(
     path: Path,
     cond: Cond,
     rng: Rng,
-    judge: Callable[[Tensor], Tensor],
+    judge: Callable[[Tensor, int], Tensor],
     *,
     steps: int,
     micro: int,
@@ -25,8 +25,8 @@ def catch_up(
 ) -> Log:
     """One pass over the path in `steps` minibatches, one descent each, so that the fake score is where the student is.
 
-    It tracks what distribution matching looks at, x0 at random exits, and is told which of them. `judge(i)` is the critic's
-    loss on samples i, learned in the same descents.
+    It tracks what distribution matching looks at, x0 at random exits, and is told which of them. `judge(i, n)` is the
+    critic's loss on samples i, of which the first n are to be remembered, learned in the same descents.
     """
     exits, shape = late_exits(rng, "fake.k", path.hops), path.x.shape[2:]
     x0 = path.x0[exits, torch.arange(len(exits))]
@@ -36,7 +36,7 @@ def catch_up(
         """The loss on samples i; where this process has none, of one that counts for nothing: networks that are spread over
         processes need as many passes of each."""
         j = i if len(i) else torch.zeros(1, dtype=torch.long)
-        loss = track_student(cast, x0[j], cond[j], u[j], e[j], exits[j]) + judge(j)
+        loss = track_student(cast, x0[j], cond[j], u[j], e[j], exits[j]) + judge(j, len(i))
         return loss[: len(i)]
 
     log: Log = {}

@@ -61,8 +61,13 @@ class TwinFlow:
                 raise ValueError(f"TwinFlow({name}={getattr(self, name)}): must be at least 1")
         if not 0 < self.gap < 0.999 or not 0 < self.near <= 1:
             raise ValueError(f"TwinFlow(gap={self.gap}, near={self.near}): gap inside (0, .999), near inside (0, 1]")
-        if self.guidance < 0 or self.rectify < 0:
-            raise ValueError(f"TwinFlow(guidance={self.guidance}, rectify={self.rectify}): weights cannot be negative")
+        if not 0 <= self.guidance < 1:
+            raise ValueError(
+                f"TwinFlow(guidance={self.guidance}): the strength lies in [0, 1), 1 - 1 / s for a guidance scale s; from 1 on "
+                "the target runs away from the network that makes it"
+            )
+        if self.rectify < 0:
+            raise ValueError(f"TwinFlow(rectify={self.rectify}): a weight cannot be negative")
 
     def forwards(self, step: int, depth: float = 1.0, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
         """Forwards per sample by part (see AdvDMD.forwards): quarters of a batch count as quarters."""

@@ -43,6 +43,8 @@ def read_entries(source: Path) -> list[Entry]:
             found = list(_jsonl(source / "metadata.jsonl"))
         elif (source / "state.json").is_file() and (source / "dataset_info.json").is_file():
             found = list(_dataset(source))
+        elif (source / "dataset_dict.json").is_file():
+            raise ValueError(f"{source} is a saved dataset of several splits: give the folder of one of them, such as train")
         elif tars:
             found = [e for tar in tars for e in _tar(tar)]
         else:
@@ -148,12 +150,13 @@ def _rows(folder: Path) -> tuple[Any, str | None]:
         ) from None
     try:
         found = datasets.load_from_disk(str(folder))
-        kinds = {k: v for k, v in found.features.items() if isinstance(v, datasets.Image)}
-        for name in kinds:
-            found = found.cast_column(name, datasets.Image(decode=False))
+        image = next((k for k, v in found.features.items() if isinstance(v, datasets.Image)), None)
+        found = found.select_columns([k for k in found.column_names if k == image or k in CAPTION_KEYS])
+        if image:
+            found = found.cast_column(image, datasets.Image(decode=False))
     except Exception as e:  # whatever a damaged folder makes the library raise
         raise ValueError(f"{folder} cannot be read as a dataset: {e}") from None
-    return found, next(iter(kinds), None)
+    return found, image
 
 
 def _dataset(folder: Path) -> Iterator[Entry]:
@@ -161,7 +164,7 @@ def _dataset(folder: Path) -> Iterator[Entry]:
     rows, column = _rows(folder)
     said = next((k for k in CAPTION_KEYS if k in rows.column_names), None)
     if said is None:
-        raise ValueError(f"{folder} has columns {', '.join(rows.column_names)}: captions are looked for in {CAPTION_KEYS}")
+        raise ValueError(f"{folder}: captions are looked for in a column {' or '.join(CAPTION_KEYS)}, there is none")
     for n, text in enumerate(rows[said]):
         yield Entry(_caption({"text": text}, f"{folder}, row {n}"), folder if column else None, row=n if column else None)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,16 @@ def outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], ru
     finally:
         for h in handles:
             h.remove()
-        if hasattr(net, "reshard") and not torch.is_grad_enabled():  # spread over processes (train.parallel)
-            cast(Any, net).reshard()  # a pass that ends early leaves what was gathered for all of the network
+        _give_back(net)
     return [found[i] for i in taps]
+
+
+def _give_back(net: nn.Module) -> None:
+    """What a pass that ended early has left gathered of a network that is spread over processes (train.parallel)."""
+    from torch.distributed.fsdp import FSDPModule  # a second of import, for those who learn
+
+    if isinstance(net, FSDPModule) and not torch.is_grad_enabled():
+        net.reshard()
 
 
 def kl_encode(vae: Any, pixels: Tensor) -> Tensor:

@@ -68,7 +68,12 @@ class Book:
         self.stride, self.last = max(1, -(-steps // LINES)), steps - 1
 
     def write(self, step: int, log: Log) -> None:
-        if step % self.stride == 0 or step == self.last or any(key.startswith("exam/") for key in log):
+        # One step in `stride`, another one each time: turns that come every second step are not passed over.
+        if (
+            step % self.stride == step // self.stride % self.stride
+            or step == self.last
+            or any(key.startswith("exam/") for key in log)
+        ):
             self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
         for tracker in self.trackers:
             tracker.write(step, log)

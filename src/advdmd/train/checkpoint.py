@@ -1,4 +1,5 @@
-"""Checkpoints: safetensors plus a JSON record written last; atomic, hashed, the newest good one is found again.
+"""Checkpoints: safetensors plus a JSON record written last and hashed: what has no record is no checkpoint; the newest good one
+is found again.
 
 A file, or a folder of every process's shares where networks are spread over processes; either can be gone on with by any
 number of processes, spread or not.
@@ -44,18 +45,20 @@ def save(
         state, counters[name] = player.state()
         tensors |= {f"{name}/{k}": v.detach() for k, v in state.items()}
     path = folder / f"step-{step:07d}.safetensors"
+    if not team.rank and path.is_dir():
+        shutil.rmtree(path)  # shares that were being written when a run was killed
     if spread:
         if not team.rank:
-            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
         parallel.wait()
-        parallel.save_shares(tensors, path)
-        parallel.wait()
+        digest = parallel.save_shares(tensors, path)
     else:
         own = {k: v.to("cpu", copy=True).contiguous() for k, v in tensors.items()}
         write_atomically(path, lambda p: save_file(own, p))
+        digest = file_hash(path)
     if team.rank:
         return
-    record = {"step": step, "sha256": file_hash(path), "run": run, "counters": counters}
+    record = {"step": step, "sha256": digest, "run": run, "counters": counters}
     write_text(path.with_suffix(".json"), json.dumps(record))
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
@@ -88,6 +91,7 @@ def resume(
     from safetensors.torch import load_file
 
     found = newest(folder)
+    parallel.agreed(found[1]["step"] if found else 0, "checkpoints")
     if found is None:
         if any(folder.glob("step-*.json")):  # tensors without a record were being written when the run was killed
             raise ValueError(f"{folder}: every checkpoint is damaged; remove the folder to start again")

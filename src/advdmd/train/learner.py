@@ -149,10 +149,7 @@ class Learner:
         """The network with its averaged weights inside; its own again outside. Of one that is spread, a gathered copy; all
         processes must ask for it."""
         if self.sharded:
-            assert self._plain
-            net = self._plain()
-            net.load_state_dict({k: parallel.whole(v) for k, v in self.averaged().items()})
-            yield net
+            yield self._gathered()
             return
         own = {k: v.clone() for k, v in self.net.state_dict().items()}
         self.net.load_state_dict(self.averaged())
@@ -160,6 +157,17 @@ class Learner:
             yield self.net
         finally:
             self.net.load_state_dict(own)
+
+    def _gathered(self) -> nn.Module:
+        """The average in a network of the first process; the others give their shares, and get nothing to look at."""
+        assert self._plain
+        net = self._plain() if parallel.first() else nn.Module()
+        mine = net.state_dict()
+        for k, v in self.averaged().items():
+            v = parallel.whole(v)
+            if k in mine:
+                mine[k].copy_(v)
+        return net
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that must survive a stop: tensors by name, and counters."""

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from advdmd.files import file_hash, folder_hash
 from advdmd.rng import home
 from advdmd.types import ALONE, Log, Team
 
@@ -50,14 +52,15 @@ def _gather(x: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def shard(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype = torch.float32) -> None:
-    """Spread a network's parameters over all processes, in place: a block at a time is gathered for a pass, in `dtype`, and
-    given back behind it. Gradients arrive as sums over the processes, in float32. Every process must make as many passes."""
+def shard(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, device: str) -> None:
+    """Spread a network's parameters over all processes' devices, in place: a block at a time is gathered for a pass, in
+    `dtype`, and given back behind it. Gradients arrive as sums over the processes, in float32. Every process must make as many
+    passes. Inputs stay as they are: a rounded time would be another time."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(net.parameters()).device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, net):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         assert isinstance(module, FSDPModule)
@@ -66,7 +69,7 @@ def shard(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype = torc
 
 
 def sharded(x: Tensor) -> bool:
-    return hasattr(x, "full_tensor")
+    return isinstance(x, DTensor)
 
 
 def here(x: Any) -> Tensor:
@@ -81,8 +84,6 @@ def whole(x: Any) -> Tensor:
 
 def spread(x: Tensor, like: Any) -> Tensor:
     """A plain tensor spread as `like` is; what is spread already, and all where `like` is plain, stays as it is."""
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements) if sharded(like) and not sharded(x) else x
 
 
@@ -103,13 +104,21 @@ def norm(grads: Sequence[Tensor]) -> float:
     return torch.stack([squares, *plain]).sum().sqrt().item()
 
 
-def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Every process writes its shares into `folder`, as safetensors (torch.distributed.checkpoint)."""
+def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> str:
+    """Every process writes its shares into `folder`, as safetensors (torch.distributed.checkpoint); returns the folder's
+    files.file_hash, of which each makes a part. Raises OSError if any of them cannot."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.CheckpointException as e:
+        raise OSError(f"{folder} cannot be written ({e}): make room there and run the same command again") from None
+    wait()
+    files, size = sorted(f for f in folder.iterdir() if f.is_file()), dist.get_world_size()
+    hashes: list[dict[str, str]] = [{} for _ in range(size)]
+    dist.all_gather_object(hashes, {f.name: file_hash(f) for f in files[dist.get_rank() :: size]})
+    return folder_hash({k: v for part in hashes for k, v in part.items()})
 
 
 def load_shares(folder: Path, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +159,20 @@ def mean(log: Log) -> Log:
         return log
     every = _gather(home(torch.tensor([list(log.values())], dtype=torch.float64).T))
     return dict(zip(log, every.mean(1).tolist(), strict=True))
+
+
+def agreed(number: int, what: str) -> int:
+    """A number that all processes must have alike. Raises ValueError, in all of them, if they have not."""
+    if dist.is_initialized():
+        every = _gather(home(torch.tensor([float(number)])))
+        if (every != number).any():
+            raise ValueError(f"the processes found different {what} ({every.tolist()}): all of them need one disk")
+    return number
+
+
+def first() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def any_of(mine: bool) -> bool:
