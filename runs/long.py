@@ -22,6 +22,7 @@ from advdmd.health import read
 
 EVERY = 2.0  # seconds
 WORDS = ["algorithm.group=2", "prompts_per_step=2", "data.prompts=8", "data.reals=2", "threads=1", "critic.hidden=8"]
+WORDS += ["algorithm.steps=2", "algorithm.critic_steps=1", "critic.trunk=fake"]  # two descents and a policy turn
 WORDS += ["save_every=500", "look_every=2000", "exam_every=2000", "exam_images=2"]
 
 
