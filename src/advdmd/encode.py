@@ -62,10 +62,10 @@ def encode(
     if reals == "teacher":
         drawer = load.identity(folder, ("transformer",))["transformer"]
         plan["reals"] = {"transformer": drawer, "each": per_prompt, "seed": seed, **asdict(own)}
-    square = (_side(backbone),) * 2
-    parts = {out: (square, range(len(prompts)))}
+    side = _side(backbone)
+    parts: dict[Path, tuple[buckets.Size, Sequence[int]]] = {out: ((side, side), range(len(prompts)))}
     if by_shape:
-        found = _by_shape(images, buckets.sizes(square[0], 2 * backbone.pipe.vae_scale_factor))
+        found = _by_shape(images, buckets.sizes(side, 2 * backbone.pipe.vae_scale_factor))
         parts = {out / buckets.name(size): (size, members) for size, members in found.items()}
         cache.claim(out, plan | {"content": _content(prompts, images), "sizes": [p.name for p in parts]})
         buckets.write_record(out, {size: len(members) for size, members in found.items()})

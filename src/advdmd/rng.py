@@ -47,7 +47,7 @@ class Rng:
         here = len(self.samples)
         g = generator(self.seed, self.step, "all", name)
         order = torch.randperm(here * self.team.size, generator=g, device="cpu")
-        out = []
+        out: list[tuple[Tensor, int]] = []
         for m in order.chunk(n):
             most = int(torch.bincount(m // here).max())
             out.append((home(m[m // here == self.team.rank] % here), -(-most // micro)))

@@ -149,7 +149,7 @@ def _rows(folder: Path) -> tuple[Any, str | None]:
             f"{folder} is a saved dataset: it takes the datasets library, pip install 'advdmd[datasets]'"
         ) from None
     try:
-        found = datasets.load_from_disk(str(folder))
+        found: Any = datasets.load_from_disk(str(folder))
         image = next((k for k, v in found.features.items() if isinstance(v, datasets.Image)), None)
         found = found.select_columns([k for k in found.column_names if k == image or k in CAPTION_KEYS])
         if image:
@@ -187,7 +187,8 @@ def image_size(entry: Entry) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(_bytes(entry))) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return image.size if turned else image.size[::-1]
+            width, height = image.size[::-1] if turned else image.size
+            return height, width
     except Exception as e:  # whatever a damaged or hostile file makes the library raise
         raise ValueError(f"image {entry.place} cannot be read: {e}") from None
 
