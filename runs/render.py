@@ -228,7 +228,7 @@ def reliability() -> None:
     if (file := RESULTS / "kills.json").is_file():
         told = json.loads(file.read_text())
         lines = [
-            "| verb | signals | too late | results compared | files each | files that differ |",
+            "| verb | kills in time | too late | results compared | files each | files that differ |",
             "|---" * 6 + "|",
         ]
         for r in told["rows"]:
