@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from advdmd import health
+from advdmd.recipes.find import resolve
 
 GOOD = [
     {"step": i, "fake/loss": 2 + 0.01 * (i % 7), "student/match/loss": 0.7, "critic/gap": 0.5 + 0.1 * (i % 3)}
@@ -40,6 +41,18 @@ def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do()
     assert len(health.bands()) >= 12
     assert all(p.meaning and (p.low or p.high) for p in health.PANELS)
     assert all(low <= high for low, high in health.bands().values())
+
+
+def test_ranges_are_only_used_on_runs_like_those_they_were_measured_on():
+    assert health.ranges(resolve("mini-sd3-dmd2")[1]) == health.bands(4)
+    for name, words in (
+        ("mini-sd35-twinflow", []),
+        ("mini-sd35-advdmd", ["algorithm.steps=8"]),
+        ("sd3-medium-dmd2-4step-80gb", []),
+    ):
+        r = resolve(name, words)[1]
+        assert health.ranges(r) == {}
+        assert "compare with a good run" in health.line(GOOD, r)
 
 
 def test_the_main_jobs_folder_stands_for_its_run(tmp_path):

@@ -124,7 +124,7 @@ def train(
     name, r = find.resolve(recipe, changes or [])
     student = go(name, r, out, overwrite, track or ())
     print(f"student: {student}")
-    print(f"health: {health.line(health.read(out), r.teacher)}")
+    print(f"health: {health.line(health.read(out), r)}")
 
 
 @app.command()
@@ -134,14 +134,16 @@ def doctor(
 ) -> None:
     """Explain a run: each panel beside its range in good runs, and what to do."""
     from advdmd import health
+    from advdmd.recipes import find
 
     metrics = health.read(run)
-    ranges = health.band_of([health.read(f) for f in against]) if against else health.bands()
+    r = find.resolve(str(health.run_of(run) / "recipe.yaml"))[1]
+    ranges = health.band_of([health.read(f) for f in against]) if against else health.ranges(r)
     findings = health.examine(metrics, ranges)
     for f in findings:
         band = f"{f.band[0]:9.3g} to {f.band[1]:<9.3g}" if f.band else "   not measured       "
         print(f"{'out' if f.remedy else 'ok ':4}{f.panel.key:22}{f.value:9.3g}   {band} {f.panel.meaning}")
-    print(f"\n{metrics[-1]['step'] + 1:.0f} iterations: {health.verdict(metrics, findings)}")
+    print(f"\n{metrics[-1]['step'] + 1:.0f} iterations: {health.verdict(metrics, findings) if ranges else health.UNKNOWN}")
 
 
 @app.command()

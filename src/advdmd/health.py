@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.exam import parted
 from advdmd.models.load import SHIPPED
+from advdmd.recipe import Recipe
 
 Metrics = Sequence[Mapping[str, float]]
 Band = tuple[float, float]
+UNKNOWN = "no ranges for this teacher, algorithm and number of steps: compare with a good run, advdmd doctor --against"
 LATE = 0.25  # what is judged: the last quarter of a run; what bands are measured on: all but its first
 
 
@@ -91,10 +94,15 @@ PANELS = (
 )
 
 
-def bands() -> dict[str, Band]:
-    """The shipped ranges."""
-    told = json.loads((files("advdmd") / "bands.json").read_text())
-    return {k: (low, high) for k, (low, high) in told["bands"].items()}
+def bands(steps: int = 4) -> dict[str, Band]:
+    """The shipped ranges, of students of so many steps: levels 1, 2, ... are other noise levels for others. None if unknown."""
+    told = json.loads((files("advdmd") / "bands.json").read_text())["bands"].get(str(steps), {})
+    return {k: (low, high) for k, (low, high) in told.items()}
+
+
+def ranges(r: Recipe) -> dict[str, Band]:
+    """The shipped ranges where they are of runs like this one: a miniature's teacher, distribution matching, as many steps."""
+    return bands(r.algorithm.steps) if r.teacher in SHIPPED and not isinstance(r.algorithm, TwinFlow) else {}
 
 
 def band_of(runs: Sequence[Metrics]) -> dict[str, Band]:
@@ -149,11 +157,11 @@ def verdict(run: Metrics, findings: Sequence[Finding]) -> str:
     return "; ".join(out) if out else "healthy"
 
 
-def line(run: Metrics, teacher: str) -> str:
-    """The verdict by the shipped ranges, which are those of the miniature's teachers and say nothing of others."""
-    if teacher not in SHIPPED:
-        return "no ranges for this teacher: compare with a good run of your own, advdmd doctor --against"
-    return verdict(run, examine(run, bands()))
+def line(run: Metrics, r: Recipe) -> str:
+    """The verdict by the shipped ranges, if there are any for such a run."""
+    if not (known := ranges(r)):
+        return UNKNOWN
+    return verdict(run, examine(run, known))
 
 
 def run_of(folder: Path) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 from advdmd import chart, exam, health
 from advdmd.evaluation import gallery, report
 from advdmd.files import write_text
-from advdmd.models.load import SHIPPED
 from advdmd.recipe import Recipe, differences, dump
 from advdmd.recipes import find
 
@@ -62,8 +61,7 @@ class Run:
 
     @property
     def bands(self) -> Mapping[str, health.Band]:
-        """The shipped ranges, which are those of the miniature's teachers and of nothing else."""
-        return health.bands() if self.recipe.teacher in SHIPPED else {}
+        return health.ranges(self.recipe)
 
     def curve(self, key: str, x: str = "step") -> chart.Curve:
         found = [(m[x], m[key]) for m in self.metrics if key in m and x in m]
@@ -129,7 +127,7 @@ def _overview(runs: Sequence[Run]) -> str:
     """Who they are, how far they came, and what the doctor says."""
     out = []
     for i, r in enumerate(runs):
-        step, said = int(r.metrics[-1]["step"]) + 1, health.line(r.metrics, r.recipe.teacher)
+        step, said = int(r.metrics[-1]["step"]) + 1, health.line(r.metrics, r.recipe)
         mark = ("good" if said == "healthy" else "bad") if r.bands else ""
         done = f"{step} of {r.recipe.iterations} iterations, {r.recipe.forwards_until(step):,.0f} forwards a sample"
         sort = f"{html.escape(r.name)} from {html.escape(r.recipe.teacher)}, seed {r.recipe.seed}"

@@ -140,7 +140,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
         team=team,
         meter=_meter(r, backbone, deal),
         show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
-        verdict=(lambda: health.line(health.read(folder), r.teacher)) if r.teacher in load.SHIPPED else None,
+        verdict=(lambda: health.line(health.read(folder), r)) if health.ranges(r) else None,
         track=track,
         label=name,
     )
