@@ -226,6 +226,10 @@ def qwen_image(corpus: Sequence[str], size: Size, *, seed: int = 0, vae: Any = N
             vision_end_token_id=mark("<|vision_end|>"),
         )
     )
+    # Its layers start as the identity: words are read at once, in context by and by (docs/log.md).
+    for layer in encoder.model.language_model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=4 * CHANNELS,
