@@ -6,17 +6,17 @@ from pathlib import Path
 from advdmd import health
 
 ROOT = Path(__file__).parent.parent
-# By steps of the student: scores above the teacher's or beside it; at two steps those of the best that was found.
-GOOD = {4: ("h1", "h1-one-turn", "h2", "h2-guidance-3.2", "h2-one-turn"), 2: ("h3-mini-sd35",)}
+# By steps of the student, folders of results/: scores above the teacher's or beside it; at two steps the best that was found.
+CLAIMS = ("h1", "h1-one-turn", "h2", "h2-guidance-3.2", "h2-one-turn")
+GOOD = {4: (*(f"{name}/*dmd*-*" for name in CLAIMS), "mini"), 2: ("h3-mini-sd35/*dmd*-*", "ablations/steps_2-*")}
 BROKEN = ROOT / "results" / "broken"
 
 
 def main() -> None:
     folders = {
-        steps: [f for name in names for f in sorted((ROOT / "results" / name).glob("*dmd*-*")) if f.is_dir()]
-        for steps, names in GOOD.items()
+        steps: [f for pattern in patterns for f in sorted((ROOT / "results").glob(pattern)) if f.is_dir()]
+        for steps, patterns in GOOD.items()
     }
-    folders[4].append(ROOT / "results" / "mini")  # the main job
     bands = {steps: health.band_of([health.read(f) for f in runs]) for steps, runs in folders.items() if runs}
     told = {
         "runs": {steps: [str(f.relative_to(ROOT)) for f in runs] for steps, runs in folders.items()},
