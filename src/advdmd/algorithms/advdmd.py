@@ -177,9 +177,9 @@ class AdvDMD:
 
         def judge(i: Tensor, n: int) -> Tensor:
             loss, seen = torch.zeros(len(i)), shown[i]
-            if not judging:
+            if not judging or (cast.team.size == 1 and not seen.any()):
                 return loss
-            i, n = (i[seen], min(n, int(seen.sum()))) if seen.any() else (i[:1], 0)  # one pass at least, in every process
+            i, n = (i[seen], min(n, int(seen.sum()))) if seen.any() else (i[:1], 0)  # of several processes each makes a pass
             real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
             real_logits[i[:n]], fake_logits[i[:n]] = real.detach().float()[:n], fake.detach().float()[:n]
             told = losses.critic(real, fake)
