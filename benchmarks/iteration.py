@@ -43,10 +43,9 @@ def rounds_of(forward: Callable[[], None], iteration: Callable[[], float], round
         if i:  # the first round warms up
             counts.append(counted)
             ratios.append(took / ((before + after) / 2))
-    # Per counted forward, as iterations need not be alike.
-    return statistics.mean(counts), statistics.mean(counts) * statistics.median(
-        r / c for r, c in zip(ratios, counts, strict=True)
-    )
+    counted = statistics.mean(counts)
+    per_forward = statistics.median(r / c for r, c in zip(ratios, counts, strict=True))  # as iterations need not be alike
+    return counted, counted * per_forward
 
 
 def forwards(backbone: Any, batch: Any) -> Callable[[], None]:
@@ -118,14 +117,12 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
     for net in (student, fake, backbone.net):
         net.register_forward_hook(lambda *_: passes.append(3 if torch.is_grad_enabled() else 1))
     said = {"encoder_hidden_states": batch.cond.embeds, "pooled_projections": batch.cond.pooled, "return_dict": False}
-    null = data.null.embeds.expand(len(batch), -1, -1)
-    lengths = {"negative_encoder_hidden_states": null}
+    negative = {"negative_encoder_hidden_states": data.null.embeds.expand(len(batch), -1, -1)}
+    losses = ((pipe.compute_student_loss, negative), (pipe.compute_fake_score_loss, {}))
 
     def iteration() -> float:
         passes.clear()
-        for optim, loss, more in zip(
-            optims, (pipe.compute_student_loss, pipe.compute_fake_score_loss), (lengths, {}), strict=True
-        ):
+        for optim, (loss, more) in zip(optims, losses, strict=True):
             optim.zero_grad(set_to_none=True)
             loss(batch.real, torch.randn_like(batch.real), **said, **more)["total"].backward()
             torch.nn.utils.clip_grad_norm_([p for g in optim.param_groups for p in g["params"]], 1.0)

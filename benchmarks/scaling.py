@@ -12,6 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +33,23 @@ AXES = {
     "batch": {str(4 * n): [f"prompts_per_step={n}"] for n in (2, 4, 8, 16)},
     "group": {str(g): [f"algorithm.group={g}", f"prompts_per_step={32 // g}"] for g in (2, 4, 8, 16)},
     "steps": {str(k): [f"algorithm.steps={k}"] for k in (1, 2, 4, 8)},
-    "latent side": {str(n): [f"side={n}"] for n in (8, 16, 32)},
 }
+SIDES = (8, 16, 32)
 
 
 class Setting:
-    """A recipe with changes, ready to be played; `side` is that of the latents, of a network with random weights."""
+    """A recipe with changes, ready to be played; with a `side` of its latents, by a network with random weights."""
 
-    def __init__(self, changes: list[str]):
-        sides = [int(c.removeprefix("side=")) for c in changes if c.startswith("side=")]
-        self.recipe = find.resolve(RECIPE, [*COMMON, *(c for c in changes if not c.startswith("side="))])[1]
+    def __init__(self, *changes: str, side: int | None = None):
+        self.recipe = find.resolve(RECIPE, [*COMMON, *changes])[1]
         backbone: Any = load.load(self.recipe.teacher)[0]
         data = supply(self.recipe, backbone)
         self.batch, self.ids = data.deal(0)
-        for side in sides:
-            kind = type(backbone.net)
-            net = kind.from_config({**backbone.net.config, "sample_size": side, "pos_embed_max_size": side})
-            backbone.net, backbone.latent_shape = net.requires_grad_(False).eval(), (backbone.latent_shape[0], side, side)
+        if side:
+            net = type(backbone.net).from_config({**backbone.net.config, "sample_size": side, "pos_embed_max_size": side})
+            backbone.net = net.requires_grad_(False).eval()
             times = side // self.batch.real.shape[-1]
-            self.batch = type(self.batch)(self.batch.cond, self.batch.real.repeat(1, 1, times, times), self.batch.prompt)
+            self.batch = replace(self.batch, real=self.batch.real.repeat(1, 1, times, times))
         self.cast = make_players(self.recipe, backbone, data.null)
         steps = range(self.recipe.iterations)
         self.step = max(steps, key=lambda i: sum(self.recipe.forwards(i).values()))  # a full iteration
@@ -59,11 +60,11 @@ class Setting:
         return (time.perf_counter() - began) / len(self.batch)
 
 
-def axis(settings: dict[str, list[str]], base: Setting, rounds: int) -> dict[str, dict[str, float]]:
+def axis(settings: Mapping[str, Callable[[], Setting]], base: Setting, rounds: int) -> dict[str, dict[str, float]]:
     """Time of a sample beside the main job's, and forwards of a sample beside its."""
     out = {}
-    for value, changes in settings.items():
-        other = Setting(changes)
+    for value, make in settings.items():
+        other = make()
         ratios = []
         for i in range(rounds + 1):
             ours, theirs = base.play(), other.play()
@@ -104,8 +105,10 @@ def main() -> None:
     ask.add_argument("--out", type=Path, default=Path("results/scaling.json"))
     told = ask.parse_args()
     torch.set_num_threads(1)
-    base = Setting([])
-    found: dict[str, Any] = {name: axis(settings, base, told.rounds) for name, settings in AXES.items()}
+    axes = {name: {k: partial(Setting, *v) for k, v in settings.items()} for name, settings in AXES.items()}
+    axes["latent side"] = {str(n): partial(Setting, side=n) for n in SIDES}
+    base = Setting()
+    found: dict[str, Any] = {name: axis(settings, base, told.rounds) for name, settings in axes.items()}
     found["two processes beside one"] = processes(max(1, told.rounds // 2))
     write_text(told.out, json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))

@@ -4,6 +4,7 @@ Usage: python runs/render.py   (needs matplotlib: pip install 'advdmd[plots]')
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def tasks(rows: list[Found]) -> str:
         return ""
     lines = [f"| {t} | {v['against']:.3f} | {signed(v)} |" for t, v in found[0]["difference"]["strict"].items()]
     return "\n".join(["| task of mini-geneval | teacher | AdvDMD - teacher, strict |", "|---|---|---|", *lines])
+
+
+def grid(head: str, rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table's lines: `head` names its columns, with bars between them."""
+    rule = "|---" * (head.replace("\\|", "").count("|") + 1) + "|"
+    return [f"| {head} |", rule, *(f"| {' | '.join(map(str, r))} |" for r in rows)]
 
 
 def ablations(folder: Path) -> str:
@@ -232,32 +239,28 @@ def reliability() -> None:
     page = RESULTS.parent / "docs/reliability.md"
     if (file := RESULTS / "kills.json").is_file():
         told = json.loads(file.read_text())
-        lines = [
-            "| verb | kills in time | too late | results compared | files each | files that differ |",
-            "|---" * 6 + "|",
-        ]
-        for r in told["rows"]:
-            cells = [str(r[k]) for k in ("verb", "kills", "too late", "results", "files each")]
-            lines.append(f"| {' | '.join(cells)} | {len(r['different'])} |")
-        lines += ["", f"Seed {told['seed']}."]
+        keys = ("verb", "kills", "too late", "results", "files each")
+        rows = [[*(r[k] for k in keys), len(r["different"])] for r in told["rows"]]
+        lines = grid("verb | kills in time | too late | results compared | files each | files that differ", rows)
+        said = f"Seed {told['seed']}."
         if (ranks := RESULTS / "kills-2-ranks.json").is_file():
             (r,) = json.loads(ranks.read_text())["rows"]
-            lines[-1] += (
-                f" Training by two processes, one of which was killed: {r['kills']} kills in time, {r['results']} results"
-            )
-            lines[-1] += f" compared, weights off by {r['largest difference']:.1g} at most (2e-4 is allowed)."
-        between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join(lines))
+            said += f" Training by two processes, one of which was killed: {r['kills']} kills in time, {r['results']} results"
+            said += f" compared, weights off by {r['largest difference']:.1g} at most (2e-4 is allowed)."
+        between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", said]))
     if (file := RESULTS / "drift.json").is_file():
         told = json.loads(file.read_text())
-        lines = ["| path and replay | largest \\|ratio - 1\\| | outside the clip range | stopped |", "|---" * 4 + "|"]
-        for name, r in told["rows"].items():
-            lines.append(f"| {name} | {r['max']:.1e} | {r['outside_clip_range']:.0%} | {'yes' if r['stopped'] else 'no'} |")
+        rows = [
+            [name, f"{r['max']:.1e}", f"{r['outside_clip_range']:.0%}", "yes" if r["stopped"] else "no"]
+            for name, r in told["rows"].items()
+        ]
+        lines = grid("path and replay | largest \\|ratio - 1\\| | outside the clip range | stopped", rows)
         between(page, ("<!-- drift -->", "<!-- /drift -->"), "\n".join(lines))
     if (file := RESULTS / "fuzz.json").is_file():
         told = json.loads(file.read_text())
-        lines = ["| what | results | clear errors | slow | findings |", "|---" * 5 + "|"]
-        for kind, r in told["rows"].items():
-            lines.append(f"| {kind} | {' | '.join(str(r.get(k, 0)) for k in ('fine', 'refused', 'slow', 'finding'))} |")
+        keys = ("fine", "refused", "slow", "finding")
+        rows = [[kind, *(r.get(k, 0) for k in keys)] for kind, r in told["rows"].items()]
+        lines = grid("what | results | clear errors | slow | findings", rows)
         said = (
             f"{told['cases']:,} cases, seed {told['seed']}; of prompts and records the harness takes clear errors for results."
         )
@@ -268,25 +271,19 @@ def performance() -> None:
     """What iterations cost, and how that grows."""
     page = RESULTS.parent / "docs/performance.md"
     if (file := RESULTS / "iteration.json").is_file():
-        lines = ["| what | counted F | measured F | η |", "|---" * 4 + "|"]
-        for r in json.loads(file.read_text()):
-            lines.append(f"| {r['recipe']} | {r['counted']:g} | {r['measured']:g} | {r['eta']:.2f} |")
+        told = json.loads(file.read_text())
+        rows = [[r["recipe"], f"{r['counted']:g}", f"{r['measured']:g}", f"{r['eta']:.2f}"] for r in told]
+        lines = grid("what | counted F | measured F | η", rows)
         between(page, ("<!-- iteration -->", "<!-- /iteration -->"), "\n".join(lines))
     if (file := RESULTS / "scaling.json").is_file():
         told = json.loads(file.read_text())
         two = told.pop("two processes beside one")
-        lines = ["| | value | time of a sample | its forwards |", "|---" * 4 + "|"]
-        for axis, values in told.items():
-            lines += [f"| {axis} | {v} | {c['time']:.2f} | {c['forwards']:.2f} |" for v, c in values.items()]
-        said = (
-            f"Two processes of one thread make {two['replicas']:.2f} times the iterations of one on the same batch as replicas,"
-        )
-        lines += [
-            "",
-            "![time of a sample](../results/scaling.png)",
-            "",
-            f"{said} {two['spread']:.2f} times with networks spread.",
-        ]
+        cells = [(axis, v, c) for axis, values in told.items() for v, c in values.items()]
+        rows = [[axis, v, f"{c['time']:.2f}", f"{c['forwards']:.2f}"] for axis, v, c in cells]
+        lines = grid("axis | value | time of a sample | its forwards", rows)
+        said = "Two processes of one thread make so many times the iterations of one on the same batch: "
+        said += f"{two['replicas']:.2f} as replicas, {two['spread']:.2f} with networks spread."
+        lines += ["", "![time of a sample](../results/scaling.png)", "", said]
         between(page, ("<!-- scaling -->", "<!-- /scaling -->"), "\n".join(lines))
         scaling(told)
 

@@ -28,9 +28,11 @@ def test_every_recipe_fits_the_card_it_is_named_after_at_512_pixels():
 def test_whole_networks_are_shared_by_the_cards():
     r = resolve("sd35-large-advdmd-4step-8x80gb")[1]
     one, many = need(r, cards=1), need(r, cards=8)
-    for part in ("trained weights", "gradients", "Adam", "average", "frozen base"):
+    for part in ("trained weights", "gradients", "Adam", "average"):
         assert many.parts[part] == one.parts[part] / 8
-    assert many.parts["activations"] == one.parts["activations"]
+    # One card has nobody to share with: all of it is float32.
+    assert many.parts["frozen base"] == one.parts["frozen base"] / 16
+    assert many.parts["activations"] == one.parts["activations"] / 2
     assert advice(r, one, 80).endswith("lora_rank=32 shard=false (adapters on one base), more cards")
 
 

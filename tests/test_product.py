@@ -319,6 +319,19 @@ def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
         pretrain.pretrain("autoencoder", tmp_path / "ae2", None, 0, 1)
 
 
+def test_a_stage_that_was_stopped_goes_on_with_its_own_words(tmp_path, monkeypatch):
+    """The tokenizer's trainer numbers tokens differently each time: a second one would read another text."""
+    monkeypatch.setattr(pretrain, "STAGES", {k: lambda k=k: small_stage(k) for k in pretrain.STAGES})
+    pretrain.pretrain("autoencoder", tmp_path / "ae", None, None, 1)
+    plan = pretrain.STAGES["mini-sd35"]()
+    first, again = (pretrain._pipeline(plan, tmp_path / "ae/vae", tmp_path / "t/start") for _ in range(2))
+    assert first.tokenizer.get_vocab() == again.tokenizer.get_vocab()
+    other = pretrain._pipeline(plan, tmp_path / "ae/vae", tmp_path / "other")
+    assert first.tokenizer.get_vocab() != other.tokenizer.get_vocab(), "if they are equal now, what is kept need not be"
+    for k, v in first.transformer.state_dict().items():
+        assert torch.equal(v, again.transformer.state_dict()[k])
+
+
 def small_stage(name):
     from advdmd.models import mini
     from advdmd.recipes.mini import STAGES

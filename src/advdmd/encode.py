@@ -53,22 +53,21 @@ def encode(
     # On a card encoders and transformer are half as wide: what they say is kept in bfloat16 anyway.
     low = torch.float32 if device == "cpu" else torch.bfloat16
     backbone, own = load.load(teacher, dtype=low, text=low, resolution=resolution)
+    side = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]  # of the square, in pixels
     plan: dict[str, Any] = {
         "format": cache.FORMAT,
         "teacher": load.identity(folder),
-        "resolution": _side(backbone),
+        "resolution": side,
         "reals": reals,
     }
     if reals == "teacher":
         drawer = load.identity(folder, ("transformer",))["transformer"]
         plan["reals"] = {"transformer": drawer, "each": per_prompt, "seed": seed, **asdict(own)}
-    side = _side(backbone)
     parts: dict[Path, tuple[buckets.Size, Sequence[int]]] = {out: ((side, side), range(len(prompts)))}
     if by_shape:
         found = _by_shape(images, buckets.sizes(side, 2 * backbone.pipe.vae_scale_factor))
         parts = {out / buckets.name(size): (size, members) for size, members in found.items()}
         cache.claim(out, plan | {"content": _content(prompts, images), "sizes": [p.name for p in parts]})
-        buckets.write_record(out, {size: len(members) for size, members in found.items()})
     for part, (size, members) in parts.items():
         mine = [prompts[n] for n in members], [images[n] for n in members]
         cache.claim(part, plan | {"content": _content(*mine)} | ({"size": size} if by_shape else {}))
@@ -108,11 +107,6 @@ def _by_shape(images: Sequence[Sequence[Entry]], choices: Sequence[buckets.Size]
 
 def _content(prompts: Sequence[str], images: Sequence[Sequence[Entry]]) -> str:
     return _hash(zip(prompts, ([e.place for e in found] for found in images), strict=True))
-
-
-def _side(backbone: Any) -> int:
-    """Of the images, in pixels."""
-    return backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
 
 
 def _hash(things: Iterable[Any]) -> str:

@@ -65,25 +65,25 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     # Every target of SD3 and Qwen-Image is a linear layer of a block, in attention or behind it.
     inside = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _adapted(k)]
     adapter = r.lora_rank * sum(m.in_features + m.out_features for m in inside)
-    learned, n = adapter or base, roles(r)
+    learned, n, bytes_each = adapter or base, roles(r), BYTES[r.base_dtype(cards)]
     turns = 2 if isinstance(r.algorithm, AdvDMD) else 1  # of the student, each with Adam's two moments
     parts = {
-        "frozen base": float(base * BYTES[r.dtype]),
+        "frozen base": float(base * bytes_each),
         "trained weights": 4.0 * learned * n,
         "gradients": 4.0 * learned * max(1, n - 1),  # fake score and trunk learn together, the student after them
         "Adam": 8.0 * learned * (n - 1 + turns),
         "average": 4.0 * learned * (2 if n == 1 and adapter else 1),  # TwinFlow also walks it, as one more adapter
     }
-    if r.shard:  # every card holds its share, and what the pass is at: the block that is used and the next
+    if r.spread_over(cards):  # every card holds its share, and what the pass is at: the block that is used and the next
         parts = {k: v / cards for k, v in parts.items()}
-        parts["gathered"] = 2.0 * base / net.config.num_layers * BYTES[r.dtype]
+        parts["gathered"] = 2.0 * base / net.config.num_layers * bytes_each
     width = net.inner_dim
     patch = net.config.patch_size if "patch_size" in net.config else 2
     tokens = (resolution // 8 // patch) ** 2 + text
     samples = getattr(r.algorithm, "micro", r.batch)
     samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
     held = net.config.num_layers * (1 if r.checkpointing else INSIDE) + INSIDE
-    parts["activations"] = float(samples * tokens * width * BYTES[r.dtype] * held)
+    parts["activations"] = float(samples * tokens * width * bytes_each * held)
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
     said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
     parts["paths and text"] = 4.0 * r.batch / cards * (path + said)

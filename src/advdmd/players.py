@@ -49,7 +49,7 @@ def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (),
     """
     how = (r.lora_rank, r.checkpointing)
     student, fake = cast.distillation(backbone, r.critic, r.seed, r.algorithm.steps, null, *how)
-    plain = _spread(r, backbone, [student, fake.score] + [fake.trunk] * (fake.trunk is not None)) if team.size > 1 else None
+    plain = _spread(r, backbone, [student, fake.score] + [fake.trunk] * (fake.trunk is not None), team)
     velocity = backbone.velocity
     turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
     groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
@@ -66,9 +66,9 @@ def make_cast(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (),
     )
 
 
-def _spread(r: Recipe, backbone: Any, nets: Sequence[Any]) -> Callable[[], torch.nn.Module] | None:
+def _spread(r: Recipe, backbone: Any, nets: Sequence[Any], team: Team) -> Callable[[], torch.nn.Module] | None:
     """Where the recipe says so, spread teacher and players over the processes; returns what makes a network that is not."""
-    if not r.shard:
+    if not r.spread_over(team.size):
         return None
     kind, config, device = type(backbone.net), backbone.net.config, load.device_of(r.device)
 

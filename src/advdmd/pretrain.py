@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from advdmd.files import file_hash, write_text
+from advdmd.files import file_hash, write_folder, write_text
 from advdmd.look import LOOK_PROMPTS, watch
 from advdmd.models import load, mini
 from advdmd.models.sampler import Sampling
@@ -43,6 +43,33 @@ def _started(stage: str, origin: str, start: Path | None) -> Path:
     return source
 
 
+def _codec(folder: Path) -> Any:
+    """The autoencoder of a vae folder, of whichever class it is."""
+    import diffusers
+
+    kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True).eval()
+
+
+def _pipeline(plan: pretraining.Stage, source: Path, first: Path) -> Any:
+    """What a stage trains, kept in `first` as it was before the first update: a stage that was stopped goes on with the same
+    tokenizers, whose trainer numbers tokens differently each time."""
+    if first.exists():
+        return load.load_pipeline(first)
+    if plan.origin == "autoencoder":
+        pipe = mini.sd3(VOCABULARY, plan.size, sd35=True, seed=plan.seed, vae=_codec(source))
+    elif plan.origin == "qwen-autoencoder":
+        pipe = mini.qwen_image(VOCABULARY, plan.size, seed=plan.seed, vae=_codec(source))
+    else:
+        pipe = load.load_pipeline(source)
+        if plan.deepen:
+            mini.deepen(pipe)
+        if plan.model == "mini-sd3":
+            mini.as_sd3(pipe, plan.seed)
+    write_folder(first, lambda p: load.save_pipeline(pipe, p, {}))
+    return pipe
+
+
 def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
     """Run one stage by name into `folder`, or go on where it stopped.
 
@@ -61,27 +88,8 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
         make = mini.qwen_autoencoder if plan.model == "qwen-autoencoder" else mini.autoencoder
         return pretraining.train_autoencoder(plan, folder, make(plan.size))
     if plan.model == "qwen-autoencoder":
-        from diffusers import AutoencoderKLQwenImage
-
-        return pretraining.train_autoencoder(
-            plan, folder, AutoencoderKLQwenImage.from_pretrained(source, local_files_only=True)
-        )
-    if plan.origin == "autoencoder":
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(source, local_files_only=True).eval()
-        pipe = mini.sd3(VOCABULARY, plan.size, sd35=True, seed=plan.seed, vae=vae)
-    elif plan.origin == "qwen-autoencoder":
-        from diffusers import AutoencoderKLQwenImage
-
-        vae = AutoencoderKLQwenImage.from_pretrained(source, local_files_only=True).eval()
-        pipe = mini.qwen_image(VOCABULARY, plan.size, seed=plan.seed, vae=vae)
-    else:
-        pipe = load.load_pipeline(source)
-        if plan.deepen:
-            mini.deepen(pipe)
-        if plan.model == "mini-sd3":
-            mini.as_sd3(pipe, plan.seed)
+        return pretraining.train_autoencoder(plan, folder, _codec(source))
+    pipe = _pipeline(plan, source, folder / "start")
     how = Sampling(steps=20, guidance=pretraining.GUIDANCE)
 
     @torch.no_grad()

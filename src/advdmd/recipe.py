@@ -115,6 +115,15 @@ class Recipe:
         """Samples an iteration: prompts x samples per prompt."""
         return self.prompts_per_step * self.algorithm.group
 
+    def spread_over(self, processes: int) -> bool:
+        """Whether so many processes share whole networks."""
+        return self.shard and processes > 1
+
+    def base_dtype(self, processes: int) -> str:
+        """What the teacher is loaded in. Whole networks learn in float32: only those that are spread make passes in another
+        type."""
+        return "float32" if self.shard and processes == 1 else self.dtype
+
     def forwards(self, step: int) -> dict[str, float]:
         """Forwards per sample of iteration `step` by part: a backward counts two, one with adapters, whose frozen base needs
         no weight gradients, and one more where checkpointing runs the blocks again."""

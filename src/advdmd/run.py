@@ -161,16 +161,14 @@ def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, S
     """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
     with torch.device("cpu"):  # where all but the transformer stays
         size = encoded.resolution if encoded else None
-        spread = r.shard and team.size > 1
-        # What learns is float32: spread, only passes are of the recipe's type.
-        dtype = torch.float32 if r.shard and not spread else getattr(torch, r.dtype)
+        dtype = getattr(torch, r.base_dtype(team.size))
         backbone, _ = load.load(r.teacher, encoders=not encoded, dtype=dtype, resolution=size)
         if encoded is None and not load.in_miniature(backbone):
             raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
         data = supply(r, backbone, encoded, team)
     if (device := load.device_of(r.device)) != "cpu":  # not otherwise: a default device costs the CPU's small calls time
         torch.set_default_device(device)
-    if not spread:
+    if not r.spread_over(team.size):  # it goes there in shares
         backbone.net.to(device)
     data = data._replace(null=data.null.to(device), look=data.look.to(device))
     return backbone, data, make_players(r, backbone, data.null, data.prompts, team)

@@ -31,6 +31,35 @@ def torchrun(folder, teacher, recipe="mini-sd35-advdmd", n=2, words=WORDS, **env
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet | env, timeout=300)
 
 
+def ran(folder, teacher, **how):
+    """`torchrun` that must end well; its folder."""
+    done = torchrun(folder, teacher, **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def ran_alone(folder, teacher, words):
+    run.train(*resolve("mini-sd35-advdmd", [f"teacher={teacher}", *words]), folder)
+    return folder
+
+
+def metrics_agree(a, b, absolute=1e-3):
+    rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (a, b)]
+    assert [len(r) for r in rows] == [4, 4]
+    for ours, theirs in zip(*rows, strict=True):
+        assert set(ours) == set(theirs)
+        for k in set(ours) - {"cost/eta"}:
+            assert ours[k] == pytest.approx(theirs[k], rel=5e-3, abs=absolute), k
+
+
+def forget_the_end(folder):
+    """As if the run had been stopped behind its second step."""
+    for f in folder.glob("checkpoints/step-0000004*"):
+        shutil.rmtree(f) if f.is_dir() else f.unlink()
+    shutil.rmtree(folder / "student")
+    return folder
+
+
 def last(folder):
     path = max((folder / "checkpoints").glob("*.safetensors"))
     return path.stem, load_file(path)
@@ -48,39 +77,24 @@ def agree(a, b, rtol=1e-3):
 
 @pytest.fixture(scope="module")
 def alone(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    run.train(*resolve("mini-sd35-advdmd", [f"teacher={tiny_folder}", *WORDS]), folder)
-    return folder
+    return ran_alone(tmp_path_factory.mktemp("alone") / "run", tiny_folder, WORDS)
 
 
 @pytest.fixture(scope="module")
 def both(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("both") / "run"
-    done = torchrun(folder, tiny_folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return ran(tmp_path_factory.mktemp("both") / "run", tiny_folder)
 
 
 def test_two_processes_run_as_one_does(alone, both):
     agree(alone, both)
-    rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (alone, both)]
-    assert [len(r) for r in rows] == [4, 4]
-    for a, b in zip(*rows, strict=True):
-        assert set(a) == set(b)
-        for k in set(a) - {"cost/eta"}:
-            assert a[k] == pytest.approx(b[k], rel=5e-3, abs=1e-3), k
+    metrics_agree(alone, both)
     assert (both / "student/model_index.json").is_file()
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_a_run(alone, both, tiny_folder, tmp_path, first, then):
-    folder = shutil.copytree(alone if first == 1 else both, tmp_path / "run")
-    for f in (folder / "checkpoints").glob("step-0000004*"):
-        f.unlink()
-    shutil.rmtree(folder / "student")
-    done = torchrun(folder, tiny_folder, n=then)
-    assert done.returncode == 0, done.stderr[-3000:]
-    agree(folder, alone)
+    folder = forget_the_end(shutil.copytree(alone if first == 1 else both, tmp_path / "run"))
+    agree(ran(folder, tiny_folder, n=then), alone)
 
 
 def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
@@ -153,46 +167,27 @@ def students_agree(a, b):
         torch.testing.assert_close(ours[k], theirs[k], rtol=1e-3, atol=2e-4, msg=lambda m, k=k: f"{k}: {m}")
 
 
-def forget_the_end(folder):
-    """As if the run had been stopped behind its second step."""
-    for f in folder.glob("checkpoints/step-0000004*"):
-        shutil.rmtree(f) if f.is_dir() else f.unlink()
-    shutil.rmtree(folder / "student")
-
-
 @pytest.fixture(scope="module")
 def alone_to_share(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    run.train(*resolve("mini-sd35-advdmd", [f"teacher={tiny_folder}", *SHARDED]), folder)
-    return folder
+    return ran_alone(tmp_path_factory.mktemp("alone") / "run", tiny_folder, SHARDED)
 
 
 @pytest.fixture(scope="module")
 def spread(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("spread") / "run"
-    done = torchrun(folder, tiny_folder, words=SHARDED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return ran(tmp_path_factory.mktemp("spread") / "run", tiny_folder, words=SHARDED)
 
 
 def test_networks_spread_over_two_processes_run_as_one_process_does(alone_to_share, spread):
     """FSDP2: the same student, metrics and exams."""
     assert len(list(spread.glob("checkpoints/step-0000004.safetensors/*.safetensors"))) == 2, "each wrote its shares"
     students_agree(spread, alone_to_share)
-    rows = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (alone_to_share, spread)]
-    for a, b in zip(*rows, strict=True):
-        assert set(a) == set(b)
-        for k in set(a) - {"cost/eta"}:
-            assert a[k] == pytest.approx(b[k], rel=5e-3, abs=2e-3), k
+    metrics_agree(spread, alone_to_share, 2e-3)
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2)])
 def test_a_spread_run_goes_on_with_another_number_of_processes(alone_to_share, spread, tiny_folder, tmp_path, first, then):
-    folder = shutil.copytree(alone_to_share if first == 1 else spread, tmp_path / "run")
-    forget_the_end(folder)
-    done = torchrun(folder, tiny_folder, n=then, words=SHARDED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    students_agree(folder, alone_to_share)
+    folder = forget_the_end(shutil.copytree(alone_to_share if first == 1 else spread, tmp_path / "run"))
+    students_agree(ran(folder, tiny_folder, n=then, words=SHARDED), alone_to_share)
 
 
 def test_a_damaged_share_is_passed_over(spread, tmp_path, capsys):
@@ -209,18 +204,14 @@ def test_leftovers_of_the_other_kind_do_not_stop_a_run(alone_to_share, spread, t
         folder = shutil.copytree(source, tmp_path / name)
         (folder / "checkpoints/step-0000004.json").unlink()
         shutil.rmtree(folder / "student")
-        done = torchrun(folder, tiny_folder, n=n, words=SHARDED)
-        assert done.returncode == 0, done.stderr[-3000:]
-        students_agree(folder, alone_to_share)
+        students_agree(ran(folder, tiny_folder, n=n, words=SHARDED), alone_to_share)
 
 
 def test_passes_in_bfloat16_leave_what_learns_in_float32(tiny_folder, tmp_path):
     """Of networks that are spread, checkpointed, with a GAN; alone the same recipe is all float32, and both come close."""
     words = [*SHARDED, "dtype=bfloat16", "checkpointing=true", "algorithm.gan=0.1"]
-    done = torchrun(tmp_path / "both", tiny_folder, words=words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run.train(*resolve("mini-sd35-advdmd", [f"teacher={tiny_folder}", *words]), tmp_path / "alone")
-    _, alone = last(tmp_path / "alone")
+    ran(tmp_path / "both", tiny_folder, words=words)
+    _, alone = last(ran_alone(tmp_path / "alone", tiny_folder, words))
     assert {v.dtype for k, v in alone.items() if "/net/" in k or "/ema/" in k} == {torch.float32}
     shares = [load_file(f) for f in (tmp_path / "both/checkpoints/step-0000004.safetensors").glob("*.safetensors")]
     assert {v.dtype for part in shares for k, v in part.items() if "/net/" in k or "/ema/" in k} == {torch.float32}

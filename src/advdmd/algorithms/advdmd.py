@@ -177,16 +177,18 @@ class AdvDMD:
 
         def judge(i: Tensor, n: int) -> Tensor:
             loss, seen = torch.zeros(len(i)), shown[i]
-            if not judging or (cast.team.size == 1 and not seen.any()):
+            here = int(seen.sum())
+            if not judging or (not here and cast.team.size == 1):
                 return loss
-            i, n = (i[seen], min(n, int(seen.sum()))) if seen.any() else (i[:1], 0)  # of several processes each makes a pass
+            i = i[seen] if here else i[:1]  # of several processes each makes a pass
             real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
-            real_logits[i[:n]], fake_logits[i[:n]] = real.detach().float()[:n], fake.detach().float()[:n]
+            own = slice(min(n, here))
+            real_logits[i[own]], fake_logits[i[own]] = real.detach().float()[own], fake.detach().float()[own]
             told = losses.critic(real, fake)
             if self.mismatch:
                 image = flow.interpolate(batch.real[i], noise[i], t[i])
                 told = told + self.mismatch * other[i] * losses.mismatch(cast.critic(image, t[i], wrong[i]))
-            return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told[: int(seen.sum())])
+            return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told[:here])
 
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
         if not judging:

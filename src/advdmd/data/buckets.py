@@ -1,6 +1,5 @@
 """Images of several shapes: sizes of about one area, a cache for each, one size a step."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +7,12 @@ from typing import Any
 
 import torch
 
-from advdmd.data.cache import Cache
+from advdmd.data.cache import Cache, sizes_of
 from advdmd.data.deal import Deal
-from advdmd.files import write_text
 from advdmd.rng import generator
 from advdmd.types import Batch, Cond
 
 RATIOS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9)  # of the longer side to the shorter
-RECORD = "buckets.json"  # in the folder that holds a cache for each size: how many prompts each has
 Size = tuple[int, int]  # height, width in pixels
 
 
@@ -34,10 +31,6 @@ def nearest(choices: Sequence[Size], size: Size) -> Size:
     return min(choices, key=lambda s: abs(shape(s) - shape(size)))
 
 
-def write_record(folder: Path, prompts: Mapping[Size, int]) -> None:
-    write_text(folder / RECORD, json.dumps({name(s): n for s, n in prompts.items()}, indent=1))
-
-
 def name(size: Size) -> str:
     """A bucket's folder: "832x1216", height first."""
     return f"{size[0]}x{size[1]}"
@@ -47,13 +40,8 @@ class Caches:
     """What a run's `data.folder` holds: a cache, or one for each size. Raises ValueError if any is not finished or damaged."""
 
     def __init__(self, folder: Path):
-        record = folder / RECORD
-        try:
-            self.parts = [Cache(folder / k) for k in json.loads(record.read_text())] if record.is_file() else [Cache(folder)]
-        except (json.JSONDecodeError, TypeError) as e:
-            raise ValueError(f"{record} is damaged ({e}): run advdmd encode again") from None
-        if not self.parts:
-            raise ValueError(f"{record} names no sizes: run advdmd encode again")
+        named = sizes_of(folder)
+        self.parts = [Cache(folder / k) for k in named] if named else [Cache(folder)]
         self.prompts = [p for part in self.parts for p in part.prompts]
         self.resolution = self.parts[0].resolution  # all have one: the side of the square
         plans = [p.plan for p in self.parts]

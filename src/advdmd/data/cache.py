@@ -2,6 +2,7 @@
 
 A cache is a folder: plan.json (what is in it, and whose encoders), prompts.jsonl, null.safetensors (the empty prompt), shards
 of SHARD prompts with all their images, and manifest.json, written last. Every tensor file has a record of its bytes beside it.
+Images of several shapes are several caches in one folder, whose plan names them.
 """
 
 import json
@@ -105,6 +106,12 @@ def finish(folder: Path, prompts: Sequence[str]) -> bool:
     told = {"format": FORMAT, "prompts": len(prompts), "images": sum(images), "prompts_without_image": images.count(0)}
     write_text(folder / "manifest.json", json.dumps(told, indent=1))
     return True
+
+
+def sizes_of(folder: Path) -> list[str]:
+    """The caches that a folder's plan says it holds, one for each size of images; none if it is a cache itself."""
+    plan = folder / "plan.json"
+    return [str(k) for k in _object(plan).get("sizes", [])] if plan.is_file() else []
 
 
 class Cache:

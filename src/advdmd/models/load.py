@@ -39,7 +39,8 @@ def folder_of(name: str) -> Path:
         path = hub.located(name)
     if not (path / "model_index.json").is_file():
         raise ValueError(
-            f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no model_index.json)"
+            f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no "
+            "model_index.json); advdmd pretrain makes teachers of the miniature"
         )
     return path
 

@@ -227,7 +227,8 @@ def qwen_image(corpus: Sequence[str], size: Size, *, seed: int = 0, vae: Any = N
         )
     )
     # Its layers start as the identity: words are read at once, in context by and by (docs/log.md).
-    for layer in encoder.model.language_model.layers:
+    layers: Any = encoder.model.language_model.layers
+    for layer in layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     transformer = QwenImageTransformer2DModel(

@@ -126,7 +126,8 @@ def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Re
 
 
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
-    """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code). A batch goes in one piece: four samples."""
+    """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code); whole networks of the miniature learn nothing
+    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece: four samples."""
     w = enhancement(MODELS[name].guidance)
     algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=w, group=2)
     return _recipe(name, preset, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=2)
