@@ -226,9 +226,11 @@ def qwen_image(corpus: Sequence[str], size: Size, *, seed: int = 0, vae: Any = N
             vision_end_token_id=mark("<|vision_end|>"),
         )
     )
-    # Its layers start as the identity: words are read at once, in context by and by (docs/log.md).
-    layers: Any = encoder.model.language_model.layers
-    for layer in layers:
+    # Its layers start as the identity: words are read at once, in context by and by. Its word vectors start long, so that
+    # the first updates do not turn them faster than anything behind them can follow (docs/log.md).
+    language: Any = encoder.model.language_model
+    torch.nn.init.normal_(language.embed_tokens.weight)
+    for layer in language.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     transformer = QwenImageTransformer2DModel(
@@ -239,7 +241,7 @@ def qwen_image(corpus: Sequence[str], size: Size, *, seed: int = 0, vae: Any = N
         attention_head_dim=32,
         num_attention_heads=size.width // 32,
         joint_attention_dim=size.text_width,
-        axes_dims_rope=(8, 12, 12),
+        axes_dims_rope=(4, 14, 14),
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return QwenImagePipeline(scheduler, vae or qwen_autoencoder(size), encoder.eval(), tokenizer, transformer.eval())

@@ -66,7 +66,7 @@ STAGES = {
     "mini-sd3": lambda: cycle(1e-3, 12000, seed=3, model="mini-sd3"),
     "qwen-autoencoder": qwen_autoencoder,
     "qwen-autoencoder-again": lambda: qwen_autoencoder(origin="qwen-autoencoder", world="half", seed=1),
-    "mini-qwen": lambda: cycle(3e-3, 8000, 0, "qwen-autoencoder", model="mini-qwen", size=mini.Size(text_layers=2)),
+    "mini-qwen": lambda: cycle(3e-3, 16000, 0, "qwen-autoencoder", model="mini-qwen", size=mini.Size(text_layers=2)),
     "mini-qwen-again": lambda: cycle(2e-3, 10000, seed=4, model="mini-qwen", origin="mini-qwen"),
 }
 
