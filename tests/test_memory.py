@@ -48,8 +48,18 @@ def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
 def test_a_card_that_is_too_small_gets_a_way_out():
     r = resolve("sd35-large-advdmd-4step-80gb")[1]
     assert "algorithm.micro=1" in advice(r, need(r), 24)
-    assert "the frozen base alone takes 41 GB" in advice(
-        resolve("qwen-image-advdmd-4step-80gb")[1], need(resolve("qwen-image-advdmd-4step-80gb")[1]), 24
-    )
+    large = resolve("qwen-image-advdmd-4step-80gb")[1]
+    assert "base_bits=4" in advice(large, need(large), 24)
+    few = resolve("qwen-image-advdmd-4step-24gb")[1]
+    assert "the frozen base alone takes 11 GB" in advice(few, need(few), 8)
     whole = resolve("sd35-medium-advdmd-4step-24gb", ["dtype=float32", "lora_rank=0"])[1]
     assert "lora_rank=32" in advice(whole, need(whole), 24)
+
+
+def test_few_bits_are_counted_in_the_blocks_alone():
+    r = resolve("qwen-image-advdmd-4step-80gb")[1]
+    whole, few = need(r), need(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake.bits=8"])[1])
+    assert 0.51 / 2 < few.parts["frozen base"] / whole.parts["frozen base"] < 0.53 / 2
+    assert few.parts["Adam"] == whole.parts["Adam"] * (2 * 2 + 2 * 8) / (
+        4 * 8
+    )  # fake score and trunk of 8 bits, two turns of 32

@@ -1,5 +1,6 @@
 """What a recipe takes of a card, by part, from the transformer's configuration alone: nothing is loaded."""
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.twinflow import TwinFlow
-from advdmd.models import load
+from advdmd.models import load, quantize
 from advdmd.models.backbone import ATTENTION
 from advdmd.recipe import Recipe
 from advdmd.recipes.real import MODELS
@@ -32,19 +33,20 @@ class Need:
         return sum(self.parts.values())
 
 
-def transformer(r: Recipe) -> tuple[Any, int]:
-    """The recipe's transformer without memory behind it, and how many tokens of text it sees.
+@functools.cache
+def transformer(teacher: str) -> tuple[Any, int]:
+    """A teacher's transformer without memory behind it, and how many tokens of text it sees.
 
     Raises ValueError if the teacher is neither published nor a pipeline folder.
     """
     import diffusers
 
     published = {m.hub: m for m in MODELS.values()}
-    if r.teacher in published:
-        model = published[r.teacher]
+    if teacher in published:
+        model = published[teacher]
         name, config, text = model.transformer, model.config, model.text
     else:
-        folder = load.folder_of(r.teacher)
+        folder = load.folder_of(teacher)
         config = json.loads((folder / "transformer/config.json").read_text())
         name, text = config["_class_name"], TEXT + load.read_note(folder).get("t5_length", 256)
     cls = getattr(diffusers, name)
@@ -60,18 +62,20 @@ def roles(r: Recipe) -> int:
 def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     """Bytes of a card that a recipe takes at a resolution in pixels, when it runs on so many of them. Text encoders and
     autoencoder are not on it: text is encoded before, and pictures to look at are decoded on the CPU."""
-    net, text = transformer(r)
+    net, text = transformer(r.teacher)
     base = sum(p.numel() for p in net.parameters())
     # Every target of SD3 and Qwen-Image is a linear layer of a block, in attention or behind it.
     inside = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _adapted(k)]
     adapter = r.lora_rank * sum(m.in_features + m.out_features for m in inside)
     learned, n, bytes_each = adapter or base, roles(r), BYTES[r.base_dtype(cards)]
-    turns = 2 if isinstance(r.algorithm, AdvDMD) else 1  # of the student, each with Adam's two moments
+    linear = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and "transformer_blocks." in k]
+    few = sum(m.weight.numel() for m in linear) if r.base_bits < 32 else 0
+    moments = [r.fake] * (n - 1) + [r.match] + [r.policy] * isinstance(r.algorithm, AdvDMD)  # two of each, for each optimizer
     parts = {
-        "frozen base": float(base * bytes_each),
+        "frozen base": float((base - few) * bytes_each + few * quantize.BYTES.get(r.base_bits, 0)),
         "trained weights": 4.0 * learned * n,
         "gradients": 4.0 * learned * max(1, n - 1),  # fake score and trunk learn together, the student after them
-        "Adam": 8.0 * learned * (n - 1 + turns),
+        "Adam": learned * sum(o.bits / 4 for o in moments),
         "average": 4.0 * learned * (2 if n == 1 and adapter else 1),  # TwinFlow also walks it, as one more adapter
     }
     if r.spread_over(cards):  # every card holds its share, and what the pass is at: the block that is used and the next
@@ -110,7 +114,9 @@ def advice(r: Recipe, found: Need, card: float) -> str:
         ways.append("a smaller resolution when encoding")
     if r.lora_rank > 16:
         ways.append("lora_rank=16")
+    if r.lora_rank and r.base_bits > 4:
+        ways.append("base_bits=4 (advdmd's extra `bits`)")
     least = found.parts["frozen base"] / GB  # of which a sharded run needs its share only
-    if least > card * 0.94:
+    if least > card * 0.94 and r.base_bits == 4:
         ways = [f"the frozen base alone takes {least:.0f} GB: only a larger card or a smaller model will do"]
     return f"needs {found.total / GB:.0f} GB, too much for a {card:g} GB card: " + ", ".join(ways or ["a larger card"])

@@ -52,6 +52,7 @@ class Recipe:
     exits_rate: float = 5.0  # the same for the vectors that tell the fake score the hop
     critic: CriticConfig = CriticConfig()
     lora_rank: int = 0  # of each player's adapter on one shared teacher; 0: every player is a whole network
+    base_bits: Literal[4, 8, 32] = 32  # of a frozen base's weights in its blocks (bitsandbytes); 32: as dtype says
     shard: bool = False  # spread whole networks over torchrun's processes (FSDP2); otherwise each has a replica
     dtype: Literal["float32", "bfloat16"] = (
         "float32"  # of the frozen base, and of a sharded network's passes; what learns: float32
@@ -92,6 +93,10 @@ class Recipe:
             raise ValueError(
                 f"dtype={self.dtype}: whole networks learn in float32; adapters (lora_rank) and sharded runs can do with it"
             )
+        if self.base_bits < 32 and not self.lora_rank:
+            raise ValueError(f"base_bits={self.base_bits}: only a frozen base can do with it; set lora_rank too")
+        if self.shard and any(o.bits == 8 for o in (self.match, self.policy, self.fake)):
+            raise ValueError("shard=true: 8-bit optimizers (match.bits, policy.bits, fake.bits) cannot be spread")
         if isinstance(self.data, Cached) and self.exam_every:
             raise ValueError(
                 "exam_every: exams are the miniature's; with data of your own leave it at 0 and evaluate the student"
@@ -114,6 +119,11 @@ class Recipe:
     def batch(self) -> int:
         """Samples an iteration: prompts x samples per prompt."""
         return self.prompts_per_step * self.algorithm.group
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether it takes bitsandbytes: a base or moments of 8 bits or less."""
+        return min(self.base_bits, *(o.bits for o in (self.match, self.policy, self.fake))) < 32
 
     def spread_over(self, processes: int) -> bool:
         """Whether so many processes share whole networks."""

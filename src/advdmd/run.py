@@ -26,6 +26,7 @@ from advdmd.export import export_student
 from advdmd.files import write_text
 from advdmd.look import LOOK_PROMPTS, grid_image, painter, watch
 from advdmd.models import load
+from advdmd.models.quantize import library, quantize
 from advdmd.models.sampler import Sampling
 from advdmd.players import extra, make_players, student_sampling
 from advdmd.recipe import Data, Recipe, differences, dump
@@ -88,6 +89,8 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, track: Se
     Under torchrun every process calls this and takes an equal part of each step's prompts; what is written is the first's.
     """
     check_trackers(track)
+    if r.few_bits:
+        library()
     with parallel.processes(load.device_of(r.device)) as team:
         team.share(r.prompts_per_step)
         return _train(name, r, folder, overwrite and not team.rank, team, track)
@@ -169,6 +172,8 @@ def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, S
     if (device := load.device_of(r.device)) != "cpu":  # not otherwise: a default device costs the CPU's small calls time
         torch.set_default_device(device)
     if not r.spread_over(team.size):  # it goes there in shares
+        if r.base_bits < 32:
+            quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
         backbone.net.to(device)
     data = data._replace(null=data.null.to(device), look=data.look.to(device))
     return backbone, data, make_players(r, backbone, data.null, data.prompts, team)

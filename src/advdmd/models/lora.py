@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from advdmd.models import quantize
+
 SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does not allow
 
 
@@ -129,9 +131,15 @@ class Role(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> dict[str, Tensor]:
-        """State dict of a plain transformer, on the CPU: base weights with this adapter added to them."""
-        plain = ((k.replace(".base_layer.", "."), v) for k, v in self.roles.net.state_dict().items() if ".lora_" not in k)
-        state = {k: v.cpu() for k, v in plain}
+        """State dict of a plain transformer, on the CPU: base weights, as numbers, with this adapter added to them."""
+        net = self.roles.net
+        plain = ((k.replace(".base_layer", ""), v) for k, v in net.state_dict().items() if ".lora_" not in k)
+        state = {k: v.cpu() for k, v in plain if torch.is_tensor(v)}
+        for name, layer in net.named_modules():
+            if (numbers := quantize.weight(layer)) is not None:
+                name = name.replace(".base_layer", "")
+                state = {k: v for k, v in state.items() if not k.startswith(f"{name}.") or k == f"{name}.bias"}
+                state[f"{name}.weight"] = numbers.cpu()
         mine = dict(self.named_parameters())
         for key, a in mine.items():
             place, _, kind = key.rpartition(f"{SEP}lora_")

@@ -8,7 +8,7 @@ those of published few-step adapters; the teacher's guidance is its model card's
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
@@ -43,20 +43,21 @@ MODELS = {
     "sd35-large": Model("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
     "qwen-image": Model("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
 }
-# Model and preset -> rank of an adapter (0: whole networks, spread over the cards of the name), samples a pass; advdmd show
-# says what that takes of a card.
-PRESETS = {
-    ("sd3-medium", "24gb"): (32, 1),
-    ("sd35-medium", "24gb"): (32, 1),
-    ("sd35-large", "24gb"): (16, 1),  # at 512 pixels
-    ("sd3-medium", "80gb"): (64, 4),
-    ("sd35-medium", "80gb"): (64, 4),
-    ("sd35-large", "80gb"): (64, 4),
-    ("qwen-image", "80gb"): (32, 2),
-    ("sd3-medium", "8x80gb"): (0, 4),
-    ("sd35-medium", "8x80gb"): (0, 4),
-    ("sd35-large", "8x80gb"): (0, 1),
-    ("qwen-image", "32x80gb"): (0, 1),
+# Model and preset -> rank of an adapter (0: whole networks, spread over the cards of the name), samples a pass, bits of the
+# frozen base; advdmd show says what that takes of a card.
+PRESETS: dict[tuple[str, str], tuple[int, int, Literal[4, 32]]] = {
+    ("sd3-medium", "24gb"): (32, 1, 32),
+    ("sd35-medium", "24gb"): (32, 1, 32),
+    ("sd35-large", "24gb"): (16, 1, 32),  # at 512 pixels
+    ("qwen-image", "24gb"): (16, 1, 4),  # at 512 pixels; of 16 bits the base alone would take 41 GB
+    ("sd3-medium", "80gb"): (64, 4, 32),
+    ("sd35-medium", "80gb"): (64, 4, 32),
+    ("sd35-large", "80gb"): (64, 4, 32),
+    ("qwen-image", "80gb"): (32, 2, 32),
+    ("sd3-medium", "8x80gb"): (0, 4, 32),
+    ("sd35-medium", "8x80gb"): (0, 4, 32),
+    ("sd35-large", "8x80gb"): (0, 1, 32),
+    ("qwen-image", "32x80gb"): (0, 1, 32),
 }
 
 
@@ -77,7 +78,7 @@ FAKE = Optim(lr=2e-4, betas=(0.0, 0.999))  # twice the student's: the fake score
 
 
 def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
-    rank = PRESETS[name, preset][0]
+    rank, _, bits = PRESETS[name, preset]
     slower = 1.0 if rank else 0.1
     common = {
         "teacher": MODELS[name].hub,
@@ -86,6 +87,7 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
         **{k: replace(v, lr=slower * v.lr) for k, v in {"match": MATCH, "policy": POLICY, "fake": FAKE}.items()},
         "critic": CRITIC,
         "lora_rank": rank,
+        "base_bits": bits,
         "shard": not rank,
         "dtype": "bfloat16",
         "device": "auto",
@@ -139,5 +141,6 @@ RECIPES = {
     for name, preset in PRESETS
     for method, make in METHODS.items()
     for steps in (4, 2)
-    if PRESETS[name, preset][0] or make is not twinflow  # which is not spread
+    # TwinFlow is not spread, and its batch in one piece does not fit beside a base that had to be of few bits.
+    if make is not twinflow or (PRESETS[name, preset][0] and PRESETS[name, preset][2] == 32)
 }

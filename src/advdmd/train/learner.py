@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from advdmd.models.quantize import library
 from advdmd.train import parallel
 from advdmd.types import Log
+
+SMALL = 4096  # numbers of a parameter: below them 8-bit Adam keeps its moments in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,7 @@ class Optim:
     clip: float = 1.0
     warmup: int = 0
     decay: int = 0
+    bits: Literal[8, 32] = 32  # of each of Adam's moments; 8 as bitsandbytes keeps them (2110.02861)
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -40,13 +44,29 @@ class Optim:
         return self.lr * ramp * fall
 
 
+def _adam(optim: Optim, groups: Sequence[tuple[list[nn.Parameter], float]]) -> torch.optim.Optimizer:
+    setting = {"params": [{"params": p} for p, _ in groups], "lr": optim.lr, "betas": optim.betas}
+    if optim.bits == 32:
+        return torch.optim.Adam(**setting, fused=True)
+    adam = library().optim.Adam8bit(**setting, min_8bit_size=SMALL)
+    adam.fill_qmap()
+    return adam
+
+
+def _moments(p: Tensor, optim: Optim) -> set[str]:
+    """Names of what Adam keeps of a parameter that has moved, beside tables that are the same for all."""
+    if optim.bits == 32:
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"step", "state1", "state2"} | ({"absmax1", "absmax2"} if p.numel() >= SMALL else set())
+
+
 @dataclass
 class _Turn:
     """One optimizer: what it moves, at which multiple of the rate, and how often it has."""
 
     optim: Optim
     groups: list[tuple[list[nn.Parameter], float]]
-    adam: torch.optim.Adam
+    adam: torch.optim.Optimizer
     updates: int = 0
 
 
@@ -71,8 +91,7 @@ class Learner:
         self._turns: dict[str, _Turn] = {}
         for key, (optim, groups) in turns.items():
             listed = [(list(p), m) for p, m in groups]
-            adam = torch.optim.Adam([{"params": p} for p, _ in listed], lr=optim.lr, betas=optim.betas, fused=True)
-            self._turns[key] = _Turn(optim, listed, adam)
+            self._turns[key] = _Turn(optim, listed, _adam(optim, listed))
         self.averages = 0
         self.ema = {k: p.detach().clone() for k, p in net.named_parameters()} if ema is not None else {}
 
@@ -118,8 +137,8 @@ class Learner:
     @torch.no_grad()
     def _agreement(self) -> Log:
         """Of two optimizers that have both moved: the cosine of their mean gradients (Adam's first moments), and how long the
-        second's is beside the first's."""
-        if len(self._turns) != 2 or not all(t.updates for t in self._turns.values()):
+        second's is beside the first's. Moments of 8 bits are not asked."""
+        if len(self._turns) != 2 or not all(t.updates and t.optim.bits == 32 for t in self._turns.values()):
             return {}
         first, second = (t.adam.state for t in self._turns.values())
         both = [p for p in first if p in second]
@@ -175,9 +194,19 @@ class Learner:
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for key, t in self._turns.items():
             for i, p in enumerate(q for group, _ in t.groups for q in group):
-                tensors |= {f"adam/{key}/{i}/{k}": v for k, v in t.adam.state.get(p, {}).items()}
+                kept = {k: v for k, v in t.adam.state.get(p, {}).items() if k in _moments(p, t.optim)}
+                tensors |= {f"adam/{key}/{i}/{k}": torch.as_tensor(v) for k, v in kept.items()}
         counts = {k: {"updates": t.updates, "moved": len(t.adam.state)} for k, t in self._turns.items()}
         return tensors, {"averages": self.averages, "turns": counts}
+
+    @staticmethod
+    def _complete_8_bits(adam: Any) -> None:
+        """What bitsandbytes keeps beside the moments: a count that is no tensor, and the two tables of what bytes mean."""
+        for state in adam.state.values():
+            state["step"] = int(state["step"])
+            if "absmax1" in state:
+                device = state["absmax1"].device
+                state |= {"qmap1": adam.name2qmap["dynamic"].to(device), "qmap2": adam.name2qmap["udynamic"].to(device)}
 
     def places(self) -> dict[str, Tensor]:
         """By the names of `state`, a tensor like each that it may hold."""
@@ -208,8 +237,10 @@ class Learner:
             for i, p in enumerate(q for group, _ in t.groups for q in group):
                 if saved := part(f"adam/{key}/{i}/"):
                     t.adam.state[p] = {k: v.to(p.device, copy=True) for k, v in saved.items()}
-            whole = sum(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in t.adam.state.values())
+            whole = sum(set(state) == _moments(p, t.optim) for p, state in t.adam.state.items())
             if whole != moved:
                 raise ValueError(f"{self.name}/{key}: whole optimizer state of {whole} parameters, {moved} were saved")
+            if t.optim.bits == 8:
+                self._complete_8_bits(t.adam)
         if extra := set(tensors) - set(self.state()[0]):
             raise ValueError(f"{self.name}: the checkpoint holds what this recipe has no place for: {sorted(extra)[0]}")

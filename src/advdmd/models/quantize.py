@@ -1,0 +1,58 @@
+"""A frozen base in few bits: linear layers of the blocks as 8-bit integers (2208.07339) or 4-bit NormalFloat (2305.14314).
+
+The arithmetic is bitsandbytes' (the extra `bits`); adapters on such layers stay float32, gradients flow through them.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Bytes of a weight: 4 bits and a scale of 8 for each 64 of them; 8 bits and a scale a row, which counts for nothing.
+BYTES = {4: 0.5 + 1 / 64, 8: 1.0}
+
+
+def library() -> Any:
+    """bitsandbytes. Raises ValueError that says how to install it."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(
+            "8-bit optimizers and bases of few bits need bitsandbytes: install advdmd with its extra, pip install -e '.[bits]'"
+        ) from None
+    # It says, at each new shape, that 8-bit products are made of halves.
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
+    return bitsandbytes
+
+
+def quantize(blocks: Iterable[nn.Module], bits: int, dtype: torch.dtype, device: str) -> None:
+    """Replace every linear layer of the blocks by one of 4 or 8 bits on `device`, in place; it computes in `dtype`."""
+    bnb = library()
+    for block in blocks:
+        for name, layer in [*block.named_modules()]:
+            if type(layer) is not nn.Linear:
+                continue
+            size, bias = (layer.in_features, layer.out_features), layer.bias is not None
+            with torch.device("cpu"):
+                if bits == 4:
+                    small = bnb.nn.Linear4bit(*size, bias=bias, compute_dtype=dtype, quant_type="nf4")
+                else:
+                    small = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, threshold=6.0)
+            small.load_state_dict(layer.state_dict())
+            if bias:
+                small.bias.data = layer.bias.data
+            parent, _, last = name.rpartition(".")
+            setattr(block.get_submodule(parent), last, small.to(device).requires_grad_(False))
+
+
+def weight(layer: nn.Module) -> Tensor | None:
+    """What a layer of few bits multiplies by, as numbers; None for any other layer."""
+    kind, stored = type(layer).__name__, layer.state_dict  # by name: other layers do not ask for the library
+    own: Any = getattr(layer, "weight", None)
+    if kind == "Linear4bit":
+        return library().functional.dequantize_4bit(own.data, own.quant_state)
+    if kind == "Linear8bitLt":
+        return library().functional.int8_vectorwise_dequant(own.data, stored()["SCB"])
+    return None

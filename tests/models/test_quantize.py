@@ -1,0 +1,121 @@
+"""Bases and moments of few bits: close to the whole numbers, and exactly themselves through gradients, stops and exports."""
+
+import copy
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from advdmd.files import file_hash
+from advdmd.models import load, quantize
+from advdmd.models.lora import Role, Roles
+from advdmd.recipes.find import resolve
+from advdmd.run import train
+from advdmd.train.learner import Learner, Optim
+
+WORDS = [
+    "algorithm.group=2", "prompts_per_step=2", "algorithm.warmup=1", "algorithm.ramp=1", "data.prompts=4", "data.reals=1",
+    "save_every=2", "look_every=0", "critic.hidden=8", "lora_rank=4", "base_bits=4", "match.bits=8", "policy.bits=8",
+    "fake.bits=8",
+]  # fmt: skip
+
+
+@pytest.fixture(params=[(8, 0.03), (4, 0.3)], ids=["8", "4"])
+def scene(request, backbone):
+    bits, far = request.param
+    with torch.no_grad():
+        cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
+    at = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8]), cond
+    whole = copy.deepcopy(backbone.net)
+    quantize.quantize(backbone.blocks(backbone.net), bits, torch.float32, "cpu")
+    return backbone, whole, far, at
+
+
+def test_a_base_of_few_bits_is_close_to_the_whole_one(scene):
+    backbone, whole, far, at = scene
+    with torch.no_grad():
+        exact, close = backbone.velocity(whole, *at), backbone.velocity(backbone.net, *at)
+    assert 0 < (close - exact).norm() / exact.norm() < far
+    weights = [quantize.weight(m) for m in backbone.net.modules()]
+    assert sum(w is not None for w in weights) > 20
+    assert all(quantize.weight(m) is None for m in whole.modules())
+
+
+def test_adapters_on_it_learn_and_fuse_as_on_the_numbers_it_stands_for(scene):
+    """The reference is a plain network of those numbers. 8-bit products round activations too, hence its tolerance."""
+    backbone, whole, far, at = scene
+    student = Role(Roles(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    torch.manual_seed(1)
+    for p in student.parameters():
+        p.data.normal_(0, 0.1)
+    fused = student.fused()
+    assert set(fused) == set(whole.state_dict())
+    whole.load_state_dict(fused)
+    whole.requires_grad_(True)
+    exact, close = backbone.velocity(whole, *at), backbone.velocity(student, *at)
+    assert (close - exact).norm() / exact.norm() < far / 10
+
+    exact.square().mean().backward()
+    close.square().mean().backward()
+    mine = dict(student.named_parameters())
+    for key, b in mine.items():
+        if key.endswith("lora_B"):  # of W + BA, the gradient of B is that of W through A
+            place = key.removesuffix("/lora_B").replace("/", ".")
+            wanted = whole.get_parameter(f"{place}.weight").grad @ mine[key.replace("lora_B", "lora_A")].detach().T
+            torch.testing.assert_close(b.grad, wanted, atol=far / 3 * float(wanted.abs().max()), rtol=0.1)
+
+
+def learner(bits):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Linear(80, 4))  # one large enough for bytes, and small ones
+    return Learner("net", net, net, {"main": (Optim(lr=1e-2, bits=bits), [(net.parameters(), 1.0)])})
+
+
+def descend(one, steps, gen):
+    for _ in range(steps):
+        x = torch.randn(16, 64, generator=gen)
+        one.descend([(one(x) - x[:, :4]).square().mean(1)])
+
+
+def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
+    exact, close, g, h = learner(32), learner(8), gen(1), gen(1)
+    began = copy.deepcopy(exact.net.state_dict())
+    descend(exact, 8, g)
+    descend(close, 8, h)
+    there, here = exact.net.state_dict(), close.net.state_dict()
+    way, off = (torch.cat([(a[k] - b[k]).flatten() for k in began]) for a, b in ((there, began), (here, there)))
+    assert 0 < off.norm() < 0.2 * way.norm()
+    tensors, counters = close.state()
+    assert sum(v.dtype == torch.uint8 for v in tensors.values()) == 2
+    other = learner(8)
+    other.load({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(counters)))
+    for one in (close, other):
+        descend(one, 3, gen(2))
+    assert all(torch.equal(a, b) for a, b in zip(close.net.parameters(), other.net.parameters(), strict=True))
+    with pytest.raises(ValueError, match="whole optimizer state of 3"):
+        learner(8).load({k: v for k, v in tensors.items() if "0/absmax1" not in k}, counters)
+
+
+def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp_path):
+    name, r = resolve("mini-sd35-advdmd", [*WORDS, f"teacher={tiny_folder}", "iterations=4"])
+    run = tmp_path / "run"
+    student = train(name, r, run)
+    once = file_hash(load.weights_file(student))
+    shutil.rmtree(student)
+    for file in (run / "checkpoints").glob("*4.*"):  # as if it had been stopped between 2 and 4
+        file.unlink()
+    assert file_hash(load.weights_file(train(name, r, run))) == once
+    assert load.load(str(student))[0].net.dtype == torch.float32
+
+
+def test_what_cannot_be_of_few_bits_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"base_bits=4: only a frozen base .* set lora_rank"):
+        resolve("mini-sd35-advdmd", ["base_bits=4"])
+    with pytest.raises(ValueError, match=r"8-bit optimizers .* cannot be spread"):
+        resolve("sd35-large-advdmd-4step-8x80gb", ["fake.bits=8"])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"need bitsandbytes: install advdmd with its extra, pip install -e '\.\[bits\]'"):
+        train("x", resolve("mini-sd35-advdmd", WORDS)[1], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
