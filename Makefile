@@ -22,11 +22,12 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Known vulnerabilities of what is pinned (asks an advisory service), and a bill of materials of it (asks nobody).
+# Known vulnerabilities of what is pinned (asks an advisory service, or ADVISORIES=checkout of github.com/pypa/advisory-database),
+# and a bill of materials of it (asks nobody).
 audit: $(VENV)/ready
 	$(BIN)/python -m pip install -q pip-audit cyclonedx-bom
 	$(BIN)/cyclonedx-py requirements constraints.txt --of JSON --output-reproducible -o sbom.cdx.json
-	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
+	$(if $(ADVISORIES),$(BIN)/python runs/advisories.py $(ADVISORIES) --audit $(BIN)/pip-audit,$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "advdmd needs Python 3.11 or newer; set PYTHON=...")'

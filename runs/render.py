@@ -265,6 +265,15 @@ def reliability() -> None:
             f"{told['cases']:,} cases, seed {told['seed']}; of prompts and records the harness takes clear errors for results."
         )
         between(page, ("<!-- fuzz -->", "<!-- /fuzz -->"), "\n".join([*lines, "", said]))
+    if (file := RESULTS / "long.json").is_file():
+        told = json.loads(file.read_text())
+        names = {"resident_mb": "resident memory, MB", "open_files": "open files", "eta": "η"}
+        rows = [[label, *(f"{told[k][v]:.4g}" for v in ("first", "last", "per_1000"))] for k, label in names.items()]
+        lines = grid("what | behind the first tenth | at the end | slope per 1,000 iterations", rows)
+        m = told["metrics"]
+        said = f"{told['iterations']:,} iterations; {m['lines']:,} lines of metrics, {m['bytes'] / 1e6:.1f} MB;"
+        said += f" {told['checkpoints_kept']} checkpoints kept."
+        between(page, ("<!-- long -->", "<!-- /long -->"), "\n".join([*lines, "", said]))
 
 
 def performance() -> None:
