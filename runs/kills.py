@@ -2,8 +2,9 @@
 
     python runs/kills.py [--kills 100] [--seed 0] [--ranks 1] [--out results/kills.json]
 
-One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed. Two ranks
-(torchrun, one worker is killed): weights must agree within 2e-4. The work is tiny and its classes real.
+One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed. Two ranks, of
+which one is killed: weights must agree within 2e-4 with those of one process that nobody killed. The work is tiny and its
+classes real.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -148,35 +150,66 @@ def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
     return [trial(name, make, round(shares[name] * kills), rng, base) for name, make in verbs.items()]
 
 
+def together(work: Callable[[], object], ranks: int, log: Path) -> list[int]:
+    """`work` in so many processes that find each other as torchrun's do; their pids."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def one(rank: int) -> None:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in told.items()})
+        work()
+
+    return [child(partial(one, rank), log) for rank in range(ranks)]
+
+
+def left_alone(pid: int) -> bool:
+    """Whether a process whose peer was killed ends of itself; after a minute it is ended, as torchrun would do at once."""
+    for _ in range(600):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
 def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[dict]:
     from safetensors.torch import load_file
 
-    model, whole, folder = teacher(base / "teacher"), base / "whole", base / "killed"
-    words = [*WORDS, f"teacher={model}"]
-    run.train(*resolve("mini-sd35-advdmd", words), whole)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launch, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
-    off, done, late, results, wait = 0.0, 0, 0, 0, 3.0
+    model, whole, log = teacher(base / "teacher"), base / "whole", base / "log"
+    train = lambda out: lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out)  # noqa: E731
+    finished(train(whole), log)
+    off, done, late, results, alone = 0.0, 0, 0, 0, 0
+
+    def finish(folder: Path) -> float:
+        began = time.monotonic()
+        ends = [os.waitpid(pid, 0)[1] for pid in together(train(folder), ranks, log)]
+        if any(ends):
+            raise RuntimeError(f"the work failed: {log.read_text()[-2000:]}")
+        return time.monotonic() - began
+
+    finish(base / "warm")
+    took = finish(base / "timed")
     while done < kills:
-        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while job.poll() is None and not (folder / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, wait))
-        workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-        if job.poll() is None and workers:
-            os.kill(int(rng.choice(workers)), signal.SIGKILL)
-            done += 1
-        else:  # it had ended already: the moments come earlier from now on
-            late, wait = late + 1, 0.9 * wait
-        job.wait()
-        if rng.random() < 0.5 or done == kills:  # let it finish
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            a, b = (load_file(f / "checkpoints/step-0000012.safetensors") for f in (whole, folder))
-            off = max(off, *((a[k] - b[k]).abs().max().item() for k in a if "/net/" in k))
-            results += 1
-            shutil.rmtree(folder)
+        folder = base / f"killed-{results}"
+        for _ in range(min(rng.randint(1, 3), kills - done)):
+            pids = together(train(folder), ranks, log)
+            time.sleep(rng.uniform(0.02, 1.05) * took)
+            victim = rng.choice(pids)
+            os.kill(victim, signal.SIGKILL)
+            hit = os.WIFSIGNALED(os.waitpid(victim, 0)[1])
+            ended = [left_alone(pid) for pid in pids if pid != victim]
+            done, late, alone, took = done + hit, late + (not hit), alone + (hit and all(ended)), took * (1 if hit else 0.9)
+        finish(folder)
+        a, b = (load_file(f / "checkpoints/step-0000012.safetensors") for f in (whole, folder))
+        off = max(off, *((a[k] - b[k]).abs().max().item() for k in a if "/net/" in k))
+        results += 1
+        shutil.rmtree(folder)
         print(f"{ranks} ranks: {done} kills ({late} came too late), {results} results, weights off by {off:.2g}", flush=True)
-    return [{"verb": f"train, {ranks} ranks", "kills": done, "too late": late, "results": results, "largest difference": off}]
+    row = {"verb": f"train, {ranks} ranks", "kills": done, "too late": late, "results": results}
+    return [row | {"others ended of themselves": alone, "largest difference": off}]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ every network, or its share of those that `shard` has spread (FSDP2); the shares
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -131,7 +132,9 @@ def load_shares(folder: Path, places: Mapping[str, Tensor]) -> dict[str, Tensor]
     if strange := sorted(set(names) - set(places)):
         raise ValueError(f"{folder}: the checkpoint holds what this recipe has no place for: {strange[0]}")
     out = {name: torch.zeros_like(places[name]) for name in names}
-    dcp.load(out, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads the shares of many: meant
+        dcp.load(out, storage_reader=reader, no_dist=not dist.is_initialized())
     return out
 
 
