@@ -1,12 +1,16 @@
 """Recipes, command line, runs and exports, as a user meets them."""
 
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 
 from advdmd import exam, health, pretrain, run
+from advdmd.cli import main
 from advdmd.evaluate import evaluate, score
 from advdmd.evaluation.shapes import Checker, Shapes
 from advdmd.models import load
@@ -27,13 +32,25 @@ SMALL = [
 ]  # fmt: skip
 
 
-def cli(*words, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "advdmd", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
-    )
+def cli(*words):
+    """The command, in this process: to import all again takes longer than most of what is tested."""
+    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["advdmd", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def started(*words):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "advdmd", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +365,7 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
     assert set(a["strict"]) == {"overall", *suite.tasks}
     again = score(suite, tmp_path / "a", Checker())
     assert again == a
-    done = cli("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
+    done = started("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "| **overall** |" in done.stdout
     evaluate(str(tiny_folder), suite, tmp_path / "b2", Sampling(steps=2))
@@ -373,7 +390,7 @@ def test_the_main_job_writes_table_grid_and_pipeline(tiny_folder, tmp_path):
 
 def test_help_is_quick_and_imports_nothing_heavy():
     began = time.monotonic()
-    done = cli("--help")
+    done = started("--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("show", "pretrain", "train", "sample", "eval", "export", "mini"))
     assert time.monotonic() - began < 5  # 1.5 s alone on a quiet machine (benchmarks); here beside other tests
@@ -406,8 +423,8 @@ def test_user_mistakes_get_one_line_and_exit_code_two(words, says, tiny_folder, 
 
 
 def test_samples_are_drawn_and_repeatable(tiny_folder, tmp_path):
-    for out in ("a", "b"):
-        done = cli(
+    for call, out in ((cli, "a"), (started, "b")):
+        done = call(
             "sample",
             tiny_folder,
             "a picture of a red circle",
