@@ -13,11 +13,11 @@ from pathlib import Path
 
 from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.exam import parted
-from advdmd.models.load import SHIPPED
 from advdmd.recipe import Recipe
 
 Metrics = Sequence[Mapping[str, float]]
 Band = tuple[float, float]
+MEASURED = ("mini-sd3", "mini-sd35")  # teachers of the runs that the ranges come from
 UNKNOWN = "no ranges for this teacher, algorithm and number of steps: compare with a good run, advdmd doctor --against"
 LATE = 0.25  # what is judged: the last quarter of a run; what bands are measured on: all but its first
 
@@ -102,7 +102,7 @@ def bands(steps: int = 4) -> dict[str, Band]:
 
 def ranges(r: Recipe) -> dict[str, Band]:
     """The shipped ranges where they are of runs like this one: a miniature's teacher, distribution matching, as many steps."""
-    return bands(r.algorithm.steps) if r.teacher in SHIPPED and not isinstance(r.algorithm, TwinFlow) else {}
+    return bands(r.algorithm.steps) if r.teacher in MEASURED and not isinstance(r.algorithm, TwinFlow) else {}
 
 
 def band_of(runs: Sequence[Metrics]) -> dict[str, Band]:

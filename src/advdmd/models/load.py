@@ -20,7 +20,7 @@ from advdmd.models.sd3 import SD3
 from advdmd.models.target_time import attach
 from advdmd.models.z_image import ZImage
 
-SHIPPED = ("mini-sd3", "mini-sd35")
+SHIPPED = ("mini-sd3", "mini-sd35", "mini-qwen")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
