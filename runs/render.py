@@ -247,8 +247,8 @@ def reliability() -> None:
             (r,) = json.loads(ranks.read_text())["rows"]
             said += f" Training by two processes, one of which was killed: {r['kills']} kills in time, {r['results']} results"
             said += f" compared with one process's, weights off by {r['largest difference']:.1g} at most (2e-4 is allowed); the"
-            said += f" other process ended of itself {r['others ended of themselves']} times, in the rest it was still waiting a minute"
-            said += " later, where torchrun ends it at once."
+            said += f" other process ended of itself {r['others ended of themselves']} times, in the rest it was still waiting a"
+            said += " minute later, where torchrun ends it at once."
         between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", said]))
     if (file := RESULTS / "drift.json").is_file():
         told = json.loads(file.read_text())
