@@ -245,10 +245,12 @@ def reliability() -> None:
         said = f"Seed {told['seed']}."
         if (ranks := RESULTS / "kills-2-ranks.json").is_file():
             (r,) = json.loads(ranks.read_text())["rows"]
-            said += f" Training by two processes, one of which was killed: {r['kills']} kills in time, {r['results']} results"
-            said += f" compared with one process's, weights off by {r['largest difference']:.1g} at most (2e-4 is allowed); the"
-            said += f" other process ended of itself {r['others ended of themselves']} times, in the rest it was still waiting a"
-            said += " minute later, where torchrun ends it at once."
+            said += (
+                f" Training by two processes: {r['kills']} times one of them was killed in time, {r['results']} results were"
+            )
+            said += f" compared with one process's, weights off by {r['largest difference']:.1g} at most (2e-4 is allowed)."
+            said += f" {r['others ended of themselves']} times the other process ended of itself; else it still waited a minute"
+            said += " later, where torchrun ends it at once."
         between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", said]))
     if (file := RESULTS / "drift.json").is_file():
         told = json.loads(file.read_text())
