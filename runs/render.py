@@ -295,7 +295,7 @@ def performance() -> None:
         rows = [[axis, v, f"{c['time']:.2f}", f"{c['forwards']:.2f}"] for axis, v, c in cells]
         lines = grid("axis | value | time of a sample | its forwards", rows)
         said = "Two processes of one thread make so many times the iterations of one on the same batch: "
-        said += f"{two['replicas']:.2f} as replicas, {two['spread']:.2f} with networks spread (gathering a\nblock costs more than using it at this width)."
+        said += f"{two['replicas']:.2f} as replicas, {two['spread']:.2f} with networks spread,\na block gathered for each pass."
         lines += ["", "![time of a sample](../results/scaling.png)", "", said]
         between(page, ("<!-- scaling -->", "<!-- /scaling -->"), "\n".join(lines))
         scaling(told)

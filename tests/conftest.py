@@ -2,6 +2,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # claims are the CPU's; with a GPU in sight processes cannot be forked behind a backward pass
+)
 
 import pytest
 import torch

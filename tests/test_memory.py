@@ -50,6 +50,7 @@ def test_a_card_that_is_too_small_gets_a_way_out():
     assert "algorithm.micro=1" in advice(r, need(r), 24)
     large = resolve("qwen-image-advdmd-4step-80gb")[1]
     assert "base_bits=4" in advice(large, need(large), 24)
+    assert "the frozen base alone takes 11 GB" in advice(large, need(large), 8), "in the fewest bits"
     few = resolve("qwen-image-advdmd-4step-24gb")[1]
     assert "the frozen base alone takes 11 GB" in advice(few, need(few), 8)
     whole = resolve("sd35-medium-advdmd-4step-24gb", ["dtype=float32", "lora_rank=0"])[1]

@@ -347,6 +347,11 @@ def test_a_stage_that_was_stopped_goes_on_with_its_own_words(tmp_path, monkeypat
     assert first.tokenizer.get_vocab() != other.tokenizer.get_vocab(), "if they are equal now, what is kept need not be"
     for k, v in first.transformer.state_dict().items():
         assert torch.equal(v, again.transformer.state_dict()[k])
+    shutil.rmtree(tmp_path / "t/start")
+    (tmp_path / "t/checkpoints").mkdir()
+    (tmp_path / "t/checkpoints/step-0000001.json").touch()
+    with pytest.raises(ValueError, match="begun by an earlier version"):
+        pretrain._pipeline(plan, tmp_path / "ae/vae", tmp_path / "t/start")
 
 
 def small_stage(name):

@@ -96,6 +96,11 @@ def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) 
     warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
     if how.gap is not None:
         warning = "\n**TwinFlow has times of its own: stock pipelines cannot sample it, `advdmd sample` can.**\n"
+    if "base_bits" in record:
+        bits = f"the base in {record['base_bits']} bits"
+        warning += (
+            f"\nIts adapter learned on {bits}, which is fused here: on the published base `{LORA}` is only close to it.\n"
+        )
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image

@@ -17,6 +17,7 @@ from advdmd.recipes.real import MODELS
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
 INSIDE = 34  # widths a block holds for its own backward, per token: queries, keys, values, the wide layer and what lies between
+KEPT = 9  # of them in 8 bits, which are kept in spite of checkpointing: what enters each product, as bitsandbytes holds it
 TEXT = 77  # tokens of a prompt where nobody says
 
 
@@ -86,7 +87,10 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     tokens = (resolution // 8 // patch) ** 2 + text
     samples = getattr(r.algorithm, "micro", r.batch)
     samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
-    held = net.config.num_layers * (1 if r.checkpointing else INSIDE) + INSIDE
+    inside = 1 if r.checkpointing else INSIDE
+    if r.base_bits == 8 and r.checkpointing:
+        inside += KEPT
+    held = net.config.num_layers * inside + INSIDE
     parts["activations"] = float(samples * tokens * width * bytes_each * held)
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
     said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
@@ -117,6 +121,8 @@ def advice(r: Recipe, found: Need, card: float) -> str:
     if r.lora_rank and r.base_bits > 4:
         ways.append("base_bits=4 (advdmd's extra `bits`)")
     least = found.parts["frozen base"] / GB  # of which a sharded run needs its share only
-    if least > card * 0.94 and r.base_bits == 4:
+    if r.lora_rank:
+        least = min(least, found.base * quantize.BYTES[4] / GB)
+    if least > card * 0.94:
         ways = [f"the frozen base alone takes {least:.0f} GB: only a larger card or a smaller model will do"]
     return f"needs {found.total / GB:.0f} GB, too much for a {card:g} GB card: " + ", ".join(ways or ["a larger card"])

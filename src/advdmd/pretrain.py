@@ -56,6 +56,8 @@ def _pipeline(plan: pretraining.Stage, source: Path, first: Path) -> Any:
     tokenizers, whose trainer numbers tokens differently each time."""
     if first.exists():
         return load.load_pipeline(first)
+    if any((first.parent / "checkpoints").glob("*.json")):
+        raise ValueError(f"{first.parent} was begun by an earlier version, whose tokenizers are lost: choose another --out")
     if plan.origin == "autoencoder":
         pipe = mini.sd3(VOCABULARY, plan.size, sd35=True, seed=plan.seed, vae=_codec(source))
     elif plan.origin == "qwen-autoencoder":

@@ -162,6 +162,8 @@ def _meter(r: Recipe, backbone: Any, deal: Callable[[int], tuple[Batch, list[int
 
 def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, Supply, Cast | Twin]:
     """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
+    if r.few_bits:
+        library()
     with torch.device("cpu"):  # where all but the transformer stays
         size = encoded.resolution if encoded else None
         dtype = getattr(torch, r.base_dtype(team.size))
@@ -192,6 +194,8 @@ def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path
         step = exam.load_best(run, net) if r.exam_every else 0
         note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
         note["forwards"] = r.forwards_until(note["iterations"]) * r.batch
+        if r.base_bits < 32:
+            note["base_bits"] = r.base_bits
         if r.rewards:
             note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
         return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)

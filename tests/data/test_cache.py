@@ -247,6 +247,11 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
     shutil.rmtree(tmp_path / "c/40x24")
     with pytest.raises(ValueError, match="40x24' is not a cache"):
         run.train(name, r, tmp_path / "again")
+    plan = json.loads((tmp_path / "c/plan.json").read_text())
+    for sizes in (5, "24x40", []):
+        (tmp_path / "c/plan.json").write_text(json.dumps(plan | {"sizes": sizes}))
+        with pytest.raises(ValueError, match=r"plan\.json is damaged"):
+            buckets.Caches(tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", ["sd35-medium-advdmd-4step-24gb", "sd35-medium-dmd2-2step-24gb"])

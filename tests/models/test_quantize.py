@@ -18,7 +18,7 @@ from advdmd.train.learner import Learner, Optim
 WORDS = [
     "algorithm.group=2", "prompts_per_step=2", "algorithm.warmup=1", "algorithm.ramp=1", "data.prompts=4", "data.reals=1",
     "save_every=2", "look_every=0", "critic.hidden=8", "lora_rank=4", "base_bits=4", "match.bits=8", "policy.bits=8",
-    "fake.bits=8",
+    "fake.bits=8", "checkpointing=true",
 ]  # fmt: skip
 
 
@@ -67,6 +67,14 @@ def test_adapters_on_it_learn_and_fuse_as_on_the_numbers_it_stands_for(scene):
             torch.testing.assert_close(b.grad, wanted, atol=far / 3 * float(wanted.abs().max()), rtol=0.1)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_was_bfloat16_is_bfloat16_again(tiny_folder, bits):
+    backbone = load.load(str(tiny_folder), dtype=torch.bfloat16)[0]
+    quantize.quantize(backbone.blocks(backbone.net), bits, torch.bfloat16, "cpu")
+    role = Role(Roles(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    assert {v.dtype for v in role.fused().values()} == {torch.bfloat16}
+
+
 def learner(bits):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Linear(80, 4))  # one large enough for bytes, and small ones
@@ -98,8 +106,9 @@ def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
         learner(8).load({k: v for k, v in tensors.items() if "0/absmax1" not in k}, counters)
 
 
-def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp_path):
-    name, r = resolve("mini-sd35-advdmd", [*WORDS, f"teacher={tiny_folder}", "iterations=4"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp_path, bits):
+    name, r = resolve("mini-sd35-advdmd", [*WORDS, f"base_bits={bits}", f"teacher={tiny_folder}", "iterations=4"])
     run = tmp_path / "run"
     student = train(name, r, run)
     once = file_hash(load.weights_file(student))
@@ -108,6 +117,7 @@ def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp
         file.unlink()
     assert file_hash(load.weights_file(train(name, r, run))) == once
     assert load.load(str(student))[0].net.dtype == torch.float32
+    assert f"the base in {bits} bits" in (student / "README.md").read_text()
 
 
 def test_what_cannot_be_of_few_bits_is_refused(monkeypatch, tmp_path):

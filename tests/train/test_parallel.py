@@ -39,7 +39,7 @@ def ran(folder, teacher, n=2, words=WORDS):
         os.environ.update({k: str(v) for k, v in told.items()})
         ran_alone(folder, teacher, words)
 
-    jobs = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(n)]
+    jobs = [multiprocessing.get_context("fork").Process(target=one, args=(rank,), daemon=True) for rank in range(n)]
     for job in jobs:
         job.start()
     for job in jobs:

@@ -111,7 +111,10 @@ def finish(folder: Path, prompts: Sequence[str]) -> bool:
 def sizes_of(folder: Path) -> list[str]:
     """The caches that a folder's plan says it holds, one for each size of images; none if it is a cache itself."""
     plan = folder / "plan.json"
-    return [str(k) for k in _object(plan).get("sizes", [])] if plan.is_file() else []
+    named = _object(plan).get("sizes") if plan.is_file() else None
+    if named is not None and not (isinstance(named, list) and named):
+        raise ValueError(f"{plan} is damaged (sizes: {named!r}): run advdmd encode again")
+    return [str(k) for k in named or ()]
 
 
 class Cache:

@@ -22,8 +22,8 @@ SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does n
 
 
 class _Merged(torch.autograd.Function):
-    """x (W + B A)^T + bias for a frozen W, merged anew in each pass: r of the sum's arithmetic for every token instead of two
-    thin products, which a network of tiny width feels most (benchmarks/iteration.py)."""
+    """x (W + B A)^T + bias for a frozen W. The sum is made anew in each pass, so a token pays for one product instead of three,
+    two of them thin, which a network of tiny width feels most (benchmarks/iteration.py)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
@@ -138,7 +138,9 @@ class Role(nn.Module):
         for name, layer in net.named_modules():
             if (numbers := quantize.weight(layer)) is not None:
                 name = name.replace(".base_layer", "")
-                state = {k: v for k, v in state.items() if not k.startswith(f"{name}.") or k == f"{name}.bias"}
+                for k in layer.state_dict():
+                    if k != "bias":
+                        state.pop(f"{name}.{k}", None)
                 state[f"{name}.weight"] = numbers.cpu()
         mine = dict(self.named_parameters())
         for key, a in mine.items():

@@ -3,9 +3,9 @@
 The arithmetic is bitsandbytes' (the extra `bits`); adapters on such layers stay float32, gradients flow through them.
 """
 
-import warnings
+import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ def library() -> Any:
         raise ValueError(
             "8-bit optimizers and bases of few bits need bitsandbytes: install advdmd with its extra, pip install -e '.[bits]'"
         ) from None
-    # It says, at each new shape, that 8-bit products are made of halves.
-    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
+    # It says, at each of them, that 8-bit products are made of halves.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
 
 
@@ -34,25 +34,29 @@ def quantize(blocks: Iterable[nn.Module], bits: int, dtype: torch.dtype, device:
         for name, layer in [*block.named_modules()]:
             if type(layer) is not nn.Linear:
                 continue
-            size, bias = (layer.in_features, layer.out_features), layer.bias is not None
-            with torch.device("cpu"):
+            with torch.device("meta"):  # its own numbers are not wanted
+                size, bias = (layer.in_features, layer.out_features), layer.bias is not None
                 if bits == 4:
                     small = bnb.nn.Linear4bit(*size, bias=bias, compute_dtype=dtype, quant_type="nf4")
+                    small.support_avx512bf16_for_cpu = False  # a layout of theirs that has no gradient
                 else:
                     small = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, threshold=6.0)
-            small.load_state_dict(layer.state_dict())
-            if bias:
-                small.bias.data = layer.bias.data
+            stored = layer.weight.data
+            if bits == 4:
+                small.weight = bnb.nn.Params4bit(stored, requires_grad=False, quant_type="nf4", module=small)
+            else:
+                small.weight = bnb.nn.Int8Params(stored, requires_grad=False, has_fp16_weights=False)
+            small.bias, small.was = layer.bias, stored.dtype
+            small.train(layer.training)
             parent, _, last = name.rpartition(".")
             setattr(block.get_submodule(parent), last, small.to(device).requires_grad_(False))
 
 
 def weight(layer: nn.Module) -> Tensor | None:
-    """What a layer of few bits multiplies by, as numbers; None for any other layer."""
-    kind, stored = type(layer).__name__, layer.state_dict  # by name: other layers do not ask for the library
-    own: Any = getattr(layer, "weight", None)
+    """What a layer of few bits multiplies by, as numbers of the type that it was made of; None for any other layer."""
+    kind, small = type(layer).__name__, cast(Any, layer)  # by name: other layers do not ask for the library
     if kind == "Linear4bit":
-        return library().functional.dequantize_4bit(own.data, own.quant_state)
+        return library().functional.dequantize_4bit(small.weight.data, small.weight.quant_state).to(small.was)
     if kind == "Linear8bitLt":
-        return library().functional.int8_vectorwise_dequant(own.data, stored()["SCB"])
+        return library().functional.int8_vectorwise_dequant(small.weight.data, small.state_dict()["SCB"]).to(small.was)
     return None
