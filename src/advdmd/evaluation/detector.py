@@ -41,7 +41,7 @@ def prepare(image: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
     height, width = image.shape[:2]
     scale = min(LONG / max(height, width), SHORT / min(height, width))
     h, w = int(height * scale + 0.5), int(width * scale + 0.5)
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    x = torch.tensor(image).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, (h, w), mode="bilinear", align_corners=False).round()  # without antialiasing, as OpenCV resizes bytes
     x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     return F.pad(x, (0, -w % MULTIPLE, 0, -h % MULTIPLE)), (h, w)
