@@ -57,6 +57,14 @@ def test_a_card_that_is_too_small_gets_a_way_out():
     assert "lora_rank=32" in advice(whole, need(whole), 24)
 
 
+def test_a_transformer_that_is_not_counted_is_named(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "transformer/config.json").write_text('{"_class_name": "ZImageTransformer2DModel"}')
+    with pytest.raises(ValueError, match="has a ZImageTransformer2DModel: memory is counted for SD3Transformer2DModel and"):
+        need(resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tmp_path}"])[1])
+
+
 def test_few_bits_are_counted_in_the_blocks_alone():
     r = resolve("qwen-image-advdmd-4step-80gb")[1]
     whole, few = need(r), need(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake.bits=8"])[1])

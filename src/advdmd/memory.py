@@ -18,6 +18,7 @@ GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
 INSIDE = 34  # widths a block holds for its own backward, per token: queries, keys, values, the wide layer and what lies between
 KEPT = 9  # of them in 8 bits, which are kept in spite of checkpointing: what enters each product, as bitsandbytes holds it
+COUNTED = ("SD3Transformer2DModel", "QwenImageTransformer2DModel")
 TEXT = 77  # tokens of a prompt where nobody says
 
 
@@ -38,7 +39,7 @@ class Need:
 def transformer(teacher: str) -> tuple[Any, int]:
     """A teacher's transformer without memory behind it, and how many tokens of text it sees.
 
-    Raises ValueError if the teacher is neither published nor a pipeline folder.
+    Raises ValueError if the teacher is neither published nor a pipeline folder, or has a transformer of another class.
     """
     import diffusers
 
@@ -50,6 +51,8 @@ def transformer(teacher: str) -> tuple[Any, int]:
         folder = load.folder_of(teacher)
         config = json.loads((folder / "transformer/config.json").read_text())
         name, text = config["_class_name"], TEXT + load.read_note(folder).get("t5_length", 256)
+    if name not in COUNTED:
+        raise ValueError(f"{teacher} has a {name}: memory is counted for {' and '.join(COUNTED)} only")
     cls = getattr(diffusers, name)
     with torch.device("meta"):
         return cls.from_config(config) if "_class_name" in config else cls(**config), text
