@@ -17,7 +17,7 @@ from advdmd.recipes.real import MODELS
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
 INSIDE = 34  # widths a block holds for its own backward, per token: queries, keys, values, the wide layer and what lies between
-KEPT = 9  # of them in 8 bits, which are kept in spite of checkpointing: what enters each product, as bitsandbytes holds it
+KEPT = 9  # of them on a base of 8 bits, checkpointing or not, for bitsandbytes holds what enters a product
 COUNTED = ("SD3Transformer2DModel", "QwenImageTransformer2DModel")
 TEXT = 77  # tokens of a prompt where nobody says
 

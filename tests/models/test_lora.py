@@ -9,7 +9,7 @@ import torch
 from advdmd.kernels import cps
 from advdmd.models import cast, load
 from advdmd.models.critic import CriticConfig
-from advdmd.models.lora import Role, Roles, checkpointed
+from advdmd.models.lora import Role, Roles, _Merged, checkpointed
 from advdmd.rollout import rollout
 
 RANK = 4
@@ -60,6 +60,13 @@ def test_the_fused_network_is_the_role(scene):
     plain.load_state_dict(student.fused())
     with torch.no_grad():
         torch.testing.assert_close(backbone.velocity(plain, *at), backbone.velocity(student, *at), atol=1e-5, rtol=1e-5)
+
+
+def test_merged_products_have_the_gradients_of_the_sum_they_stand_for(gen):
+    sizes = [(2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)]
+    x, w, bias, a, b = (torch.randn(s, generator=gen(i), dtype=torch.float64) for i, s in enumerate(sizes))
+    torch.testing.assert_close(_Merged.apply(x, w, bias, a, b), x @ (w + b @ a).T + bias)
+    assert torch.autograd.gradcheck(lambda x, a, b: _Merged.apply(x, w, bias, a, b), [t.requires_grad_() for t in (x, a, b)])
 
 
 @pytest.mark.parametrize(("spanning", "late"), list(itertools.product((False, True), (False, True))))

@@ -25,6 +25,8 @@ COMMON = [
 # Policy turns from the second iteration on, believed whatever the critic knows by then.
 WORDS = [*COMMON, "algorithm.warmup=1", "algorithm.ramp=1", "algorithm.gated=false"]
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd"]
+
 
 def ran(folder, teacher, n=2, words=WORDS):
     """A run by n processes that find each other as torchrun's do; forked, for to import all again takes longer than to run."""
@@ -108,8 +110,16 @@ def test_another_number_of_processes_goes_on_with_a_run(alone, both, tiny_folder
 
 
 def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd", "train"]
-    command = [*launch, "mini-sd35-advdmd", f"teacher={tiny_folder}", *WORDS, "prompts_per_step=3", "--out", tmp_path / "r"]
+    command = [
+        *TORCHRUN,
+        "train",
+        "mini-sd35-advdmd",
+        f"teacher={tiny_folder}",
+        *WORDS,
+        "prompts_per_step=3",
+        "--out",
+        tmp_path / "r",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode != 0
     assert "prompts_per_step=3 cannot be shared by 2 processes" in done.stderr
@@ -133,8 +143,8 @@ def test_a_run_that_is_told_to_end_leaves_a_checkpoint_behind_its_last_step(proc
     import time
 
     words = ["mini-sd35-dmd2", f"teacher={tiny_folder}", *COMMON, "save_every=0", "look_every=0"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes == 2 else []
-    command = [sys.executable, *launch, "-m", "advdmd", "train", *words, "iterations=4000", "--out", str(tmp_path / "r")]
+    launch = TORCHRUN if processes == 2 else [sys.executable, "-m", "advdmd"]
+    command = [*launch, "train", *words, "iterations=4000", "--out", str(tmp_path / "r")]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
     until, metrics = time.monotonic() + 120, tmp_path / "r/metrics.jsonl"
@@ -154,9 +164,8 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     import time
 
     words = [*COMMON, "iterations=300", "save_every=3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd", "train"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launch, "mini-sd35-dmd2", f"teacher={tiny_folder}", *words, "--out", str(tmp_path / "r")]
+    command = [*TORCHRUN, "train", "mini-sd35-dmd2", f"teacher={tiny_folder}", *words, "--out", str(tmp_path / "r")]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet)
     until = time.monotonic() + 120
     while not list((tmp_path / "r/checkpoints").glob("step-*.json")) and time.monotonic() < until:

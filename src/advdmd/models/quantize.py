@@ -34,18 +34,15 @@ def quantize(blocks: Iterable[nn.Module], bits: int, dtype: torch.dtype, device:
         for name, layer in [*block.named_modules()]:
             if type(layer) is not nn.Linear:
                 continue
+            size, bias, stored = (layer.in_features, layer.out_features), layer.bias is not None, layer.weight.data
             with torch.device("meta"):  # its own numbers are not wanted
-                size, bias = (layer.in_features, layer.out_features), layer.bias is not None
                 if bits == 4:
                     small = bnb.nn.Linear4bit(*size, bias=bias, compute_dtype=dtype, quant_type="nf4")
+                    small.weight = bnb.nn.Params4bit(stored, requires_grad=False, quant_type="nf4", module=small)
                     small.support_avx512bf16_for_cpu = False  # a layout of theirs that has no gradient
                 else:
                     small = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, threshold=6.0)
-            stored = layer.weight.data
-            if bits == 4:
-                small.weight = bnb.nn.Params4bit(stored, requires_grad=False, quant_type="nf4", module=small)
-            else:
-                small.weight = bnb.nn.Int8Params(stored, requires_grad=False, has_fp16_weights=False)
+                    small.weight = bnb.nn.Int8Params(stored, requires_grad=False, has_fp16_weights=False)
             small.bias, small.was = layer.bias, stored.dtype
             small.train(layer.training)
             parent, _, last = name.rpartition(".")

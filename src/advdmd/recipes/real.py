@@ -8,7 +8,7 @@ those of published few-step adapters; the teacher's guidance is its model card's
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
@@ -43,21 +43,30 @@ MODELS = {
     "sd35-large": Model("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
     "qwen-image": Model("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
 }
-# Model and preset -> rank of an adapter (0: whole networks, spread over the cards of the name), samples a pass, bits of the
-# frozen base; advdmd show says what that takes of a card.
-PRESETS: dict[tuple[str, str], tuple[int, int, Literal[4, 32]]] = {
-    ("sd3-medium", "24gb"): (32, 1, 32),
-    ("sd35-medium", "24gb"): (32, 1, 32),
-    ("sd35-large", "24gb"): (16, 1, 32),  # at 512 pixels
-    ("qwen-image", "24gb"): (16, 1, 4),  # at 512 pixels; of 16 bits the base alone would take 41 GB
-    ("sd3-medium", "80gb"): (64, 4, 32),
-    ("sd35-medium", "80gb"): (64, 4, 32),
-    ("sd35-large", "80gb"): (64, 4, 32),
-    ("qwen-image", "80gb"): (32, 2, 32),
-    ("sd3-medium", "8x80gb"): (0, 4, 32),
-    ("sd35-medium", "8x80gb"): (0, 4, 32),
-    ("sd35-large", "8x80gb"): (0, 1, 32),
-    ("qwen-image", "32x80gb"): (0, 1, 32),
+
+
+class Preset(NamedTuple):
+    """What makes a model fit: the rank of its adapters (0: whole networks, spread over the cards of the preset's name), samples
+    a pass, bits of the frozen base. `advdmd show` says what that takes of a card."""
+
+    rank: int
+    samples: int
+    base_bits: Literal[4, 32] = 32
+
+
+PRESETS = {
+    ("sd3-medium", "24gb"): Preset(32, 1),
+    ("sd35-medium", "24gb"): Preset(32, 1),
+    ("sd35-large", "24gb"): Preset(16, 1),  # at 512 pixels
+    ("qwen-image", "24gb"): Preset(16, 1, base_bits=4),  # at 512 pixels; of 16 bits the base alone would take 41 GB
+    ("sd3-medium", "80gb"): Preset(64, 4),
+    ("sd35-medium", "80gb"): Preset(64, 4),
+    ("sd35-large", "80gb"): Preset(64, 4),
+    ("qwen-image", "80gb"): Preset(32, 2),
+    ("sd3-medium", "8x80gb"): Preset(0, 4),
+    ("sd35-medium", "8x80gb"): Preset(0, 4),
+    ("sd35-large", "8x80gb"): Preset(0, 1),
+    ("qwen-image", "32x80gb"): Preset(0, 1),
 }
 
 
@@ -106,7 +115,7 @@ def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> 
     algorithm = AdvDMD(
         steps=steps,
         group=GROUP,
-        micro=PRESETS[name, preset][1],
+        micro=PRESETS[name, preset].samples,
         critic_steps=2,
         warmup=warmup,
         ramp=iterations - warmup,
@@ -122,7 +131,7 @@ def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> 
 
 def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """The baseline on the same batches, with DMD2's weights (2405.14867) and a critic on the frozen teacher."""
-    algorithm = DMD2(steps=steps, group=GROUP, micro=PRESETS[name, preset][1], critic_steps=2, match_turns=2)
+    algorithm = DMD2(steps=steps, group=GROUP, micro=PRESETS[name, preset].samples, critic_steps=2, match_turns=2)
     critic = CriticConfig(trunk="teacher", blocks=CRITIC.blocks, hidden=CRITIC.hidden)
     return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations, critic=critic)
 
@@ -138,9 +147,9 @@ def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -
 METHODS: dict[str, Callable[..., Recipe]] = {"advdmd": advdmd, "dmd2": dmd2, "twinflow": twinflow}
 RECIPES = {
     f"{name}-{method}-{steps}step-{preset}": partial(make, name, preset, steps)
-    for name, preset in PRESETS
+    for (name, preset), fit in PRESETS.items()
     for method, make in METHODS.items()
     for steps in (4, 2)
     # TwinFlow is not spread, and its batch in one piece does not fit beside a base that had to be of few bits.
-    if make is not twinflow or (PRESETS[name, preset][0] and PRESETS[name, preset][2] == 32)
+    if make is not twinflow or (fit.rank and fit.base_bits == 32)
 }

@@ -60,6 +60,15 @@ def _moments(p: Tensor, optim: Optim) -> set[str]:
     return {"step", "state1", "state2"} | ({"absmax1", "absmax2"} if p.numel() >= SMALL else set())
 
 
+def _complete(adam: Any) -> None:
+    """Give loaded moments of 8 bits what bitsandbytes keeps beside them: a plain count, tables of what bytes mean."""
+    for state in adam.state.values():
+        state["step"] = int(state["step"])
+        if "absmax1" in state:
+            device = state["absmax1"].device
+            state |= {"qmap1": adam.name2qmap["dynamic"].to(device), "qmap2": adam.name2qmap["udynamic"].to(device)}
+
+
 @dataclass
 class _Turn:
     """One optimizer: what it moves, at which multiple of the rate, and how often it has."""
@@ -199,15 +208,6 @@ class Learner:
         counts = {k: {"updates": t.updates, "moved": len(t.adam.state)} for k, t in self._turns.items()}
         return tensors, {"averages": self.averages, "turns": counts}
 
-    @staticmethod
-    def _complete_8_bits(adam: Any) -> None:
-        """What bitsandbytes keeps beside the moments: a count that is no tensor, and the two tables of what bytes mean."""
-        for state in adam.state.values():
-            state["step"] = int(state["step"])
-            if "absmax1" in state:
-                device = state["absmax1"].device
-                state |= {"qmap1": adam.name2qmap["dynamic"].to(device), "qmap2": adam.name2qmap["udynamic"].to(device)}
-
     def places(self) -> dict[str, Tensor]:
         """By the names of `state`, a tensor like each that it may hold."""
         out = {f"net/{k}": v for k, v in self.net.state_dict().items()} | {f"ema/{k}": v for k, v in self.ema.items()}
@@ -241,6 +241,6 @@ class Learner:
             if whole != moved:
                 raise ValueError(f"{self.name}/{key}: whole optimizer state of {whole} parameters, {moved} were saved")
             if t.optim.bits == 8:
-                self._complete_8_bits(t.adam)
+                _complete(t.adam)
         if extra := set(tensors) - set(self.state()[0]):
             raise ValueError(f"{self.name}: the checkpoint holds what this recipe has no place for: {sorted(extra)[0]}")
