@@ -64,7 +64,7 @@ def pretrain(
         str,
         typer.Argument(
             help="autoencoder, mini-sd35, mini-sd35-again, mini-sd35-deep, mini-sd3, in this order; "
-            "or qwen-autoencoder, qwen-autoencoder-again, mini-qwen, mini-qwen-again"
+            "or qwen-autoencoder, qwen-autoencoder-again, mini-qwen, mini-qwen-again, mini-qwen-more"
         ),
     ],
     out: Out,
@@ -73,11 +73,12 @@ def pretrain(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a stage of the miniature's teachers from scratch; rerun to resume."""
     from advdmd.pretrain import pretrain as go
 
-    go(stage, out, start, steps, threads)
+    go(stage, out, start, steps, threads, device)
 
 
 @app.command()

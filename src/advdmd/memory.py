@@ -17,7 +17,6 @@ from advdmd.recipes.real import MODELS
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
 INSIDE = 34  # widths a block holds for its own backward, per token: queries, keys, values, the wide layer and what lies between
-KEPT = 9  # of them on a base of 8 bits, checkpointing or not, for bitsandbytes holds what enters a product
 COUNTED = ("SD3Transformer2DModel", "QwenImageTransformer2DModel")
 TEXT = 77  # tokens of a prompt where nobody says
 
@@ -91,8 +90,6 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     samples = getattr(r.algorithm, "micro", r.batch)
     samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
     inside = 1 if r.checkpointing else INSIDE
-    if r.base_bits == 8 and r.checkpointing:
-        inside += KEPT
     held = net.config.num_layers * inside + INSIDE
     parts["activations"] = float(samples * tokens * width * bytes_each * held)
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2

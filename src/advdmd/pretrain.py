@@ -10,7 +10,7 @@ import torch
 from advdmd.files import file_hash, write_folder, write_text
 from advdmd.look import LOOK_PROMPTS, watch
 from advdmd.models import load, mini
-from advdmd.models.sampler import Sampling
+from advdmd.models.sampler import Sampling, said
 from advdmd.recipes.mini import STAGES
 from advdmd.train import pretraining
 from advdmd.world.caption import VOCABULARY
@@ -51,6 +51,12 @@ def _codec(folder: Path) -> Any:
     return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True).eval()
 
 
+def _fresh_codec(plan: pretraining.Stage) -> Any:
+    torch.manual_seed(plan.seed)
+    make = mini.qwen_autoencoder if plan.model == "qwen-autoencoder" else mini.autoencoder
+    return make(plan.size)
+
+
 def _pipeline(plan: pretraining.Stage, source: Path, first: Path) -> Any:
     """What a stage trains, kept in `first` as it was before the first update: a stage that was stopped goes on with the same
     tokenizers, whose trainer numbers tokens differently each time."""
@@ -72,10 +78,11 @@ def _pipeline(plan: pretraining.Stage, source: Path, first: Path) -> Any:
     return pipe
 
 
-def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int) -> Any:
+def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, threads: int, device: str = "cpu") -> Any:
     """Run one stage by name into `folder`, or go on where it stopped.
 
     `start`: what it goes on from: nothing, an autoencoder's vae folder, or a miniature's pipeline (a shipped name will do).
+    `device`: auto, cpu or cuda; scenes are drawn by as many processes as there are `threads`.
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")
@@ -83,20 +90,28 @@ def pretrain(stage: str, folder: Path, start: Path | None, steps: int | None, th
     if steps is not None:
         plan = replace(plan, steps=steps, optim=replace(plan.optim, decay=steps))
     torch.set_num_threads(threads)
+    device = load.device_of(device)
     source = None if plan.origin == "nothing" else _started(stage, plan.origin, start)
     _claim_stage(folder, plan, file_hash(load.weights_file(source)) if source else "nothing")
-    if source is None:
-        torch.manual_seed(plan.seed)
-        make = mini.qwen_autoencoder if plan.model == "qwen-autoencoder" else mini.autoencoder
-        return pretraining.train_autoencoder(plan, folder, make(plan.size))
-    if plan.model == "qwen-autoencoder":
-        return pretraining.train_autoencoder(plan, folder, _codec(source))
-    pipe = _pipeline(plan, source, folder / "start")
+    with load.running_on(device):
+        return _train(plan, folder, source)
+
+
+def _train(plan: pretraining.Stage, folder: Path, source: Path | None) -> Any:
+    """What the stage makes: an autoencoder or a pipeline."""
+    here = torch.device("cpu")  # where all begin with the same numbers
+    if plan.model.endswith("autoencoder"):
+        with here:
+            vae = _codec(source) if source else _fresh_codec(plan)
+        return pretraining.train_autoencoder(plan, folder, vae)
+    assert source
+    with here:
+        pipe = _pipeline(plan, source, folder / "start")
     how = Sampling(steps=20, guidance=pretraining.GUIDANCE)
 
     @torch.no_grad()
     def look(backbone: Any, step: int) -> None:
-        cond, null = (backbone.embed(backbone.tokenize(p)) for p in (list(LOOK_PROMPTS), [""]))
+        cond, null = (said(backbone, p, backbone.net.device) for p in (LOOK_PROMPTS, [""]))
         watch(backbone, backbone.net, how, cond, null, folder, step)
 
     return pretraining.train_flow(plan, folder, pipe, look)

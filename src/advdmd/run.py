@@ -18,6 +18,7 @@ from advdmd import exam, health
 from advdmd.algorithms.base import Cast
 from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.data.buckets import Caches
+from advdmd.data.deal import Deal, at_home
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
 from advdmd.evaluation.metrics.named import parse_reward
@@ -37,7 +38,7 @@ from advdmd.train.book import duration
 from advdmd.train.learner import Learner
 from advdmd.train.meter import Meter
 from advdmd.train.track import check as check_trackers
-from advdmd.types import ALONE, Batch, Team
+from advdmd.types import ALONE, Team
 from advdmd.world.caption import check_prompt
 
 # What a run writes, and --overwrite may lose.
@@ -91,7 +92,8 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, track: Se
     check_trackers(track)
     if r.few_bits:
         library()
-    with parallel.processes(load.device_of(r.device)) as team:
+    device = load.device_of(r.device)
+    with parallel.processes(device) as team, load.running_on(device):
         team.share(r.prompts_per_step)
         return _train(name, r, folder, overwrite and not team.rank, team, track)
 
@@ -120,11 +122,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
             if not team.rank:
                 watch(backbone, net, how, data.look, data.null, folder, step)
 
-    def deal(step: int) -> tuple[Batch, list[int]]:
-        with torch.device("cpu"):  # data, text encoders and the autoencoder live there
-            batch, samples = data.deal(step)
-        return batch.to(torch.get_default_device()), samples
-
+    deal = at_home(data.deal)
     loop.run(
         r.algorithm,
         players,
@@ -152,7 +150,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
     return folder / "student"
 
 
-def _meter(r: Recipe, backbone: Any, deal: Callable[[int], tuple[Batch, list[int]]]) -> Meter:
+def _meter(r: Recipe, backbone: Any, deal: Deal) -> Meter:
     """Of the recipe's iterations, in forwards of its transformer."""
     batch = deal(0)[0]
     n = len(batch) if isinstance(r.algorithm, TwinFlow) else min(len(batch), r.algorithm.micro)
@@ -171,8 +169,7 @@ def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, S
         if encoded is None and not load.in_miniature(backbone):
             raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
         data = supply(r, backbone, encoded, team)
-    if (device := load.device_of(r.device)) != "cpu":  # not otherwise: a default device costs the CPU's small calls time
-        torch.set_default_device(device)
+    device = load.device_of(r.device)
     if not r.spread_over(team.size):  # it goes there in shares
         if r.base_bits < 32:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
@@ -213,7 +210,8 @@ def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
     name, r = find.resolve(str(run / "recipe.yaml"))
     if student_sampling(r).eta != 1:
         raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
-    backbone, _, players = stage(r, encoded := open_cache(r))
+    # Where there is a card or not: what was trained on one can be exported without it.
+    backbone, _, players = stage(replace(r, device="cpu"), encoded := open_cache(r))
     learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
     if not checkpoint.resume(run / "checkpoints", learners, extra(players), _fingerprint(text, encoded)):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")

@@ -9,7 +9,7 @@ import torch
 from advdmd.kernels import cps
 from advdmd.models import cast, load
 from advdmd.models.critic import CriticConfig
-from advdmd.models.lora import Role, Roles, _Merged, checkpointed
+from advdmd.models.lora import Role, Roles, _Merged
 from advdmd.rollout import rollout
 
 RANK = 4
@@ -84,7 +84,7 @@ def test_checkpointing_never_changes_a_gradient(scene, spanning, late):
         return (v - target).square().mean()
 
     plain = grads(loss, student, fake)
-    checkpointed(backbone.net, roles)
+    roles.checkpoint(backbone.blocks(backbone.net))
     for p in (*student.parameters(), *fake.parameters()):
         p.grad = None
     found = loss()
@@ -117,8 +117,8 @@ def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, 
         assert all(g is None for g in theirs)
         learn = lambda: critic(x, t, cond).sum()  # noqa: B023, E731
         found.append(mine + grads(learn, fake)[0])
-    for a, b in zip(*found, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    for a, b in zip(*found, strict=True):  # to the bit but for the order in which blocks add to what they share
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
     assert sum(g is not None for g in found[0]) > len(found[0]) / 2
 
 

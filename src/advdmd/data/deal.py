@@ -19,6 +19,17 @@ def take(n_pool: int, n: int, seed: int, step: int) -> tuple[Tensor, list[int]]:
     return torch.stack([orders[i // n_pool][i % n_pool] for i in ids]), list(ids)
 
 
+def at_home(deal: Deal) -> Deal:
+    """Its batches where tensors are made by default; data, text encoders and autoencoder live on the CPU."""
+
+    def moved(step: int) -> tuple[Batch, list[int]]:
+        with torch.device("cpu"):
+            batch, samples = deal(step)
+        return batch.to(torch.get_default_device()), samples
+
+    return moved
+
+
 def make_deal(
     n: int,
     prompts: int,

@@ -1,7 +1,11 @@
 """A pool of captioned scenes to train on, the same for the same seed, and how a step's batch is dealt from it."""
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -56,20 +60,41 @@ def _scenes(task: str, rng: np.random.Generator, world: World, reals: int) -> tu
             continue
 
 
-def make_pool(n: int, seed: int, world: World = FULL, say: Callable[[int], object] | None = None, reals: int = 1) -> Pool:
-    """n training prompts, half from GenEval's six tasks in equal shares, half dense, with `reals` images of each."""
-    if n < 1 or reals < 1:
-        raise ValueError(f"a pool of {n} prompts with {reals} images each: both must be at least 1")
+def _some(entries: range, seed: int, world: World, reals: int) -> tuple[list[str], np.ndarray]:
+    """Those entries of a pool: prompts, and their images [n * reals, 32, 32, 3] uint8."""
     prompts, scenes = [], []
-    for i in range(n):
+    for i in entries:
         task = TASKS[i // 2 % len(TASKS)] if i % 2 else DENSE
         prompt, drawn = _scenes(task, np.random.default_rng([seed, i]), world, reals)
         prompts.append(prompt)
         scenes += drawn
-        if say:
-            say(i + 1)
-    images = np.concatenate([to_uint8(render(scenes[i : i + 1024])) for i in range(0, len(scenes), 1024)])
-    return Pool(tuple(prompts), images.reshape(n, reals, *images.shape[1:]))
+    return prompts, to_uint8(render(scenes))
+
+
+def make_pool(
+    n: int,
+    seed: int,
+    world: World = FULL,
+    say: Callable[[int], object] | None = None,
+    reals: int = 1,
+    workers: int = 1,
+) -> Pool:
+    """n training prompts, half from GenEval's six tasks in equal shares, half dense, with `reals` images of each.
+
+    The same whatever the number of `workers`, the processes that draw.
+    """
+    if n < 1 or reals < 1:
+        raise ValueError(f"a pool of {n} prompts with {reals} images each: both must be at least 1")
+    parts, prompts, images = [range(n)[i : i + 256] for i in range(0, n, 256)], [], []
+    draw_some = partial(_some, seed=seed, world=world, reals=reals)
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if min(workers, len(parts)) > 1 else None
+    with pool or nullcontext():
+        for said, drawn in (pool.map if pool else map)(draw_some, parts):
+            prompts += said
+            images.append(drawn)
+            if say:
+                say(len(prompts))
+    return Pool(tuple(prompts), np.concatenate(images).reshape(n, reals, *images[0].shape[1:]))
 
 
 @torch.no_grad()
@@ -78,7 +103,9 @@ def encode(backbone: Backbone, pool: Pool, say: Callable[[int], object] | None =
     n, reals = pool.images.shape[:2]
     out = []
     for i in torch.arange(n).split(128):
-        z = backbone.encode(pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))))
+        z = backbone.encode(
+            pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))).to(backbone.vae.device)
+        ).cpu()
         out.append(z.unflatten(0, (len(i), reals)))
         if say:
             say(int(i[-1]) + 1)

@@ -79,6 +79,10 @@ class Critic:
 @contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
     """No parameter of `net` enters a graph built inside."""
+    if isinstance(net, Role):
+        with net.roles.playing(net.roles.now, net.roles.still | {net.name}):
+            yield
+        return
     was = [(p, p.requires_grad) for p in net.parameters()]
     net.requires_grad_(False)
     try:
@@ -95,7 +99,7 @@ def parts(backbone: Backbone, names: Sequence[str], rank: int, seed: int, checkp
     if rank:
         roles = Roles(backbone.net, names, rank, backbone.lora_targets, seed)
         if checkpointing:
-            checkpointed(backbone.net, roles)
+            roles.checkpoint(backbone.blocks(backbone.net))
         return [Role(roles, name) for name in names]
     nets = [copy.deepcopy(backbone.net).requires_grad_(True) for _ in names]
     for net in nets if checkpointing else []:
@@ -110,6 +114,7 @@ def distillation(
     names = ["student", "fake"] + ["trunk"] * (config.trunk == "own")
     student, score, *trunk = parts(backbone, names, rank, seed, checkpointing)
     torch.manual_seed(seed)
-    heads = Heads(backbone.token_width, config.taps(len(backbone.blocks(score))), config.hidden)
+    with torch.device("cpu"):  # the same numbers on any device
+        heads = Heads(backbone.token_width, config.taps(len(backbone.blocks(score))), config.hidden)
     told = null.embeds if null.pooled is None else null.pooled
-    return student, Networks(score, heads, hops, told.shape[-1], *trunk)
+    return student, Networks(score, heads.to(torch.get_default_device()), hops, told.shape[-1], *trunk)

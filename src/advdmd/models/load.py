@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -191,3 +192,17 @@ def device_of(asked: str) -> str:
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU here; use device=cpu or auto")
     return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def running_on(device: str) -> Iterator[None]:
+    """Tensors are made on `device` inside, and sums on a card are as exact as the CPU's: convolutions would be rounded."""
+    if device == "cpu":  # not otherwise: a default device costs the CPU's small calls time
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)

@@ -2,13 +2,13 @@
 
 Switching adapters the libraries' way flips `requires_grad`, and checkpointing recomputes under whatever adapter is active when
 gradients flow: both corrupt gradients without a word. Here a pass only changes the routing, and what is recomputed runs in
-the role, and with the frozen parameters, that it first ran with. Uses peft's private routing fields, so peft is pinned.
+the role, and with the frozen parameters, that it first ran with.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,18 +41,18 @@ class _Merged(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b
 
 
-def _adapted(self: Any, x: Tensor) -> Tensor:
-    """What peft's layer does without dropout and with a scale of 1. On a base of another type than the adapter the adapter's
-    share is its own sum, or what is small in it would be rounded away."""
-    base = self.base_layer
-    if self._disable_adapters:
+def _adapted(roles: "Roles", base: nn.Module, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], x: Tensor) -> Tensor:
+    """What peft's layer does without dropout and with a scale of 1, in the role of the moment. On a base of another type than
+    the adapter the adapter's share is its own sum, in the type of what flows, or what is small in it would be rounded away."""
+    if not roles.now:
         return base(x)
-    (name,) = self._active_adapter
-    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    a, b = pairs[roles.now]
+    if roles.now in roles.still:
+        a, b = a.detach(), b.detach()
     if type(base) is nn.Linear and base.weight.dtype == x.dtype == a.dtype:
         return _Merged.apply(x, base.weight, base.bias, a, b)
     out = base(x)
-    return (out + F.linear(F.linear(x.to(a.dtype), a), b)).to(out.dtype)
+    return out + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(out.dtype)
 
 
 class Roles:
@@ -69,39 +69,80 @@ class Roles:
         net.requires_grad_(False)
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("cpu"):  # the same numbers on any device; each goes to its layer's
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             for name in names:
                 inject_adapter_in_model(config, net, name)
-        self.net, self.now = net, ""
-        self.layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
-        for layer in self.layers:
-            layer.forward = MethodType(_adapted, layer)
+        self.net, self.names, self.now, self.still = net, tuple(names), "", frozenset[str]()
+        layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            pairs = {name: (layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names}
+            layer.forward = partial(_adapted, self, layer.base_layer, pairs)
         for key, p in net.named_parameters():
             if "lora_" in key:  # peft made them of the base's type, in which small steps would be lost
                 p.data = p.data.float()
                 p.requires_grad_(True)
-        self._route("")
-
-    def _route(self, name: str) -> None:
-        for layer in self.layers:
-            layer._disable_adapters, layer._active_adapter = not name, [name]
-        self.now = name
 
     @contextmanager
-    def playing(self, name: str) -> Iterator[None]:
-        """Passes inside go through the adapter `name`; through the base alone if it is empty."""
-        before = self.now
-        self._route(name)
+    def playing(self, name: str, still: frozenset[str] | None = None) -> Iterator[None]:
+        """Passes inside go through the adapter `name`, through the base alone if it is empty; the adapters of the roles
+        `still` are constants, by default those that were."""
+        before = self.now, self.still
+        self.now, self.still = name, self.still if still is None else still
         try:
             yield
         finally:
-            self._route(before)
+            self.now, self.still = before
+
+    def checkpoint(self, blocks: Sequence[nn.Module]) -> None:
+        """Keep only what enters these blocks and run them again when gradients flow, as they ran: in their role, and with what
+        was constant then."""
+
+        def forward(run: Callable[..., Any], mine: Mapping[str, Sequence[nn.Parameter]], *args: Any, **kw: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return run(*args, **kw)
+            learning = [] if self.now in self.still else mine.get(self.now, [])
+            given = (*args, *kw.values())
+            named = lambda *a: run(*a[: len(args)], **dict(zip(kw, a[len(args) :], strict=True)))  # noqa: E731
+            return _Again.apply(self, named, len(given), *given, *learning)
+
+        for block in blocks:
+            mine = {n: [p for k, p in block.named_parameters() if f".{n}." in k and "lora_" in k] for n in self.names}
+            block.forward = partial(forward, block.forward, mine)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters, named by their place: "blocks.0.attn.to_q.lora_A"."""
         marked = ((k.partition(f".{name}.weight"), p) for k, p in self.net.named_parameters())
         return {head: p for (head, found, _), p in marked if found and ".lora_" in head}
+
+
+class _Again(torch.autograd.Function):
+    """run(*given), of which only what was given is kept: it runs once more when gradients flow, in the role of the first time.
+    The last of `given` are the adapter's parameters, which `run` does not take but which get their gradients here.
+
+    torch's own checkpointing keeps a record of every tensor inside, which costs more than the launches of a small block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, roles: Roles, run: Callable[..., Any], n: int, *given: Any) -> Any:  # pyright: ignore
+        ctx.set_materialize_grads(False)
+        ctx.run, ctx.n, ctx.moment = run, n, partial(roles.playing, roles.now, roles.still)
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in given]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in given))
+        return run(*given[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        asked = ctx.needs_input_grad[3:]
+        kept = [plain if x is None else x for x, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+        given, learning = kept[: ctx.n], kept[ctx.n :]
+        given = [x.detach().requires_grad_(a) if isinstance(x, Tensor) else x for x, a in zip(given, asked, strict=False)]
+        with torch.enable_grad(), ctx.moment():
+            out = ctx.run(*given)
+        both = [(y, g) for y, g in zip(out if isinstance(out, tuple) else (out,), grads, strict=True) if g is not None]
+        leaves = [x for x, a in zip(given + learning, asked, strict=True) if a]
+        found = iter(torch.autograd.grad([y for y, _ in both], leaves, [g for _, g in both], allow_unused=True))
+        return None, None, None, *(next(found) if a else None for a in asked)
 
 
 class Role(nn.Module):
@@ -151,27 +192,19 @@ class Role(nn.Module):
         return state
 
 
-def checkpointed(net: nn.Module, roles: Roles | None = None) -> None:
+def checkpointed(net: nn.Module) -> None:
     """Have a diffusers transformer keep only what enters its blocks and run them again when gradients flow.
 
-    A block runs again as it ran: in its role, and with the same parameters frozen (models.cast.frozen), or the graphs of the
-    two passes would differ.
+    A block runs again with the same parameters frozen as before (models.cast.frozen), or the graphs of the two passes would
+    differ.
     """
 
     def run(block: nn.Module, *args: Any) -> Any:
         learning = [p.requires_grad for p in block.parameters()]
-        role = roles.now if roles else ""
 
         def again(*args: Any) -> Any:
-            now = [p.requires_grad for p in block.parameters()]
-            _set(block, learning)
-            try:
-                if roles is None:
-                    return block(*args)
-                with roles.playing(role):
-                    return block(*args)
-            finally:
-                _set(block, now)
+            with _learning(block, learning):
+                return block(*args)
 
         return checkpoint(again, *args, use_reentrant=False)
 
@@ -179,6 +212,18 @@ def checkpointed(net: nn.Module, roles: Roles | None = None) -> None:
     enable.enable_gradient_checkpointing(run)
 
 
-def _set(block: nn.Module, flags: Sequence[bool]) -> None:
-    for p, flag in zip(block.parameters(), flags, strict=True):
+@contextmanager
+def _learning(block: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
+    """Which of a block's parameters enter a graph built inside."""
+    params = list(block.parameters())
+    now = [p.requires_grad for p in params]
+    _set(params, flags)
+    try:
+        yield
+    finally:
+        _set(params, now)
+
+
+def _set(params: Sequence[nn.Parameter], flags: Sequence[bool]) -> None:
+    for p, flag in zip(params, flags, strict=True):
         p.requires_grad_(flag)

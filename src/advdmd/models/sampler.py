@@ -57,6 +57,14 @@ def decode(backbone: Backbone, x0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def said(backbone: Backbone, prompts: Sequence[str], device: torch.device) -> Cond:
+    """Prompts encoded where the text encoders live, for a pass on a device."""
+    with torch.device("cpu"):
+        ids = backbone.tokenize(prompts)
+        return backbone.embed(ids.to(next(backbone.encoders[0].parameters()).device)).to(device)
+
+
+@torch.no_grad()
 def walk(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, how: Sampling) -> Tensor:
     """Latents [N, ...] of conditions [N] from noise [>= hops, N, ...] (the ODE uses the first); null [1] is for guidance."""
     velocity, grid = Teacher(backbone, how.guidance, null, net), how.grid.to(noise.device)
@@ -76,9 +84,9 @@ def sample(
     say: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1]; noise [>= hops, N, ...] as from `draw_noise` (the ODE uses the first)."""
-    out, null = [], backbone.embed(backbone.tokenize([""])).to(noise.device)
+    out, null = [], said(backbone, [""], noise.device)
     for i in torch.arange(len(prompts)).split(batch):
-        cond = backbone.embed(backbone.tokenize([prompts[int(k)] for k in i])).to(noise.device)
+        cond = said(backbone, [prompts[int(k)] for k in i], noise.device)
         out.append(decode(backbone, walk(backbone, net, cond, null, noise[:, i], how)))
         if say:
             say(int(i[-1]) + 1)

@@ -33,7 +33,8 @@ class TargetTime(nn.Module):
         self.embed_target = copy.deepcopy(embed.timestep_embedder)
         if not copied:
             for name, p in self.embed_target.named_parameters():
-                nn.init.zeros_(p) if name.endswith("bias") else nn.init.normal_(p, std=0.02)
+                drawn = torch.zeros(p.shape) if name.endswith("bias") else 0.02 * torch.randn(p.shape, device="cpu")
+                p.data.copy_(drawn)  # the same numbers on any device
         self._r: Tensor | None = None
 
     @contextmanager
@@ -71,4 +72,4 @@ class TargetTime(nn.Module):
 
 def attach(net: nn.Module, standing: Tensor, scale: float) -> None:
     """Make a plain transformer answer for r = 0 from now on, given what `standing` said."""
-    _hooked(net, lambda timestep, out: out + (timestep / scale)[:, None].to(out.dtype) * standing.to(out.dtype))
+    _hooked(net, lambda timestep, out: out + (timestep / scale)[:, None].to(out.dtype) * standing.to(out))

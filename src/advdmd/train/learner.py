@@ -121,14 +121,13 @@ class Learner:
             total, count = total + loss.detach().sum().item(), count + len(loss)
         total, count = parallel.add_up(params, total, count)
         grads = [p.grad for p in params if p.grad is not None]
-        for g in grads:
-            parallel.here(g).div_(count)
+        mine = [parallel.here(g) for g in grads]
+        torch._foreach_div_(mine, count)  # all in one call: on a card each call costs its launch
         norm = parallel.norm(grads)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"{self.name}/{turn}: loss {total / count}, gradient norm {norm}")
-        share = (t.optim.clip / (torch.tensor(norm) + 1e-6)).clamp(max=1.0)
-        for g in grads:
-            parallel.here(g).mul_(share)
+        if norm + 1e-6 > t.optim.clip:
+            torch._foreach_mul_(mine, t.optim.clip / (norm + 1e-6))
         for setting, (_, multiple) in zip(t.adam.param_groups, t.groups, strict=True):
             setting["lr"] = t.optim.rate(t.updates) * multiple
         t.adam.step()
@@ -164,8 +163,8 @@ class Learner:
         if self.ema_decay is None:
             return
         decay = min(self.ema_decay, (1 + self.averages) / (10 + self.averages))
-        for k, p in self.net.named_parameters():
-            self.ema[k].lerp_(p, 1 - decay)
+        pairs = [(parallel.here(self.ema[k]), parallel.here(p)) for k, p in self.net.named_parameters()]
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
         self.averages += 1
 
     def averaged(self) -> dict[str, Tensor]:

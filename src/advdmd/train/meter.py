@@ -39,6 +39,6 @@ class Meter:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

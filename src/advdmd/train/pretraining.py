@@ -10,12 +10,13 @@ from torch import Tensor
 
 from advdmd.algorithms.pretrain import Autoencode, FlowMatch, Pupil
 from advdmd.data import shapes
-from advdmd.data.deal import take
+from advdmd.data.deal import at_home, take
 from advdmd.files import write_folder
 from advdmd.models import mini
 from advdmd.models.backbone import Backbone
 from advdmd.models.load import as_backbone, save_pipeline
 from advdmd.models.qwen_image import see_images
+from advdmd.rng import home
 from advdmd.train import loop
 from advdmd.train.book import Progress
 from advdmd.train.learner import Learner, Optim
@@ -52,7 +53,9 @@ class Stage:
 
 
 def scenes(stage: Stage) -> shapes.Pool:
-    return shapes.make_pool(stage.pool, stage.seed, WORLDS[stage.world], Progress("drawing scenes", stage.pool))
+    """The stage's own, drawn by as many processes as torch has threads."""
+    say = Progress("drawing scenes", stage.pool)
+    return shapes.make_pool(stage.pool, stage.seed, WORLDS[stage.world], say, workers=torch.get_num_threads())
 
 
 @torch.no_grad()
@@ -75,6 +78,7 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
 
     if video:
         see_images(vae)
+    vae.to(torch.get_default_device())
     learner = Learner("vae", vae, vae, {"main": (stage.optim, [(vae.parameters(), 1.0)])}, ema=stage.ema)
 
     def deal(step: int) -> tuple[Batch, list[int]]:
@@ -85,7 +89,7 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
     loop.run(
         stage.algorithm,
         Pupil(learner),
-        deal,
+        at_home(deal),
         folder,
         seed=stage.seed,
         steps=stage.steps,
@@ -94,8 +98,8 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
         label=stage.model,
     )
     vae.load_state_dict(learner.averaged())
-    vae.eval()
-    _measure_latents(vae, images(torch.arange(min(2048, stage.pool))), video)
+    vae.cpu().eval()
+    _measure_latents(vae, images(torch.arange(min(2048, stage.pool), device="cpu")), video)
     vae.save_pretrained(folder / "vae")
     return vae
 
@@ -112,10 +116,14 @@ class Captioned(torch.nn.Module):
 def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[Backbone, int], object]) -> Any:
     """Train transformer and text encoders of a pipeline in place; leaves their averages in it and saves it."""
     backbone = as_backbone(pipe, MINIATURE)
-    pool = scenes(stage)
-    latents = shapes.encode(backbone, pool, Progress("encoding images", stage.pool))[:, 0]
-    *ids, null = backbone.tokenize([*pool.prompts, ""])  # together, so that all have one length
-    ids, net = torch.stack(ids), Captioned(backbone)
+    net = Captioned(backbone).to(torch.get_default_device())
+    backbone.vae.to(torch.get_default_device())
+    with torch.device("cpu"):
+        pool = scenes(stage)
+        latents = shapes.encode(backbone, pool, Progress("encoding images", stage.pool))[:, 0]
+        *ids, null = backbone.tokenize([*pool.prompts, ""])  # together, so that all have one length
+        ids = torch.stack(ids)
+    null = home(null)
 
     def call(x: Tensor, t: Tensor, cond: Tensor, keep: Tensor) -> Tensor:
         return backbone.velocity(backbone.net, x, t, backbone.embed(torch.where(keep[:, None, None], cond, null)))
@@ -134,7 +142,7 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[Backbone, 
     loop.run(
         stage.algorithm,
         Pupil(learner),
-        deal,
+        at_home(deal),
         folder,
         seed=stage.seed,
         steps=stage.steps,
@@ -145,7 +153,8 @@ def train_flow(stage: Stage, folder: Path, pipe: Any, look: Callable[[Backbone, 
         label=stage.model,
     )
     net.load_state_dict(learner.averaged())
-    net.eval()
+    net.cpu().eval()
+    backbone.vae.cpu()
     note = {"name": stage.model, "sampling": {"steps": 40, "guidance": GUIDANCE}, **MINIATURE}
     write_folder(folder / "pipeline", lambda p: save_pipeline(pipe, p, note))
     return pipe

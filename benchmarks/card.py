@@ -1,0 +1,275 @@
+"""What only a GPU can tell: whether runs on it are the CPU's, and what published models take of it at true size.
+
+Three parts, each by name or all: `same`: the miniature's recipes on the card and on the CPU, twice, and gone on with from a
+checkpoint; `size`: AdvDMD with adapters on transformers of true size with random weights, in processes of their own: peak
+memory beside what `advdmd show` says, seconds an iteration, share of the card's matrix rate.
+
+    python benchmarks/card.py [same] [size] [--only sd35-medium-80gb@512 ...] [--out results/card.json]
+
+With --tiny, on any machine: the same code with the miniature's transformers, to see that it runs.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advdmd import memory
+from advdmd.files import write_text
+from advdmd.models import load
+from advdmd.models.quantize import quantize
+from advdmd.players import make_players
+from advdmd.recipe import Recipe
+from advdmd.recipes import find
+from advdmd.rng import Rng
+from advdmd.run import train
+from advdmd.types import Batch, Cond
+
+SAME = {
+    "AdvDMD": ("mini-sd35-advdmd", "algorithm.warmup=2", "algorithm.ramp=4"),
+    "AdvDMD, adapters": ("mini-sd35-advdmd", "algorithm.warmup=2", "algorithm.ramp=4", "lora_rank=4"),
+    "AdvDMD, adapters on bfloat16, checkpointing": (
+        *("mini-sd35-advdmd", "algorithm.warmup=2", "algorithm.ramp=4"),
+        *("lora_rank=4", "dtype=bfloat16", "checkpointing=true"),
+    ),
+    "AdvDMD, mini-qwen": ("mini-sd35-advdmd", "teacher=mini-qwen", "algorithm.warmup=2", "algorithm.ramp=4"),
+    "DMD2": ("mini-sd35-dmd2",),
+    "TwinFlow": ("mini-sd35-twinflow",),
+    "TwinFlow, adapters": ("mini-sd35-twinflow", "lora_rank=4"),
+}
+COMMON = ("iterations=6", "save_every=3", "look_every=0", "exam_every=0", "data.prompts=32")
+SIZE = (
+    *("sd35-medium-80gb@512", "sd35-medium-80gb@1024", "sd35-large-80gb@512", "sd35-large-80gb@1024"),
+    *("qwen-image-24gb@512", "qwen-image-80gb@512", "qwen-image-80gb@1024"),
+)
+LONG = 15  # seconds
+FEW = ("prompts_per_step=2", "algorithm.group=2")  # samples an iteration, so that it takes seconds; passes are the preset's
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def apart(a: Path, b: Path) -> float:
+    """The largest difference between two students' weights."""
+    one, two = weights(a), weights(b)
+    return max(float((one[k].float() - two[k].float()).abs().max()) for k in one.keys() & two.keys())
+
+
+def runs(name: str, device: str, folder: Path) -> None:
+    """A recipe of SAME on a device; on a card also once more, and gone on with from the middle."""
+    words = SAME[name]
+    r = find.resolve(words[0], [*words[1:], *COMMON, f"device={device}"])[1]
+    train(name, r, folder / "run")
+    if device == "cpu":
+        return
+    train(name, r, folder / "again")
+    shutil.copytree(folder / "run", folder / "resumed")
+    shutil.rmtree(folder / "resumed/student")
+    for file in (folder / "resumed/checkpoints").glob("*0006*"):
+        file.unlink()
+    train(name, r, folder / "resumed")
+
+
+def same(names: Sequence[str], device: str) -> dict[str, Any]:
+    """Per recipe: largest difference of the student's weights between devices, two runs, and a run gone on with; and how far
+    they moved from the teacher's, beside which to read that."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+
+        def started(name: str, on: str) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([sys.executable, __file__, "--runs", name, "--on", on, "--out", str(folder / on / name)])
+
+        def far(a: Path, b: Path) -> float | None:
+            both = (a / "student").is_dir() and (b / "student").is_dir()
+            return apart(a / "student", b / "student") if both else None
+
+        # A run of bfloat16 takes minutes of a CPU: the card is compared with itself only.
+        pairs = [(n, d) for n in names for d in {"cpu", device} if d != "cpu" or "dtype=bfloat16" not in SAME[n]]
+        failed = [f"{n} on {d}" for (n, d), job in [(p, started(*p)) for p in pairs] if job.wait()]
+        out: dict[str, Any] = {"failed": failed}
+        for name in names:
+            cpu, card = folder / "cpu" / name / "run", folder / device / name
+            teacher = load.located("mini-qwen" if "teacher=mini-qwen" in SAME[name] else "mini-sd35")
+            out[name] = {
+                "moved": apart(card / "run/student", teacher) if (card / "run/student").is_dir() else None,
+                "cpu and card": far(cpu, card / "run"),
+                "run and again": far(card / "run", card / "again"),
+                "resumed": far(card / "run", card / "resumed"),
+            }
+            print(name, json.dumps(out[name]), flush=True)
+        return out
+
+
+def clock(f: Callable[[], object]) -> float:
+    wait()
+    began = time.perf_counter()
+    f()
+    wait()
+    return time.perf_counter() - began
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matrix_rate(device: str, n: int) -> float:
+    """Operations a second of a bfloat16 product of n x n on random data."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        torch.mm(a, b)
+    return 2 * n**3 / statistics.median(clock(lambda: torch.mm(a, b)) for _ in range(10))
+
+
+def backbone_of(r: Recipe, side: int, device: str, tiny: bool) -> tuple[Any, int]:
+    """A backbone whose transformer has the recipe's true size and random weights, on the device; tokens of its text."""
+    net, text = memory.transformer(r.teacher)
+    qwen = "Qwen" in type(net).__name__
+    with torch.device("cpu"):
+        pipe = load.load_pipeline(load.located("mini-qwen" if qwen else "mini-sd35"))
+    dtype = getattr(torch, r.dtype)
+    config = pipe.transformer.config if tiny else net.config
+    torch.set_default_dtype(dtype)  # as the library does when it loads a model
+    try:
+        with torch.device(device):
+            pipe.transformer = type(net).from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pipe.transformer.to(dtype).requires_grad_(False).eval()
+    if tiny:
+        return load.as_backbone(pipe, {"side": 8, "t5_length": 0}), 16
+    return load.as_backbone(pipe, {"side": side, "t5_length": text - memory.TEXT}), text
+
+
+def operations(forward: Callable[[], object]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
+
+
+def size(case: str, device: str, tiny: bool, rounds: int = 2) -> dict[str, Any]:
+    """One preset at one resolution: iterations with everything in them, on few samples."""
+    with load.running_on(device):
+        return _size(case, device, tiny, rounds)
+
+
+def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    preset, _, resolution = case.partition("@")
+    model, _, card = preset.rpartition("-")
+    r = find.resolve(f"{model}-advdmd-4step-{card}", [*FEW, f"device={device}"])[1]
+    predicted = memory.need(r, int(resolution))
+    backbone, text = backbone_of(r, int(resolution) // 8, device, tiny)
+    net = backbone.net
+    width = net.config.joint_attention_dim
+
+    def said(n: int) -> Cond:
+        pooled = None if "pooled_projection_dim" not in net.config else torch.randn(n, net.config.pooled_projection_dim)
+        return Cond(torch.randn(n, text, width), pooled, torch.ones(n, text, dtype=torch.long) if pooled is None else None)
+
+    prompts = said(r.prompts_per_step)
+    member = torch.arange(r.prompts_per_step).repeat_interleave(r.algorithm.group)
+    batch = Batch(prompts[member], torch.randn(r.batch, *backbone.latent_shape), member)
+    n = min(getattr(r.algorithm, "micro", r.batch), r.batch)
+
+    @torch.no_grad()
+    def forward() -> None:
+        backbone.velocity(net, batch.real[:n], torch.full((n,), 0.5), batch.cond[:n])
+
+    each = operations(forward) / n
+    if r.base_bits < 32:
+        quantize(backbone.blocks(net), r.base_bits, backbone.dtype, device)
+    players: Any = make_players(r, backbone, said(1))
+    step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
+    F, ids = sum(r.forwards(step).values()), list(range(r.batch))
+
+    def iteration() -> None:
+        r.algorithm.iteration(players, batch, step, Rng(0, step, ids))
+
+    ready = time.perf_counter() - began
+    if on := device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    first = clock(iteration)
+    standing = torch.cuda.memory_allocated() if on else 0
+    unit = min(clock(forward) for _ in range(3)) / n
+    # The first is a few hundredths slower; one that takes long is not repeated.
+    took = statistics.median(clock(iteration) for _ in range(rounds)) if first < LONG else first
+    rate = matrix_rate(device, 8192 if on else 256)
+    GB, passing = memory.GB, predicted.parts["activations"] + predicted.parts["gradients"]
+    found = {
+        "case": case,
+        "card": torch.cuda.get_device_name() if on else "cpu",
+        "recipe": f"rank {r.lora_rank}, {n} samples a pass, base {r.base_bits if r.base_bits < 32 else 16} bits",
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "predicted_gb": round(predicted.total / GB, 1),
+        "predicted_standing_gb": round((predicted.total - passing) / GB, 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 1) if on else None,
+        "reserved_gb": round(torch.cuda.max_memory_reserved() / GB, 1) if on else None,
+        "standing_gb": round(standing / GB, 1) if on else None,
+        "forwards_a_sample": round(F, 1),
+        "samples": r.batch,
+        "seconds": round(took, 2),
+        "first_seconds": round(first, 2),
+        "ready_seconds": round(ready, 1),
+        "eta": round(F * r.batch * unit / took, 3),
+        "teraflop_a_forward": round(each / 1e12, 2),
+        "forward_share": round(each / unit / rate, 3),
+        "share": round(F * r.batch * each / took / rate, 3),
+        "matrix_teraflops": round(rate / 1e12),
+    }
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    ask.add_argument("parts", nargs="*", default=["same", "size"])
+    ask.add_argument("--only", nargs="*", help="Some cases or recipes; by default all.")
+    ask.add_argument("--rounds", type=int, default=2)
+    ask.add_argument("--tiny", action="store_true")
+    ask.add_argument("--patience", type=float, default=120, help="seconds for a case")
+    ask.add_argument("--out", type=Path, default=Path("results/card.json"))
+    ask.add_argument("--runs", help=argparse.SUPPRESS)
+    ask.add_argument("--on", help=argparse.SUPPRESS)
+    ask.add_argument("--case", help=argparse.SUPPRESS)
+    told = ask.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if told.runs:
+        return runs(told.runs, told.on, told.out)
+    if told.case:
+        return write_text(told.out, json.dumps(size(told.case, device, told.tiny, told.rounds)))
+    found: dict[str, Any] = {}
+    if "same" in told.parts:
+        found["same"] = same([n for n in SAME if not told.only or n in told.only], device)
+        write_text(told.out, json.dumps(found, indent=1))
+    if "size" in told.parts:
+        found["size"] = []
+        with tempfile.TemporaryDirectory() as place:
+            for case in (c for c in SIZE if not told.only or c in told.only):
+                file = Path(place) / f"{case}.json"
+                command = [sys.executable, __file__, "--case", case, "--rounds", str(told.rounds), "--out", str(file)]
+                try:
+                    subprocess.run(command + ["--tiny"] * told.tiny, timeout=told.patience, check=True)
+                    found["size"].append(json.loads(file.read_text()))
+                except subprocess.SubprocessError as e:
+                    found["size"].append({"case": case, "failed": type(e).__name__})
+                write_text(told.out, json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
