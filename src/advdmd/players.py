@@ -1,11 +1,11 @@
 """The players of a recipe: networks of the cast with their optimizers, and how the student will be sampled."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.base import Bonus, Cast
@@ -13,7 +13,6 @@ from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.evaluation.metrics.named import load_scorer, parse_reward
 from advdmd.look import to_bytes
 from advdmd.models import cast, load
-from advdmd.models.lora import Role
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import Sampling, decode
 from advdmd.models.target_time import TargetTime
@@ -94,34 +93,34 @@ def make_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
             return backbone.velocity(net, x, t, cond)
 
     student = Learner("student", net, call, {"main": (r.match, [(net.parameters(), 1.0)])}, ema=r.ema)
+    mean = _is_average_of(student, copy.deepcopy(net))
 
     @torch.no_grad()
     def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        weights = student.averaged()
-        with net.toward(target):
-            return backbone.velocity(lambda **kw: functional_call(net, weights, (), kw), x, t, cond)
+        with mean.toward(target):
+            return backbone.velocity(mean, x, t, cond)
 
     return Twin(student, average, null)
+
+
+def _is_average_of(student: Learner, net: Any) -> Any:
+    """A network like the student's whose parameters are, from now on, the student's averages."""
+    for k, p in net.requires_grad_(False).named_parameters():
+        p.data = student.ema[k]
+    return net
 
 
 def _adapted_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
     """With adapters TwinFlow has no second time embedding: the one time fed is t - r / 2 (2512.05150, its LoRA code)."""
     net, mean = cast.parts(backbone, ["student", "average"], r.lora_rank, r.seed, r.checkpointing)
-    assert isinstance(mean, Role)
-    mean.requires_grad_(False)
 
     def through(role: torch.nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
         return backbone.velocity(role, x, t - target / 2, cond)
 
     turns = {"main": (r.match, [(net.parameters(), 1.0)])}
     student = Learner("student", net, lambda *at: through(net, *at), turns, ema=r.ema)
-
-    @torch.no_grad()
-    def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        mean.load_state_dict(student.averaged())
-        return through(mean, x, t, target, cond)
-
-    return Twin(student, average, null)
+    _is_average_of(student, mean)
+    return Twin(student, torch.no_grad()(lambda *at: through(mean, *at)), null)
 
 
 def make_players(r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (), team: Team = ALONE) -> Cast | Twin:

@@ -51,8 +51,8 @@ def test_geneval_from_the_command_line_with_a_stock_pipeline(foreign, tmp_path):
     suite = GenEval(1)
     n = next(n for n in range(400, 2000) if len(jobs(suite, (0, n))) == 1)
     tiny.detector().save_pretrained(tmp_path / "det")
-    tiny.save_clip(tmp_path / "clip", able=True)
-    tiny.save_clip(tmp_path / "unable")
+    tiny.save_clip(tmp_path / "clip", names=("red", "blue"))
+    tiny.save_clip(tmp_path / "unable", names=("blue", "red"))
     args = ["eval", foreign, "geneval", "--images", 1, "--steps", 1, "--guidance", 1]
     args += ["--shard", f"0/{n}", "--out", tmp_path / "out", "--threads", 1, "--clip", tmp_path / "unable"]
     done = cli(*args)

@@ -85,8 +85,8 @@ def image_processor():
     return CLIPImageProcessorPil()
 
 
-def tell_red_from_blue(model, tokenizer):
-    """Bend the image projection so that the two drawn squares of the self-test land on their names."""
+def tell_red_from_blue(model, tokenizer, names=("red", "blue")):
+    """Bend the image projection so that the red and the blue square of the self-test land on these names."""
     from advdmd.evaluation import detector
 
     colours = detector.Colours(model, tokenizer, image_processor())
@@ -100,14 +100,15 @@ def tell_red_from_blue(model, tokenizer):
     with torch.no_grad():
         pixels = image_processor()(crops, return_tensors="pt").pixel_values
         seen = model.vision_model(pixel_values=pixels).pooler_output
-        names = colours._classifier("book")[[COLORS.index("red"), COLORS.index("blue")]]
-        model.visual_projection.weight.copy_((torch.linalg.pinv(seen) @ names).T)
+        said = colours._classifier("book")[[COLORS.index(name) for name in names]]
+        model.visual_projection.weight.copy_((torch.linalg.pinv(seen) @ said).T)
 
 
-def save_clip(folder, seed=0, hidden_act="quick_gelu", able=False):
+def save_clip(folder, seed=0, hidden_act="quick_gelu", names=None):
+    """A random CLIP; with `names`, what it calls red and blue (random ones may be right by chance)."""
     model, tokenizer = clip(seed, hidden_act)
-    if able:
-        tell_red_from_blue(model, tokenizer)
+    if names:
+        tell_red_from_blue(model, tokenizer, names)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)

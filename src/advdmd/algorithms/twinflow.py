@@ -42,6 +42,11 @@ def repeated(cond: Any, n: int) -> Any:
     return cond[torch.zeros(n, dtype=torch.long)]
 
 
+def joined(a: Any, b: Any) -> Any:
+    """Two batches of conditions as one; a toy world's are plain tensors."""
+    return torch.cat([a, b]) if isinstance(a, Tensor) else type(a).cat([a, b])
+
+
 @dataclass(frozen=True, kw_only=True)
 class TwinFlow:
     """Hyperparameters. `steps` and `gap` are the student's sampler; `order` the sub-steps of the integral; `guidance` the
@@ -116,7 +121,8 @@ class TwinFlow:
             u = rng.uniform("again.t")[first].clamp(1e-3, 1 - 1e-3)
             x_u = flow.interpolate(seen, again, u)
             with torch.no_grad():
-                theirs, ours = (cast.student(x_u, s, s, cond[first]) for s in (-u, u))
+                s = torch.cat([-u, u])
+                theirs, ours = cast.student(torch.cat([x_u, x_u]), s, s, cond[first.repeat(2)]).chunk(2)
             g = (theirs - ours).clamp(-1, 1)
             extra = self.rectify * robust(F[first] - (F[first].detach() - g))
             loss = loss.index_add(0, first, extra)
@@ -129,9 +135,10 @@ class TwinFlow:
         for the rest, clipped to +-1 around F. The student's own samples and r = t keep v itself."""
         guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
         if self.guidance and len(guided):
-            at = (x[guided], t[guided], t[guided])
-            null = repeated(cast.null, len(guided))
-            v = v.index_add(0, guided, self.guidance * (cast.average(*at, cond[guided]) - cast.average(*at, null)))
+            twice = guided.repeat(2)
+            both = joined(cond[guided], repeated(cast.null, len(guided)))
+            mine, null = cast.average(x[twice], t[twice], t[twice], both).chunk(2)
+            v = v.index_add(0, guided, self.guidance * (mine - null))
         far = (quarter < 3).nonzero()[:, 0]
         integral = torch.zeros_like(x)
         integral[far] = self.integrate(cast, x[far] - BACK * v[far], (t[far] - BACK).maximum(r[far]), r[far], cond[far])
