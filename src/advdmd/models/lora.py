@@ -36,8 +36,9 @@ class _Merged(torch.autograd.Function):
         down, told_a, told_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         g, said = grad.flatten(0, -2), x.flatten(0, -2)
         grad_x = (g @ torch.addmm(weight, b, a)).view_as(x) if down else None
-        grad_a = (g @ b).t() @ said if told_a else None
-        grad_b = g.t() @ (said @ a.t()) if told_b else None
+        # Rank x tokens, not tokens x rank: thin products are up to five times as quick that way round on a CPU (docs/log.md).
+        grad_a = (b.t() @ g.t()) @ said if told_a else None
+        grad_b = ((a @ said.t()) @ g).t() if told_b else None
         return grad_x, None, None, grad_a, grad_b
 
 
@@ -50,6 +51,8 @@ def _adapted(roles: "Roles", base: nn.Module, pairs: Mapping[str, tuple[nn.Param
     if roles.now in roles.still:
         a, b = a.detach(), b.detach()
     if type(base) is nn.Linear and base.weight.dtype == x.dtype == a.dtype:
+        if not torch.is_grad_enabled():
+            return F.linear(x, torch.addmm(base.weight, b, a), base.bias)
         return _Merged.apply(x, base.weight, base.bias, a, b)
     out = base(x)
     return out + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(out.dtype)
