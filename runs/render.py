@@ -299,6 +299,29 @@ def performance() -> None:
         lines += ["", "![time of a sample](../results/scaling.png)", "", said]
         between(page, ("<!-- scaling -->", "<!-- /scaling -->"), "\n".join(lines))
         scaling(told)
+    if (file := RESULTS / "card.json").is_file():
+        card(page, json.loads(file.read_text()))
+
+
+def card(page: Path, told: dict[str, Any]) -> None:
+    """What benchmarks/card.py found: true sizes, also with earlier code ("size before"), and runs beside the CPU's."""
+    before = {r["case"]: r for r in told["size before"]}
+    now = {r["case"]: r for r in told["size"]}
+    rows = []
+    for case, r in sorted((before | now).items()):
+        memory = [f"{r[k]:g}" for k in ("predicted_gb", "peak_gb", "standing_gb")]
+        earlier = [f"{before[case]['seconds']:.1f}" if case in before and case in now else ""]
+        name = case.replace("@", ", ") + ("" if case in now else " (earlier code)")
+        rows.append([name, *memory, f"{r['seconds']:.1f}", *earlier, f"{r['forward_share']:.0%}", f"{r['share']:.0%}"])
+    head = (
+        "preset, pixels | predicted GB | peak GB | standing GB | seconds | seconds before | rate of a forward | of an iteration"
+    )
+    between(page, ("<!-- card -->", "<!-- /card -->"), "\n".join(grid(head, rows)))
+    columns = ("moved", "cpu and card", "run and again", "resumed")
+    same = {k: v for k, v in told["same"].items() if k != "failed"}
+    rows = [[k, *("" if v[c] is None else f"{v[c]:.2g}" for c in columns)] for k, v in same.items()]
+    head = "recipe, 6 iterations | moved from the teacher | CPU and card | run and again | stopped and gone on"
+    between(page, ("<!-- same -->", "<!-- /same -->"), "\n".join(grid(head, rows)))
 
 
 def scaling(told: dict[str, dict[str, dict[str, float]]]) -> None:

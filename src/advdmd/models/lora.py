@@ -22,20 +22,21 @@ SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does n
 
 
 class _Merged(torch.autograd.Function):
-    """x (W + B A)^T + bias for a frozen W. The sum is made anew in each pass, so a token pays for one product instead of three,
-    two of them thin, which a network of tiny width feels most (benchmarks/iteration.py)."""
+    """x (W + B A)^T + bias for a frozen W. The sum is made once a pass and kept for its backward, so a token pays for one product
+    instead of three, two of them thin, which a network of tiny width feels most (benchmarks/iteration.py)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
-        ctx.save_for_backward(x, weight, a, b)
-        return F.linear(x, torch.addmm(weight, b, a), bias)
+        merged = torch.addmm(weight, b, a)
+        ctx.save_for_backward(x, merged, a, b)
+        return F.linear(x, merged, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, a, b = ctx.saved_tensors  # asked once: where a block is run again, it is run at this line
+        x, merged, a, b = ctx.saved_tensors
         down, told_a, told_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         g, said = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_x = (g @ torch.addmm(weight, b, a)).view_as(x) if down else None
+        grad_x = (g @ merged).view_as(x) if down else None
         # Rank x tokens, not tokens x rank: thin products are up to five times as quick that way round on a CPU (docs/log.md).
         grad_a = (b.t() @ g.t()) @ said if told_a else None
         grad_b = ((a @ said.t()) @ g).t() if told_b else None
