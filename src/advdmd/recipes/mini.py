@@ -68,7 +68,7 @@ STAGES = {
     "qwen-autoencoder-again": lambda: qwen_autoencoder(origin="qwen-autoencoder", world="half", seed=1),
     "mini-qwen": lambda: cycle(3e-3, 16000, 0, "qwen-autoencoder", model="mini-qwen", size=mini.Size(text_layers=2)),
     "mini-qwen-again": lambda: cycle(2e-3, 10000, seed=4, model="mini-qwen", origin="mini-qwen"),
-    "mini-qwen-more": lambda: cycle(3e-3, 15000, seed=5, model="mini-qwen", origin="mini-qwen", batch=256, pool=200000),
+    "mini-qwen-more": lambda: cycle(2e-3, 20000, seed=5, model="mini-qwen", origin="mini-qwen"),
 }
 
 
