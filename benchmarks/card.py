@@ -1,8 +1,8 @@
 """What only a GPU can tell: whether runs on it are the CPU's, and what published models take of it at true size.
 
-Three parts, each by name or all: `same`: the miniature's recipes on the card and on the CPU, twice, and gone on with from a
-checkpoint; `size`: AdvDMD with adapters on transformers of true size with random weights, in processes of their own: peak
-memory beside what `advdmd show` says, seconds an iteration, share of the card's matrix rate.
+Two parts, each by name or both, added to what --out holds already: `same`: the miniature's recipes on the card and on the CPU,
+twice, and gone on with from a checkpoint; `size`: AdvDMD with adapters on transformers of true size with random weights, in
+processes of their own: peak memory beside what `advdmd show` says, seconds an iteration, share of the card's matrix rate.
 
     python benchmarks/card.py [same] [size] [--only sd35-medium-80gb@512 ...] [--out results/card.json]
 
@@ -64,7 +64,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def apart(a: Path, b: Path) -> float:
     """The largest difference between two students' weights."""
     one, two = weights(a), weights(b)
-    return max(float((one[k].float() - two[k].float()).abs().max()) for k in one.keys() & two.keys())
+    assert one.keys() == two.keys()
+    return max(float((one[k].float() - two[k].float()).abs().max()) for k in one)
 
 
 def runs(name: str, device: str, folder: Path) -> None:
@@ -253,21 +254,21 @@ def main() -> None:
         return runs(told.runs, told.on, told.out)
     if told.case:
         return write_text(told.out, json.dumps(size(told.case, device, told.tiny, told.rounds)))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {}
     if "same" in told.parts:
-        found["same"] = same([n for n in SAME if not told.only or n in told.only], device)
+        found["same"] = found.get("same", {}) | same([n for n in SAME if not told.only or n in told.only], device)
         write_text(told.out, json.dumps(found, indent=1))
     if "size" in told.parts:
-        found["size"] = []
         with tempfile.TemporaryDirectory() as place:
             for case in (c for c in SIZE if not told.only or c in told.only):
                 file = Path(place) / f"{case}.json"
                 command = [sys.executable, __file__, "--case", case, "--rounds", str(told.rounds), "--out", str(file)]
                 try:
                     subprocess.run(command + ["--tiny"] * told.tiny, timeout=told.patience, check=True)
-                    found["size"].append(json.loads(file.read_text()))
+                    measured = json.loads(file.read_text())
                 except subprocess.SubprocessError as e:
-                    found["size"].append({"case": case, "failed": type(e).__name__})
+                    measured = {"case": case, "failed": type(e).__name__}
+                found["size"] = [r for r in found.get("size", []) if r["case"] != case] + [measured]
                 write_text(told.out, json.dumps(found, indent=1))
 
 

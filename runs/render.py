@@ -305,8 +305,7 @@ def performance() -> None:
 
 def card(page: Path, told: dict[str, Any]) -> None:
     """What benchmarks/card.py found: true sizes, also with earlier code ("size before"), and runs beside the CPU's."""
-    before = {r["case"]: r for r in told["size before"]}
-    now = {r["case"]: r for r in told["size"]}
+    before, now = ({r["case"]: r for r in told.get(k, []) if "failed" not in r} for k in ("size before", "size"))
     rows = []
     for case, r in sorted((before | now).items()):
         memory = [f"{r[k]:g}" for k in ("predicted_gb", "peak_gb", "standing_gb")]
@@ -318,7 +317,7 @@ def card(page: Path, told: dict[str, Any]) -> None:
     )
     between(page, ("<!-- card -->", "<!-- /card -->"), "\n".join(grid(head, rows)))
     columns = ("moved", "cpu and card", "run and again", "resumed")
-    same = {k: v for k, v in told["same"].items() if k != "failed"}
+    same = {k: v for k, v in told.get("same", {}).items() if k != "failed"}
     rows = [[k, *("" if v[c] is None else f"{v[c]:.2g}" for c in columns)] for k, v in same.items()]
     head = "recipe, 6 iterations | moved from the teacher | CPU and card | run and again | stopped and gone on"
     between(page, ("<!-- same -->", "<!-- /same -->"), "\n".join(grid(head, rows)))

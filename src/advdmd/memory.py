@@ -68,8 +68,8 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     net, text = transformer(r.teacher)
     base = sum(p.numel() for p in net.parameters())
     # Every target of SD3 and Qwen-Image is a linear layer of a block, in attention or behind it.
-    inside = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _adapted(k)]
-    adapter = r.lora_rank * sum(m.in_features + m.out_features for m in inside)
+    layers = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _adapted(k)]
+    adapter = r.lora_rank * sum(m.in_features + m.out_features for m in layers)
     learned, n, bytes_each = adapter or base, roles(r), BYTES[r.base_dtype(cards)]
     linear = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and "transformer_blocks." in k]
     few = sum(m.weight.numel() for m in linear) if r.base_bits < 32 else 0
@@ -79,7 +79,7 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
         "trained weights": 4.0 * learned * n,
         "gradients": 4.0 * learned * max(1, n - 1),  # fake score and trunk learn together, the student after them
         "Adam": learned * sum(o.bits / 4 for o in moments),
-        "average": 4.0 * learned * (2 if n == 1 and adapter else 1),  # TwinFlow also walks it, as one more adapter
+        "average": 4.0 * learned,
     }
     if r.spread_over(cards):  # every card holds its share, and what the pass is at: the block that is used and the next
         parts = {k: v / cards for k, v in parts.items()}
@@ -92,6 +92,8 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     inside = 1 if r.checkpointing else INSIDE
     held = net.config.num_layers * inside + INSIDE
     parts["activations"] = float(samples * tokens * width * bytes_each * held)
+    if adapter and r.base_bits == 32 and r.base_dtype(cards) == "float32" and not r.checkpointing:
+        parts["activations"] += 4.0 * n * sum(m.weight.numel() for m in layers)  # merged for a backward
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
     said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
     parts["paths and text"] = 4.0 * r.batch / cards * (path + said)

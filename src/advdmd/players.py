@@ -93,7 +93,8 @@ def make_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
             return backbone.velocity(net, x, t, cond)
 
     student = Learner("student", net, call, {"main": (r.match, [(net.parameters(), 1.0)])}, ema=r.ema)
-    mean = _is_average_of(student, copy.deepcopy(net))
+    mean = copy.deepcopy(net)
+    _show_average(student, mean)
 
     @torch.no_grad()
     def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
@@ -103,11 +104,10 @@ def make_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
     return Twin(student, average, null)
 
 
-def _is_average_of(student: Learner, net: Any) -> Any:
-    """A network like the student's whose parameters are, from now on, the student's averages."""
+def _show_average(student: Learner, net: torch.nn.Module) -> None:
+    """Make the parameters of a network like the student's the student's averages, from now on."""
     for k, p in net.requires_grad_(False).named_parameters():
         p.data = student.ema[k]
-    return net
 
 
 def _adapted_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
@@ -119,7 +119,7 @@ def _adapted_twin(r: Recipe, backbone: Any, null: Cond) -> Twin:
 
     turns = {"main": (r.match, [(net.parameters(), 1.0)])}
     student = Learner("student", net, lambda *at: through(net, *at), turns, ema=r.ema)
-    _is_average_of(student, mean)
+    _show_average(student, mean)
     return Twin(student, torch.no_grad()(lambda *at: through(mean, *at)), null)
 
 

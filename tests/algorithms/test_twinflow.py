@@ -161,6 +161,12 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
     from advdmd.train import checkpoint
 
     checkpoint.resume(out / "checkpoints", {"student": twin.student})
+    with torch.no_grad():
+        x, t, cond = inputs(own)
+        mean = twin.average(x, t, t / 2, cond)
+        assert not torch.equal(mean, twin.student(x, t, t / 2, cond))
+        with twin.student.averaging():
+            assert torch.equal(mean, twin.student(x, t, t / 2, cond)), "the average is the one that was resumed"
     with twin.student.averaging() as net:
         want = painter(own, net, how)(["a picture of a red circle"] * 2, [0, 1])
     found = painter(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])

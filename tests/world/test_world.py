@@ -174,6 +174,12 @@ def test_a_pool_is_a_function_of_its_seed_and_its_images_match_their_prompts():
         make_pool(0, seed=1)
 
 
+def test_a_pool_is_the_same_whatever_the_number_of_processes_that_draw_it():
+    a, b = make_pool(257, seed=1), make_pool(257, seed=1, workers=2)
+    assert a.prompts == b.prompts
+    assert (a.images == b.images).all()
+
+
 def test_captions_use_known_words_only_and_fit_the_tokenizer():
     rng, longest = np.random.default_rng(0), 0
     for task in (*TASKS, DENSE):

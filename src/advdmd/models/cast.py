@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advdmd.models.backbone import Backbone
 from advdmd.models.critic import CriticConfig, Heads, scale_gradient
-from advdmd.models.lora import Role, Roles, checkpointed
+from advdmd.models.lora import Role, Roles, checkpointed, learning
 from advdmd.types import Cond
 
 
@@ -80,16 +80,11 @@ class Critic:
 def frozen(net: nn.Module) -> Iterator[None]:
     """No parameter of `net` enters a graph built inside."""
     if isinstance(net, Role):
-        with net.roles.playing(net.roles.now, net.roles.still | {net.name}):
-            yield
-        return
-    was = [(p, p.requires_grad) for p in net.parameters()]
-    net.requires_grad_(False)
-    try:
+        constant = net.roles.playing(net.roles.now, net.roles.still | {net.name})
+    else:
+        constant = learning(net, [False for _ in net.parameters()])
+    with constant:
         yield
-    finally:
-        for p, flag in was:
-            p.requires_grad_(flag)
 
 
 def parts(backbone: Backbone, names: Sequence[str], rank: int, seed: int, checkpointing: bool) -> list[nn.Module]:

@@ -200,9 +200,11 @@ def running_on(device: str) -> Iterator[None]:
     if device == "cpu":  # not otherwise: a default device costs the CPU's small calls time
         yield
         return
+    before, rounded = torch.get_default_device(), torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     torch.set_default_device(device)
     try:
         yield
     finally:
-        torch.set_default_device(None)
+        torch.set_default_device(None if before.type == "cpu" else before)
+        torch.backends.cudnn.allow_tf32 = rounded

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,7 @@ SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does n
 
 
 class _Merged(torch.autograd.Function):
-    """x (W + B A)^T + bias for a frozen W. The sum is made once a pass and kept for its backward, so a token pays for one product
+    """x (W + B A)^T + bias, W frozen. The sum is made once a pass and kept for its backward, so a token pays for one product
     instead of three, two of them thin, which a network of tiny width feels most (benchmarks/iteration.py)."""
 
     @staticmethod
@@ -32,6 +33,7 @@ class _Merged(torch.autograd.Function):
         return F.linear(x, merged, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, merged, a, b = ctx.saved_tensors
         down, told_a, told_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
@@ -45,7 +47,8 @@ class _Merged(torch.autograd.Function):
 
 def _adapted(roles: "Roles", base: nn.Module, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], x: Tensor) -> Tensor:
     """What peft's layer does without dropout and with a scale of 1, in the role of the moment. On a base of another type than
-    the adapter the adapter's share is its own sum, in the type of what flows, or what is small in it would be rounded away."""
+    the adapter the adapter's share is its own sum, or what is small in it would be rounded away beside the weight; it is in the
+    type of what flows."""
     if not roles.now:
         return base(x)
     a, b = pairs[roles.now]
@@ -122,7 +125,8 @@ class Roles:
 
 class _Again(torch.autograd.Function):
     """run(*given), of which only what was given is kept: it runs once more when gradients flow, in the role of the first time.
-    The last of `given` are the adapter's parameters, which `run` does not take but which get their gradients here.
+    The last of `given` are the adapter's parameters, which `run` does not take but which get their gradients here; tensors in
+    tuples or dicts (rotary embeddings) are constants.
 
     torch's own checkpointing keeps a record of every tensor inside, which costs more than the launches of a small block.
     """
@@ -136,6 +140,7 @@ class _Again(torch.autograd.Function):
         return run(*given[:n])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         asked = ctx.needs_input_grad[3:]
         kept = [plain if x is None else x for x, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
@@ -144,6 +149,7 @@ class _Again(torch.autograd.Function):
         with torch.enable_grad(), ctx.moment():
             out = ctx.run(*given)
         both = [(y, g) for y, g in zip(out if isinstance(out, tuple) else (out,), grads, strict=True) if g is not None]
+        both = [(y, g) for y, g in both if y.requires_grad]
         leaves = [x for x, a in zip(given + learning, asked, strict=True) if a]
         found = iter(torch.autograd.grad([y for y, _ in both], leaves, [g for _, g in both], allow_unused=True))
         return None, None, None, *(next(found) if a else None for a in asked)
@@ -204,10 +210,10 @@ def checkpointed(net: nn.Module) -> None:
     """
 
     def run(block: nn.Module, *args: Any) -> Any:
-        learning = [p.requires_grad for p in block.parameters()]
+        were = [p.requires_grad for p in block.parameters()]
 
         def again(*args: Any) -> Any:
-            with _learning(block, learning):
+            with learning(block, were):
                 return block(*args)
 
         return checkpoint(again, *args, use_reentrant=False)
@@ -217,15 +223,15 @@ def checkpointed(net: nn.Module) -> None:
 
 
 @contextmanager
-def _learning(block: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
-    """Which of a block's parameters enter a graph built inside."""
-    params = list(block.parameters())
-    now = [p.requires_grad for p in params]
+def learning(net: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
+    """Which of a network's parameters enter a graph built inside."""
+    params = list(net.parameters())
+    before = [p.requires_grad for p in params]
     _set(params, flags)
     try:
         yield
     finally:
-        _set(params, now)
+        _set(params, before)
 
 
 def _set(params: Sequence[nn.Parameter], flags: Sequence[bool]) -> None:

@@ -122,11 +122,12 @@ class Learner:
         total, count = parallel.add_up(params, total, count)
         grads = [p.grad for p in params if p.grad is not None]
         mine = [parallel.here(g) for g in grads]
-        torch._foreach_div_(mine, count)  # all in one call: on a card each call costs its launch
+        if mine:
+            torch._foreach_div_(mine, count)  # all in one call: on a card each call costs its launch
         norm = parallel.norm(grads)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"{self.name}/{turn}: loss {total / count}, gradient norm {norm}")
-        if norm + 1e-6 > t.optim.clip:
+        if mine and norm + 1e-6 > t.optim.clip:
             torch._foreach_mul_(mine, t.optim.clip / (norm + 1e-6))
         for setting, (_, multiple) in zip(t.adam.param_groups, t.groups, strict=True):
             setting["lr"] = t.optim.rate(t.updates) * multiple
