@@ -216,7 +216,6 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         "case": case,
         "card": torch.cuda.get_device_name() if on else "cpu",
         "recipe": f"rank {r.lora_rank}, {n} samples a pass, base {r.base_bits if r.base_bits < 32 else 16} bits",
-        "parameters": sum(p.numel() for p in net.parameters()),
         "predicted_gb": round(predicted.total / GB, 1),
         "predicted_standing_gb": round((predicted.total - passing) / GB, 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 1) if on else None,

@@ -71,3 +71,11 @@ def test_few_bits_are_counted_in_the_blocks_alone():
     assert 0.51 / 2 < few.parts["frozen base"] / whole.parts["frozen base"] < 0.53 / 2
     eight, thirty_two = 2, 2  # optimizers: fake score and trunk; the student's two turns
     assert few.parts["Adam"] / whole.parts["Adam"] == (eight * 8 + thirty_two * 32) / (4 * 32)
+
+
+def test_a_float32_base_is_merged_anew_for_every_network_of_a_graph():
+    def held(*words):
+        return need(resolve("sd35-medium-advdmd-4step-80gb", words)[1]).parts["activations"]
+
+    assert held("dtype=float32") == 2 * held(), "checkpointing keeps a block's at a time"
+    assert held("dtype=float32", "checkpointing=false") > 2 * held("checkpointing=false") + 1e10

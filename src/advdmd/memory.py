@@ -93,7 +93,8 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     held = net.config.num_layers * inside + INSIDE
     parts["activations"] = float(samples * tokens * width * bytes_each * held)
     if adapter and r.base_bits == 32 and r.base_dtype(cards) == "float32" and not r.checkpointing:
-        parts["activations"] += 4.0 * n * sum(m.weight.numel() for m in layers)  # merged for a backward
+        # Merged weights (models/lora.py) of the networks of one graph: the student, and a trunk that follows it.
+        parts["activations"] += 4.0 * min(n, 2) * sum(m.weight.numel() for m in layers)
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
     said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
     parts["paths and text"] = 4.0 * r.batch / cards * (path + said)

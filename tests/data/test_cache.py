@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from advdmd import run
 from advdmd.data import buckets, cache
-from advdmd.data.deal import make_deal
+from advdmd.data.deal import at_home, make_deal
 from advdmd.data.sources import Entry, _rows, load_image, read_entries, unique
 from advdmd.encode import encode
 from advdmd.models import load
@@ -461,3 +461,17 @@ def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     found = cache.Cache(tmp_path)
     assert found.cond([0]).embeds.shape == (1, 2, 4)
     assert found.cond([0, 1]).mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_a_run_on_another_device_gets_its_batches_there_and_leaves_the_default_as_it_was():
+    """The device without memory stands for a card."""
+    cond = lambda i: Cond(torch.zeros(len(i), 2, 3))  # noqa: E731
+    deal = make_deal(4, 2, 2, 0, cond, lambda p, k: torch.zeros(1, 2, 2))
+    with load.running_on("meta"):
+        batch, samples = at_home(deal)(0)
+        with load.running_on("cpu"):
+            assert torch.get_default_device().type == "meta"
+    assert {batch.real.device.type, batch.cond.embeds.device.type} == {"meta"}
+    assert samples == deal(0)[1]
+    assert torch.get_default_device().type == "cpu"
+    assert torch.backends.cudnn.allow_tf32

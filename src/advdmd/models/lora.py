@@ -39,7 +39,7 @@ class _Merged(torch.autograd.Function):
         down, told_a, told_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         g, said = grad.flatten(0, -2), x.flatten(0, -2)
         grad_x = (g @ merged).view_as(x) if down else None
-        # Rank x tokens, not tokens x rank: thin products are up to five times as quick that way round on a CPU (docs/log.md).
+        # Rank x tokens, not tokens x rank: thin products are several times as quick that way round on a CPU (docs/log.md).
         grad_a = (b.t() @ g.t()) @ said if told_a else None
         grad_b = ((a @ said.t()) @ g).t() if told_b else None
         return grad_x, None, None, grad_a, grad_b
@@ -148,8 +148,8 @@ class _Again(torch.autograd.Function):
         given = [x.detach().requires_grad_(a) if isinstance(x, Tensor) else x for x, a in zip(given, asked, strict=False)]
         with torch.enable_grad(), ctx.moment():
             out = ctx.run(*given)
-        both = [(y, g) for y, g in zip(out if isinstance(out, tuple) else (out,), grads, strict=True) if g is not None]
-        both = [(y, g) for y, g in both if y.requires_grad]
+        pairs = zip(out if isinstance(out, tuple) else (out,), grads, strict=True)
+        both = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
         leaves = [x for x, a in zip(given + learning, asked, strict=True) if a]
         found = iter(torch.autograd.grad([y for y, _ in both], leaves, [g for _, g in both], allow_unused=True))
         return None, None, None, *(next(found) if a else None for a in asked)
@@ -227,13 +227,13 @@ def learning(net: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
     """Which of a network's parameters enter a graph built inside."""
     params = list(net.parameters())
     before = [p.requires_grad for p in params]
-    _set(params, flags)
+
+    def set_to(wanted: Sequence[bool]) -> None:
+        for p, flag in zip(params, wanted, strict=True):
+            p.requires_grad_(flag)
+
+    set_to(flags)
     try:
         yield
     finally:
-        _set(params, before)
-
-
-def _set(params: Sequence[nn.Parameter], flags: Sequence[bool]) -> None:
-    for p, flag in zip(params, flags, strict=True):
-        p.requires_grad_(flag)
+        set_to(before)

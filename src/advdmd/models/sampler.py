@@ -61,7 +61,8 @@ def said(backbone: Backbone, prompts: Sequence[str], device: torch.device) -> Co
     """Prompts encoded where the text encoders live, for a pass on a device."""
     with torch.device("cpu"):
         ids = backbone.tokenize(prompts)
-        return backbone.embed(ids.to(next(backbone.encoders[0].parameters()).device)).to(device)
+    with (where := next(backbone.encoders[0].parameters()).device):
+        return backbone.embed(ids.to(where)).to(device)
 
 
 @torch.no_grad()
