@@ -452,8 +452,8 @@ def test_show_prints_the_recipe_and_its_cost():
 
 def test_a_recipes_schedules_fit_the_iterations_it_is_told():
     long, short = (resolve("mini-sd35-advdmd", [f"iterations={n}"])[1] for n in (900, 90))
-    assert (short.match.decay, short.algorithm.warmup, short.algorithm.ramp) == (90, 60, 30)
-    assert (long.match.decay, long.algorithm.warmup, long.algorithm.ramp) == (900, 600, 300)
+    assert (short.match.decay, short.algorithm.warmup, short.algorithm.ramp) == (90, 67, 23)
+    assert (long.match.decay, long.algorithm.warmup, long.algorithm.ramp) == (900, 675, 225)
     assert short.policy.decay == sum(short.algorithm.turn(i).policy for i in range(90))
     assert resolve("mini-sd35-advdmd", ["iterations=90", "algorithm.warmup=7"])[1].algorithm.warmup == 7
 

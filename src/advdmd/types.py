@@ -78,6 +78,11 @@ class Cond(_Columns):
         return replace(self, embeds=F.pad(self.embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
 
+def joined(conds: Sequence[Any]) -> Any:
+    """Batches of conditions as one; a toy world's are plain tensors [N, ...]."""
+    return torch.cat(list(conds)) if isinstance(conds[0], Tensor) else type(conds[0]).cat(conds)
+
+
 def differ(a: Any, b: Any) -> Tensor:
     """[N] 1 where two conditions differ, 0 where they are the same; a toy world's conditions are plain tensors [N, ...]."""
     a, b = (c.embeds if isinstance(c, Cond) else c for c in (a, b))

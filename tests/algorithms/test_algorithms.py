@@ -10,7 +10,7 @@ import torch
 from advdmd import flow, losses
 from advdmd.algorithms.advdmd import AdvDMD, Turn
 from advdmd.algorithms.dmd2 import DMD2
-from advdmd.algorithms.objectives import match_teacher, prefer_paid_hops, track_student
+from advdmd.algorithms.objectives import match_teacher, pay, prefer_paid_hops, tell_apart, track_student
 from advdmd.kernels import Gaussian, cps, renoise
 from advdmd.players import make_cast
 from advdmd.recipe import Recipe
@@ -201,6 +201,25 @@ def test_the_fake_score_is_told_the_hop_and_starts_as_if_it_were_not(tiny_folder
     assert (cast.fake.net.exits.grad.abs().sum(1) > 0).all()
     without_pooled = cast.fake.net.told(replace(b.cond, pooled=None, embeds=b.cond.pooled[:, None].expand(-1, 3, -1)), k)
     assert without_pooled.embeds.shape == (8, 3, b.cond.pooled.shape[1])
+
+
+def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
+    """Rewards of a path whatever the size of a pass; real, generated and misnamed images each as alone."""
+    cast, b = cast_for(tiny_recipe(tiny_folder, AdvDMD()), backbone), tiny_batch(backbone)
+    start, e = torch.randn(3, *b.real.shape), torch.randn_like(b.real)
+    path = rollout(cast.student, b.cond, start, flow.grid(3, 1.0), cps(1.0))
+    hops, end = pay(cast, path, b.cond, (0.02, 0.3), e, 5)
+    alone = torch.stack([cast.critic(path.x[k], path.t[k].expand(8), b.cond) for k in (1, 2)])
+    torch.testing.assert_close(hops, alone.detach())
+    levels = [torch.full((8,), u) for u in (0.02, 0.3)]
+    last = [cast.critic(flow.interpolate(path.x[-1], e, u), u, b.cond) for u in levels]
+    torch.testing.assert_close(end, torch.stack(last).mean(0).detach())
+
+    t, wrong = torch.full((8,), 0.4), b.cond[torch.arange(8).flip(0)]
+    told = tell_apart(cast, b.real, path.x[1], b.cond, t, e, wrong)
+    image = flow.interpolate(b.real, e, t)
+    for logits, x, cond in zip(told, (image, path.x[1], image), (b.cond, b.cond, wrong), strict=True):
+        torch.testing.assert_close(logits, cast.critic(x, t, cond))
 
 
 def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, backbone):

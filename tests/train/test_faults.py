@@ -54,8 +54,7 @@ def poison(monkeypatch, where, bad, calls):
     [
         ("track_student", 11, r"step \d, fake/main: loss"),
         ("match_teacher", 3, r"step \d, student/match: loss"),
-        ("pay_end", 2, r"step \d, student/policy: loss nan|step \d, policy: a reward"),
-        ("pay_hops", 2, r"step \d, student/policy: loss nan|step \d, policy: a reward"),
+        ("pay", 2, r"step \d, student/policy: loss nan|step \d, policy: a reward"),
     ],
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):

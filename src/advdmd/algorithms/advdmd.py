@@ -10,7 +10,7 @@ from torch import Tensor
 from advdmd import flow, losses
 from advdmd.algorithms import turns
 from advdmd.algorithms.base import Cast
-from advdmd.algorithms.objectives import pay_end, pay_hops, prefer_paid_hops, tell_apart
+from advdmd.algorithms.objectives import pay, prefer_paid_hops, tell_apart
 from advdmd.kernels import cps
 from advdmd.rng import Rng
 from advdmd.rollout import Path, rollout
@@ -181,13 +181,13 @@ class AdvDMD:
             if not judging or (not here and cast.team.size == 1):
                 return loss
             i = i[seen] if here else i[:1]  # of several processes each makes a pass
-            real, fake = tell_apart(cast, batch.real[i], x[i], cond[i], t[i], noise[i])
+            at = (batch.real[i], x[i], cond[i], t[i], noise[i], wrong[i] if self.mismatch else None)
+            real, fake, *under = tell_apart(cast, *at)
             own = slice(min(n, here))
             real_logits[i[own]], fake_logits[i[own]] = real.detach().float()[own], fake.detach().float()[own]
             told = losses.critic(real, fake)
             if self.mismatch:
-                image = flow.interpolate(batch.real[i], noise[i], t[i])
-                told = told + self.mismatch * other[i] * losses.mismatch(cast.critic(image, t[i], wrong[i]))
+                told = told + self.mismatch * other[i] * losses.mismatch(under[0])
             return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told[:here])
 
         log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
@@ -224,9 +224,7 @@ class AdvDMD:
         cond, K, shape = batch.cond, path.hops, path.x.shape[2:]
         leader = torch.arange(len(cond)) // self.group * self.group
         e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
-        parts = torch.arange(len(cond)).split(self.micro)
-        end = torch.cat([pay_end(cast, path.x[-1, i], cond[i], self.final_levels, e[i]) for i in parts])
-        hops = torch.cat([pay_hops(cast, path[i], cond[i]) for i in parts], 1)
+        hops, end = pay(cast, path, cond, self.final_levels, e, self.micro)
         gate = losses.gate(cast.auc) if self.gated else torch.ones(K)
         by_step = self.relative(cast, hops) * gate[:-1, None]
         by_end = self.relative(cast, end[None]) * gate[-1]

@@ -1,5 +1,6 @@
 """Losses with their networks plugged in. Every random number arrives as an argument; one number per sample leaves."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from advdmd import flow, losses
 from advdmd.algorithms.base import Cast
 from advdmd.kernels import Kernel
 from advdmd.rollout import Path, hop
+from advdmd.types import joined
 
 
 def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
@@ -16,11 +18,13 @@ def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Te
     return losses.velocity(cast.fake(flow.interpolate(x0, e, u), u, cond, k), x0, e)
 
 
-def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """The critic's logits on real images and on the student's states x, both at noise level t."""
-    both = cond[torch.arange(len(x)).repeat(2)]
-    logits = cast.critic(torch.cat([flow.interpolate(real, e, t), x]), torch.cat([t, t]), both)
-    return logits.chunk(2)  # type: ignore[return-value]
+def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor, wrong: Any = None) -> tuple[Tensor, ...]:
+    """The critic's logits on real images and on the student's states x, both at noise level t, and on the same real images
+    under `wrong` conditions if there are any, in one pass: small ones are dear."""
+    image = flow.interpolate(real, e, t)
+    images, conds = ([image, x], [cond, cond]) if wrong is None else ([image, x, image], [cond, cond, wrong])
+    n = len(images)
+    return cast.critic(torch.cat(images), t.repeat(n), joined(conds)).chunk(n)
 
 
 def match_teacher(
@@ -38,18 +42,14 @@ def match_teacher(
 
 
 @torch.no_grad()
-def pay_hops(cast: Cast, path: Path, cond: Any) -> Tensor:
-    """[K - 1, N]: a hop earns the critic's logit at the state it reached."""
-    n = len(cond)
-    pay = [cast.critic(path.x[k], path.t[k].expand(n), cond) for k in range(1, path.hops)]
-    return torch.stack(pay) if pay else path.close
-
-
-@torch.no_grad()
-def pay_end(cast: Cast, x0: Tensor, cond: Any, levels: tuple[float, ...], e: Tensor) -> Tensor:
-    """[N]: the final image earns the critic's mean logit over a few low noise levels."""
-    times = [torch.full((len(x0),), u) for u in levels]
-    return torch.stack([cast.critic(flow.interpolate(x0, e, u), u, cond) for u in times]).mean(0)
+def pay(cast: Cast, path: Path, cond: Any, levels: Sequence[float], e: Tensor, micro: int) -> tuple[Tensor, Tensor]:
+    """[K - 1, N] a hop earns the critic's logit at the state it reached, [N] the final image its mean logit over a few low
+    noise levels; `micro` states of whatever hop a pass."""
+    n, low = len(cond), torch.tensor(levels)
+    ends = [flow.interpolate(path.x[-1], e, u.expand(n)) for u in low]
+    x, t = torch.cat([*path.x[1:-1], *ends]), torch.cat([path.t[1:-1], low]).repeat_interleave(n)
+    logits = torch.cat([cast.critic(x[i], t[i], cond[i % n]) for i in torch.arange(len(x)).split(micro)]).view(-1, n)
+    return logits[: -len(low)], logits[-len(low) :].mean(0)
 
 
 def prefer_paid_hops(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advdmd import flow, losses
 from advdmd.rng import Rng
-from advdmd.types import Batch, Cond, Log
+from advdmd.types import Batch, Cond, Log, joined
 
 BACK = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
 
@@ -40,11 +40,6 @@ def enhancement(scale: float) -> float:
 
 def repeated(cond: Any, n: int) -> Any:
     return cond[torch.zeros(n, dtype=torch.long)]
-
-
-def joined(a: Any, b: Any) -> Any:
-    """Two batches of conditions as one; a toy world's are plain tensors."""
-    return torch.cat([a, b]) if isinstance(a, Tensor) else type(a).cat([a, b])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +131,7 @@ class TwinFlow:
         guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
         if self.guidance and len(guided):
             twice = guided.repeat(2)
-            both = joined(cond[guided], repeated(cast.null, len(guided)))
+            both = joined([cond[guided], repeated(cast.null, len(guided))])
             mine, null = cast.average(x[twice], t[twice], t[twice], both).chunk(2)
             v = v.index_add(0, guided, self.guidance * (mine - null))
         far = (quarter < 3).nonzero()[:, 0]

@@ -84,13 +84,19 @@ STEADY = replace(CRITIC, trunk="teacher")  # DMD2's: features that hold still be
 
 
 def advdmd(
-    name: str, guidance: float, iterations: int = 580, gan: float = 0.03, rate: float = 1e-3, policy: float = 2e-5
+    name: str,
+    guidance: float,
+    iterations: int = 580,
+    gan: float = 0.03,
+    rate: float = 1e-3,
+    policy: float = 2e-5,
+    alone: float = 3 / 4,
 ) -> Recipe:
-    """A result in minutes on two cores: matching and critic alone for two thirds of it, then policy turns, ever denser.
+    """A result in minutes on two cores: matching and critic alone for a share of it, then policy turns, ever denser.
 
     At a rate of 2e-3 the fake score cannot follow; a policy rate of 2e-4 lowers the score at once.
     """
-    warmup = iterations * 2 // 3
+    warmup = int(iterations * alone)
     algorithm = AdvDMD(
         **FOLLOW,
         warmup=warmup,
@@ -151,7 +157,7 @@ def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
     """Where quality counts: longer, more prompts for the critic to learn from, guidance that keeps diversity; two matching
     turns on each path and half of the samples judged, which at equal forwards is worth .05 on mini-geneval, and twice the
     GAN, which keeps diversity (docs/log.md)."""
-    short = advdmd(name, guidance, iterations, gan=0.1, rate=7e-4, policy=5e-5)
+    short = advdmd(name, guidance, iterations, gan=0.1, rate=7e-4, policy=5e-5, alone=2 / 3)
     algorithm = replace(short.algorithm, match_turns=2, judge_every=2)
     match = replace(short.match, decay=2 * iterations)
     more = {"ema": 0.99, "data": Data(prompts=6000), "critic": replace(short.critic, hidden=256)}

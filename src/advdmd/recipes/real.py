@@ -110,8 +110,8 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
 
 
 def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
-    """Matching and critic alone for two thirds of the run, then policy turns, ever denser (2604.28126: DMD first)."""
-    warmup = iterations * 2 // 3
+    """Matching and critic alone for four fifths of the run, then policy turns, ever denser (2604.28126: DMD first)."""
+    warmup = iterations * 4 // 5
     algorithm = AdvDMD(
         steps=steps,
         group=GROUP,

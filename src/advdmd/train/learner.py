@@ -121,14 +121,11 @@ class Learner:
             total, count = total + loss.detach().sum().item(), count + len(loss)
         total, count = parallel.add_up(params, total, count)
         grads = [p.grad for p in params if p.grad is not None]
-        mine = [parallel.here(g) for g in grads]
-        if mine:
-            torch._foreach_div_(mine, count)  # all in one call: on a card each call costs its launch
-        norm = parallel.norm(grads)
+        norm = parallel.norm(grads) / count
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"{self.name}/{turn}: loss {total / count}, gradient norm {norm}")
-        if mine and norm + 1e-6 > t.optim.clip:
-            torch._foreach_mul_(mine, t.optim.clip / (norm + 1e-6))
+        if mine := [parallel.here(g) for g in grads]:  # all in one call: on a card each call costs its launch
+            torch._foreach_mul_(mine, min(1.0, t.optim.clip / (norm + 1e-6)) / count)
         for setting, (_, multiple) in zip(t.adam.param_groups, t.groups, strict=True):
             setting["lr"] = t.optim.rate(t.updates) * multiple
         t.adam.step()
