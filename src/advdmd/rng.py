@@ -1,7 +1,8 @@
 """Randomness that belongs to the sample: (seed, step, sample, name) fixes a draw on any rank, batch split or resume."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +27,24 @@ class Rng:
     def __init__(self, seed: int, step: int, samples: Sequence[int], team: Team = ALONE):
         self.seed, self.step, self.samples, self.team = seed, step, tuple(samples), team
 
-    def _each(self, name: str) -> Iterator[torch.Generator]:
-        return (generator(self.seed, self.step, i, name) for i in self.samples)
+    def _drawn(self, name: str, fill: Callable[..., Any], *at: int, shape: Sequence[int] = (), dtype: Any = None) -> Tensor:
+        """[N, *shape] of which every sample's generator fills its row."""
+        out = torch.empty(len(self.samples), *shape, dtype=dtype, device="cpu")
+        for row, sample in zip(out.unbind(), self.samples, strict=True):
+            fill(row, *at, generator=generator(self.seed, self.step, sample, name))
+        return home(out)
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[N, *shape] standard normal."""
-        return home(torch.stack([torch.randn(tuple(shape), generator=g, device="cpu") for g in self._each(name)]))
+        return self._drawn(name, Tensor.normal_, shape=shape)
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """[N] uniform in [low, high)."""
-        return low + (high - low) * home(torch.stack([torch.rand((), generator=g, device="cpu") for g in self._each(name)]))
+        return low + (high - low) * self._drawn(name, Tensor.uniform_)
 
     def index(self, name: str, low: int, high: int) -> Tensor:
         """[N] integers in [low, high)."""
-        return home(torch.stack([torch.randint(low, high, (), generator=g, device="cpu") for g in self._each(name)]))
+        return self._drawn(name, Tensor.random_, low, high, dtype=torch.long)
 
     def minibatches(self, name: str, n: int, micro: int) -> list[tuple[Tensor, int]]:
         """The step's samples, all processes', in n random minibatches: of each the indices of those that are here, perhaps
