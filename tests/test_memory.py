@@ -79,11 +79,3 @@ def test_a_float32_base_is_merged_anew_for_every_network_of_a_graph():
 
     assert held("dtype=float32") == 2 * held(), "checkpointing keeps a block's at a time"
     assert held("dtype=float32", "checkpointing=false") > 2 * held("checkpointing=false") + 1e10
-
-
-def test_a_critic_that_judges_every_sample_sees_three_of_each_at_once():
-    def held(*words):
-        return need(resolve("sd35-medium-advdmd-4step-80gb", words)[1]).parts["activations"]
-
-    whole = ("critic.blocks=[1.0]", "algorithm.judge_every=1")
-    assert held(*whole) == 1.5 * held() == 1.5 * held(*whole, "algorithm.mismatch=0")

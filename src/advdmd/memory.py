@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +87,11 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     width = net.inner_dim
     patch = net.config.patch_size if "patch_size" in net.config else 2
     tokens = (resolution // 8 // patch) ** 2 + text
-    samples = min(getattr(r.algorithm, "micro", r.batch), r.batch)
+    samples = getattr(r.algorithm, "micro", r.batch)
+    samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
     inside = 1 if r.checkpointing else INSIDE
-    held = 2 * samples * (net.config.num_layers * inside + INSIDE)  # guidance, or real beside generated, as one double batch
-    if isinstance(r.algorithm, AdvDMD) and r.algorithm.mismatch:  # real, generated and misnamed in one, as deep as the critic
-        deep = max(r.critic.blocks) * net.config.num_layers * inside + INSIDE
-        held = max(held, 3 * math.ceil(samples / r.algorithm.judge_every) * deep)
-    parts["activations"] = float(held * tokens * width * bytes_each)
+    held = net.config.num_layers * inside + INSIDE
+    parts["activations"] = float(samples * tokens * width * bytes_each * held)
     if adapter and r.base_bits == 32 and r.base_dtype(cards) == "float32" and not r.checkpointing:
         # Merged weights (models/lora.py) of the networks of one graph: the student, and a trunk that follows it.
         parts["activations"] += 4.0 * min(n, 2) * sum(m.weight.numel() for m in layers)

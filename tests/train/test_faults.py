@@ -32,18 +32,18 @@ def weights(folder):
 
 
 def poison(monkeypatch, where, bad, calls):
-    """Make one number of what a function gives `bad`, in its `calls`-th call."""
-    module, name = where
-    true, seen = getattr(module, name), []
+    """Make one number of what a function gives `bad`, in its `calls`-th call; "name:1" of the second thing it gives."""
+    module, (name, _, which) = where[0], where[1].partition(":")
+    true, seen, which = getattr(module, name), [], int(which or 0)
 
     def changed(*args, **kw):
         seen.append(1)
         out = true(*args, **kw)
         if len(seen) != calls:
             return out
-        spoiled = (out[0] if isinstance(out, tuple) else out).clone()
+        spoiled = (out[which] if isinstance(out, tuple) else out).clone()
         spoiled.view(-1)[0] = bad
-        return (spoiled, *out[1:]) if isinstance(out, tuple) else spoiled
+        return (*out[:which], spoiled, *out[which + 1 :]) if isinstance(out, tuple) else spoiled
 
     monkeypatch.setattr(module, name, changed)
 
@@ -54,7 +54,8 @@ def poison(monkeypatch, where, bad, calls):
     [
         ("track_student", 11, r"step \d, fake/main: loss"),
         ("match_teacher", 3, r"step \d, student/match: loss"),
-        ("pay", 2, r"step \d, student/policy: loss nan|step \d, policy: a reward"),
+        ("pay", 2, r"step \d, student/policy: loss nan"),
+        ("pay:1", 2, r"step \d, student/policy: loss nan"),  # the final image's reward
     ],
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):

@@ -53,7 +53,21 @@ def test_a_gradient_that_is_not_finite_stops_too():
         one.descend([(one(torch.zeros(2, 3))[:, 0] - one.net.bias).sqrt()])
 
 
-def test_gradients_are_clipped_and_rates_follow_the_schedule():
+@pytest.mark.parametrize("clip", [0.1, 1e9])
+def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch, clip):
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 1), torch.randn(8, 3)
+    one = Learner("net", net, net, {"main": (Optim(lr=0.1, clip=clip), [(list(net.parameters()), 1.0)])})
+    given = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: given.extend(p.grad.clone() for p in net.parameters()))
+    wanted = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+    norm = torch.cat([g.flatten() for g in wanted]).norm()
+    log = one.descend(net(part)[:, 0].square() for part in (x[:6], x[6:]))
+    torch.testing.assert_close(log["net/norm"], norm.item())
+    torch.testing.assert_close(given, [g * min(1, clip / norm) for g in wanted])
+
+
+def test_rates_follow_the_schedule():
     assert Optim(lr=1.0, warmup=4).rate(0) == 0.25
     assert Optim(lr=1.0, warmup=4).rate(10) == 1.0
     assert Optim(lr=1.0, decay=10).rate(0) == 1.0

@@ -174,6 +174,7 @@ class AdvDMD:
         other = differ(wrong, cond)  # two prompts of a batch may be the same words
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
         shown = (torch.arange(N) % self.judge_every == 0) & judging
+        together = 2 * self.micro >= 3 * N  # no larger a pass than the teacher's under guidance
 
         def judge(i: Tensor, n: int) -> Tensor:
             loss, seen = torch.zeros(len(i)), shown[i]
@@ -182,7 +183,7 @@ class AdvDMD:
                 return loss
             i = i[seen] if here else i[:1]  # of several processes each makes a pass
             at = (batch.real[i], x[i], cond[i], t[i], noise[i], wrong[i] if self.mismatch else None)
-            real, fake, *under = tell_apart(cast, *at)
+            real, fake, *under = tell_apart(cast, *at, together)
             own = slice(min(n, here))
             real_logits[i[own]], fake_logits[i[own]] = real.detach().float()[own], fake.detach().float()[own]
             told = losses.critic(real, fake)

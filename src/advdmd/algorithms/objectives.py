@@ -18,13 +18,19 @@ def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Te
     return losses.velocity(cast.fake(flow.interpolate(x0, e, u), u, cond, k), x0, e)
 
 
-def tell_apart(cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor, wrong: Any = None) -> tuple[Tensor, ...]:
+def tell_apart(
+    cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor, wrong: Any = None, together: bool = False
+) -> list[Tensor]:
     """The critic's logits on real images and on the student's states x, both at noise level t, and on the same real images
-    under `wrong` conditions if there are any, in one pass: small ones are dear."""
+    under `wrong` conditions if there are any: in a pass of their own, or, as small passes are dear, `together`."""
     image = flow.interpolate(real, e, t)
-    images, conds = ([image, x], [cond, cond]) if wrong is None else ([image, x, image], [cond, cond, wrong])
-    n = len(images)
-    return cast.critic(torch.cat(images), t.repeat(n), joined(conds)).chunk(n)
+    seen = [(image, cond), (x, cond)] + [(image, wrong)] * (wrong is not None)
+    logits: list[Tensor] = []
+    for part in [seen] if together else [seen[:2], seen[2:]]:
+        if part:
+            images, conds = zip(*part, strict=True)
+            logits += cast.critic(torch.cat(images), t.repeat(len(part)), joined(conds)).chunk(len(part))
+    return logits
 
 
 def match_teacher(

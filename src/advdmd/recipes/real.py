@@ -1,8 +1,8 @@
 """Recipes for the published models: adapters on one frozen base for a card, whole networks spread over many; prompts and images
 from `advdmd encode`.
 
-None of these has been run on real weights. Schedules and the critic are what worked in the miniature (docs/results.md), rates
-those of published few-step adapters; the teacher's guidance is its model card's.
+None of these has been run on real weights. Turns and the critic are what worked in the miniature (docs/results.md), rates those
+of published few-step adapters; the teacher's guidance is its model card's.
 """
 
 from collections.abc import Callable
@@ -110,7 +110,8 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
 
 
 def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
-    """Matching and critic alone for four fifths of the run, then policy turns, ever denser (2604.28126: DMD first)."""
+    """Matching and critic alone for four fifths of the run, then policy turns, ever denser (2604.28126: DMD first). In the
+    miniature they begin earlier, but late turns cost little and were worth as much (docs/log.md)."""
     warmup = iterations * 4 // 5
     algorithm = AdvDMD(
         steps=steps,
