@@ -171,7 +171,7 @@ def dmd2_long(name: str, guidance: float, iterations: int = 1380) -> Recipe:
     return replace(short, algorithm=algorithm, match=match, **more)
 
 
-# In the long recipes: it keeps diversity, but of mini-qwen, which needs no help in that, it draws too many objects (docs/log.md).
+# In the long recipes: it keeps diversity, but of mini-qwen, which has enough, it draws too many objects (docs/log.md).
 GAN = {"mini-sd35": 0.1, "mini-sd3": 0.1, "mini-qwen": 0.03}
 # Of the teacher in distribution matching: more is faster and costs diversity.
 QUICK = {"mini-sd35": 4.8, "mini-sd3": 4.0, "mini-qwen": 4.8}
