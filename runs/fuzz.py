@@ -6,28 +6,33 @@ A ValueError, or an OSError that names a file, is a clear error. Anything else i
 """
 
 import argparse
+import csv
+import functools
 import io
 import json
 import random
 import signal
+import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from advdmd import health
+from advdmd import exam, health
 from advdmd.data import cache
 from advdmd.data.sources import Entry, load_image, read_entries
-from advdmd.evaluation import dpg, report
+from advdmd.evaluation import dpg, report, scoring
 from advdmd.evaluation.shapes import item_of
 from advdmd.models import load
 from advdmd.recipe import dump
@@ -75,6 +80,15 @@ STRANGE = (
     ),
     *(
         "!!python/object/apply:os.system ['true']",
+        "!!bool x",
+        "!!int ''",
+        "!!timestamp x",
+        "2001-99-99",
+        "[" * 2000,
+        "{a: " * 300,
+        "&a {x: *a}",
+        "[&a [x, x], &b [*a, *a], &c [*b, *b]]",
+        "100000000",
         "&a [*a]",
         "*x",
         "- -",
@@ -154,10 +168,18 @@ def recipe_file(rng: random.Random, here: Path) -> None:
 
 
 def prompt(rng: random.Random, here: Path) -> None:
-    said = text(rng, 8)
-    for f in (caption.check_prompt, item_of, caption.parse):
-        with suppress(ValueError):
-            f(said)
+    """Of the miniature, whose rules are checked, to its readers; of any length to its tokenizers."""
+    said = " ".join([text(rng, 8)] * rng.choice((1, 1, 1, 2000)))[:100_000]
+    if rng.random() < 0.2:
+        for tokenizer in tokenizers():
+            tokenizer(said.encode("utf-8", "ignore").decode(), truncation=True)
+    rng.choice((caption.check_prompt, item_of, caption.parse))(said)
+
+
+@functools.cache
+def tokenizers() -> list[Any]:
+    """Of a shipped SD3 and the shipped Qwen-Image."""
+    return [load.load_pipeline(load.located(name)).tokenizer for name in ("mini-sd35", "mini-qwen")]
 
 
 def metadata(rng: random.Random, here: Path) -> None:
@@ -174,28 +196,49 @@ def metadata(rng: random.Random, here: Path) -> None:
 
 
 def table(rng: random.Random, here: Path) -> None:
-    file = here / "dpg.csv"
-    file.write_bytes(
-        damaged((HEAD + "\n".join(",".join(plain(rng) for _ in range(rng.randint(5, 9))) for _ in range(3))).encode(), rng)
-    )
-    dpg.DPG(file).items()
+    """A good DPG-Bench table of two prompts, some of whose cells are others; sometimes its bytes too."""
+    out = io.StringIO()
+    pairs = [(i, k) for i in (1, 2) for k in (1, 2, 3)]
+    good = [[f"p{i}", f"prompt {i}", "", str(k), str(k - 1), "entity", "whole", "t", "Is it?"] for i, k in pairs]
+    for _ in range(rng.randint(0, 3)):
+        row = rng.choice(good)
+        row[rng.randrange(len(row))] = rng.choice((plain(rng), str(rng.randint(-2, 9)), "1,3", "3;1"))
+    csv.writer(out).writerows([HEAD, *good])
+    said = out.getvalue().encode()
+    (here / "dpg.csv").write_bytes(damaged(said, rng) if rng.random() < 0.3 else said)
+    dpg.DPG(here / "dpg.csv").items()
 
 
-HEAD = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
+HEAD = (
+    *("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed", "tuple"),
+    "question_natural_language",
+)
 
 
 def picture(rng: random.Random) -> bytes:
     mode = rng.choice(("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "F", "YCbCr"))
     kind = rng.choice(("png", "jpeg", "webp", "gif", "tiff", "bmp"))
-    image, out = Image.new("RGB", (rng.randint(1, 40), rng.randint(1, 40)), "red"), io.BytesIO()
+    size, out = (rng.randint(1, 40), rng.randint(1, 40)), io.BytesIO()
+    if rng.random() < 0.02:
+        size, mode = (rng.randint(1000, 4000), rng.randint(1, 2000)), "RGB"
+    image, moves = Image.new("RGB", size, "red"), [Image.new("RGB", size, c) for c in ("green", "blue")]
     try:
         image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
         exif = Image.Exif()
         exif[274] = rng.randint(0, 9)
-        image.save(out, kind, exif=exif, **({"save_all": True, "append_images": [image] * 2} if kind == "gif" else {}))
+        several = {"save_all": True, "append_images": moves} if kind in ("gif", "webp", "tiff") else {}
+        image.save(out, kind, exif=exif, **several)
     except (OSError, ValueError, KeyError):
         image.convert("RGB").save(out, "png")
-    return out.getvalue()
+    found = out.getvalue()
+    if rng.random() < 0.05:  # it says it is enormous
+        bare = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(bare, "png")
+        found = bytearray(bare.getvalue())
+        found[16:24] = struct.pack(">II", rng.choice((10**5, 2**31 - 1)), rng.choice((10**5, 2**31 - 1)))
+        found[29:33] = struct.pack(">I", zlib.crc32(bytes(found[12:29])))
+        found = bytes(found)
+    return found
 
 
 def image(rng: random.Random, here: Path) -> None:
@@ -278,14 +321,21 @@ def records(rng: random.Random, here: Path) -> None:
     (here / "step-0000001.json").write_bytes(damaged(b'{"step": 1, "sha256": "0", "run": "", "counters": {}}', rng))
     (here / "advdmd.json").write_bytes(json.dumps(thing(rng)).encode("utf-8", "surrogatepass"))
     (here / "model_index.json").write_bytes(json.dumps(thing(rng)).encode("utf-8", "surrogatepass"))
-    for f in (
-        lambda: health.examine(health.read(here), health.bands()),
-        lambda: report.read_scores(here),
-        lambda: checkpoint.newest(here, say=lambda _: None),
-        lambda: load.load(str(here)),
-    ):
-        with suppress(ValueError, OSError):
-            f()
+    (here / "perceptions-0of1.jsonl").write_bytes(damaged(b'{"item": "a", "k": 0, "image": "h", "judge": "j"}\n', rng))
+    (here / "verdicts.jsonl").write_bytes(damaged(b'{"item": "a", "k": 0, "strict": 1}\n', rng))
+    (here / "best.json").write_bytes(damaged(b'{"step": 1, "strict": 0.5, "last": 1}', rng))
+    (here / "best.safetensors").write_bytes(damaged(save({"a": torch.zeros(2)}), rng))
+    rng.choice(
+        (
+            lambda: health.examine(health.read(here), health.bands()),
+            lambda: report.read_scores(here),
+            lambda: report.read_verdicts(here),
+            lambda: list(scoring._lines(here)),
+            lambda: exam.load_best(here, torch.nn.ParameterDict({"a": torch.zeros(2)})),
+            lambda: checkpoint.newest(here, say=lambda _: None),
+            lambda: load.load(str(here)),
+        )
+    )()
 
 
 KINDS: dict[str, tuple[Callable[[random.Random, Path], None], int]] = {
@@ -340,6 +390,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, late)
     torch.set_num_threads(1)
     load.quiet()
+    tokenizers()  # reading them is nobody's case
     total, rows, bad = sum(w for _, w in KINDS.values()), {}, 0
     for kind, (_, weight) in KINDS.items():
         count: Counter[str] = Counter()
@@ -353,9 +404,9 @@ def main() -> None:
         rows[kind] = dict(count)
         print(kind, rows[kind], flush=True)
     if args.out:
-        args.out.write_text(
-            json.dumps({"seed": args.seed, "cases": sum(sum(r.values()) for r in rows.values()), "rows": rows}, indent=1)
-        )
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        cases = sum(sum(r.values()) for r in rows.values())
+        args.out.write_text(json.dumps({"commit": commit, "seed": args.seed, "cases": cases, "rows": rows}, indent=1))
     sys.exit(bool(bad))
 
 

@@ -230,7 +230,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        said = str(e)  # which may hold a prompt of any length
+        print("error:", said if len(said) < 3000 else f"{said[:1500]} [...] {said[-1000:]}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as e:
         print(f"stopped: {e}", file=sys.stderr)

@@ -69,8 +69,10 @@ def compare(models: Sequence[Model], prompt: str, steps: float, seed: float, ima
     """A sheet and its line for each model. Raises ValueError on a prompt or a number outside of what is allowed."""
     if len(prompt) > LONGEST:
         raise ValueError(f"the prompt has {len(prompt)} characters: at most {LONGEST}")
+    if None in (steps, seed, images):
+        raise ValueError("steps, seed and images are numbers: one of them is empty")
     for name, value, most in (("steps", steps, MOST_STEPS), ("images", images, MOST_IMAGES), ("seed", seed + 1, 2**31)):
-        if not (value == int(value) and 1 <= value <= most):
+        if not (math.isfinite(value) and value == int(value) and 1 <= value <= most):
             raise ValueError(f"{name}={value - (name == 'seed'):g}: a whole number from {int(name != 'seed')} to {most}")
     if any(load.in_miniature(m.backbone) for m in models):
         check_prompt(prompt)

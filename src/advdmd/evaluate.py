@@ -1,6 +1,5 @@
 """Evaluating: which suite, which judge, draw, look, score; for students, teachers and any other diffusers pipeline."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from advdmd.evaluation import detector, gallery, report, vqa
 from advdmd.evaluation.benchmark import Benchmark, Perceiver, suite_hash
 from advdmd.evaluation.diversity import diversity
 from advdmd.evaluation.dpg import DPG
-from advdmd.evaluation.generate import Shard, generate, jobs, read_images
+from advdmd.evaluation.generate import DRAW_AGAIN, Shard, generate, jobs, read_images
 from advdmd.evaluation.geneval import GenEval
 from advdmd.evaluation.scoring import assess, perceive
 from advdmd.evaluation.shapes import Checker, Shapes
-from advdmd.files import file_hash, write_text
+from advdmd.files import file_hash, read_object, write_text
 from advdmd.look import painter
 from advdmd.models import load
 from advdmd.models.hub import located
@@ -219,7 +218,7 @@ def taught_by(model: dict[str, Any], name: str, allowed: bool) -> bool:
 def drawn_by(folder: Path) -> dict[str, Any]:
     """The manifest of a folder's images; empty if something else drew them."""
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text()) if manifest.is_file() else {}
+    return read_object(manifest, way_out=DRAW_AGAIN) if manifest.is_file() else {}
 
 
 def _spread(suite: Benchmark, folder: Path) -> dict[str, float]:
@@ -233,8 +232,5 @@ def side_by_side(ours: Path, theirs: Path) -> None:
     """The gallery of our failures with another model's images of the same prompts and seeds beside them."""
     columns = []
     for folder in (ours, theirs):
-        file = folder / "verdicts.jsonl"
-        if not file.is_file():
-            raise ValueError(f"{folder} holds no verdicts.jsonl: score it first")
-        columns.append((folder.name, folder, [json.loads(line) for line in file.read_text().splitlines()]))
+        columns.append((folder.name, folder, report.read_verdicts(folder)))
     write_text(ours / "gallery.html", gallery.page(columns))

@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from advdmd.evaluation import report
 from advdmd.evaluation.diversity import diversity
 from advdmd.evaluation.generate import jobs
 from advdmd.evaluation.shapes import Shapes
-from advdmd.files import write_atomically, write_text
+from advdmd.files import file_hash, read_object, read_tensors, write_atomically, write_text
 from advdmd.look import painter
 from advdmd.models.sampler import Sampling
 from advdmd.recipe import Data, Recipe
 from advdmd.train.learner import Learner
 from advdmd.types import ALONE, Log, Team
 from advdmd.world.scene import TASKS
+
+WORST = "delete both files of it, best.json and best.safetensors: the last average is then exported"
 
 
 def suites(r: Recipe) -> tuple[Shapes, Shapes]:
@@ -54,8 +56,9 @@ def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path,
         found = best(folder)
         if log["exam/strict"] > found["strict"]:
             weights = {k: v.contiguous() for k, v in net.state_dict().items()}
-            write_atomically(folder / "best.safetensors", lambda p: save_file(weights, p))
-            found = {"step": step, "strict": log["exam/strict"]}
+            kept = folder / "best.safetensors"
+            write_atomically(kept, lambda p: save_file(weights, p))
+            found = {"step": step, "strict": log["exam/strict"], "sha256": file_hash(kept)}
         write_text(folder / "best.json", json.dumps(found | {"last": step}))
     return log
 
@@ -91,15 +94,16 @@ def parted(metrics: Sequence[Mapping[str, float]]) -> int | None:
     return None
 
 
-def best(folder: Path) -> dict[str, float]:
+def best(folder: Path) -> dict[str, Any]:
     """Step and score of the best average kept so far, and the step of the last exam; a score below all if none was sat."""
     record = folder / "best.json"
-    return json.loads(record.read_text()) if record.is_file() else {"step": 0, "strict": -1.0, "last": 0}
+    none: dict[str, Any] = {"step": 0, "strict": -1.0, "last": 0}
+    return read_object(record, *none, way_out=WORST) if record.is_file() else none
 
 
 def load_best(folder: Path, net: Any) -> int:
     """Put the best average into a network; returns its step (0: no exam was sat, the network is as it was)."""
-    step = int(best(folder)["step"])
-    if step:
-        net.load_state_dict(load_file(folder / "best.safetensors"))
-    return step
+    found = best(folder)
+    if found["step"]:
+        net.load_state_dict(read_tensors(folder / "best.safetensors", WORST, found.get("sha256")))
+    return int(found["step"])

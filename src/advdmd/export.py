@@ -12,7 +12,7 @@ from torch import nn
 from advdmd.comfyui import workflow
 from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
-from advdmd.models.load import ENCODERS, TARGET_TIME, read_note, save_pipeline
+from advdmd.models.load import ENCODERS, TARGET_TIME, read_index, read_note, save_pipeline
 from advdmd.models.lora import Role
 from advdmd.models.sampler import Sampling
 from advdmd.models.target_time import TargetTime
@@ -84,7 +84,7 @@ def plain(role: Role) -> Any:
 
 def _complete(folder: Path, teacher: Path) -> None:
     """Text encoders that stayed on disk during a run come from the teacher's folder."""
-    index, ours = (json.loads((f / "model_index.json").read_text()) for f in (teacher, folder))
+    index, ours = (read_index(f) for f in (teacher, folder))
     for part, kind in index.items():
         if part in ENCODERS and kind[0] and ours.get(part, [None])[0] is None:
             shutil.copytree(teacher / part, folder / part)

@@ -1,33 +1,67 @@
-"""Files that are whole or not there: temporary name, fsync, rename; and what their bytes hash to."""
+"""Files that are whole or not there: temporary name, fsync, rename; what their bytes hash to; and reading them with a word on
+what is wrong."""
 
+import errno
+import glob
 import hashlib
+import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What the tensor library says of a full disk is an OSError like any other, with the file's name."""
+def told(path: Path) -> Iterator[None]:
+    """Whatever a library says of a full disk is an OSError that names the file."""
     try:
         yield
     except SafetensorError as e:
         raise OSError(f"{path} cannot be written ({e}): make room there and run the same command again") from None
+    except OSError as e:
+        way_out = ": make room there and run the same command again" if e.errno in FULL else ""
+        raise OSError(f"{path} cannot be written ({e.strerror or e}){way_out}") from None
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes of this machine left of their attempts to write `path`."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*"):
+        pid = stale.suffix[1:]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
+            stale.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: a kill or a full disk leaves the old file whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Let `write` fill a temporary file beside `path`, then rename: a kill or a full disk leaves the old file whole.
+
+    Raises OSError that names the file.
+    """
+    _sweep(path)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with _told(path):
+        with told(path):
             write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -36,14 +70,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder beside `path`, then put it in its place; a stop before that leaves the old one whole."""
     making, old = (path.with_name(f".{path.name}.{w}") for w in ("making", "old"))
+    if old.exists() and not path.exists():
+        old.rename(path)  # a stop between the two renames below
     for leftover in (making, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _told(path):
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(making)
-    if path.exists():
-        path.rename(old)
-    making.rename(path)
+        for file in (*making.rglob("*"), making):
+            _sync(file)
+        if path.exists():
+            path.rename(old)
+        making.rename(path)
+        _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -51,9 +90,68 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda p: p.write_text(text))
 
 
+def write_image(path: Path, image: Image.Image) -> None:
+    """As PNG."""
+    write_atomically(path, lambda p: image.save(p, format="PNG"))
+
+
+def _object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Raises ValueError unless the text is a JSON object with these keys."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    if lacking := [k for k in keys if k not in found]:
+        raise ValueError(f"{', '.join(lacking)} missing")
+    return found
+
+
+def read_object(path: Path, *keys: str, way_out: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names file and fault, and the way out, if there is none with `keys`."""
+    try:
+        return _object(path.read_text(), keys)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} is damaged ({e}): {way_out}") from None
+
+
+def read_lines(path: Path, *keys: str, way_out: str) -> list[dict[str, Any]]:
+    """The objects in a file with one on each line; a last line that a kill cut short has no end and is left out. Raises
+    ValueError that names file, line and fault."""
+    found = []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read ({e.strerror}): {way_out}") from None
+    for n, line in enumerate(lines, 1):
+        try:
+            found.append(_object(line.decode(), keys))
+        except ValueError as e:
+            raise ValueError(f"{path}, line {n} is damaged ({e}): {way_out}") from None
+    return found
+
+
+def read_tensors(path: Path, way_out: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """Of a safetensors file. Raises ValueError that names it if it cannot be read, or has not the hash it was recorded with."""
+    from safetensors.torch import load_file
+
+    try:
+        if sha256 is not None and file_hash(path) != sha256:
+            raise ValueError("its sha256 differs from its record")
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ValueError(f"{path} is damaged ({e}): {way_out}") from None
+
+
 def folder_hash(files: Mapping[str, str]) -> str:
     """Of files' names and their hashes."""
     return hashlib.sha256("".join(f"{k} {v}\n" for k, v in sorted(files.items())).encode()).hexdigest()
+
+
+def object_hash(told: Mapping[str, Any]) -> str:
+    """Of what a JSON object says, in whatever order."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

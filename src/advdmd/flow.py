@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 
+MOST = 1000  # steps of a grid: as many times as stock schedulers know
+
+
 def bcast(t: Tensor, x: Tensor) -> Tensor:
     """[N] -> [N, 1, ...] with as many dimensions as x."""
     return t.reshape(-1, *[1] * (x.ndim - 1))
@@ -40,8 +43,8 @@ def shift(t: Tensor, a: float) -> Tensor:
 
 def grid(steps: int, a: float = 1.0) -> Tensor:
     """[steps + 1] times from 1 to 0, shifted; grid(4, 3) = 1, .9, .75, .5, 0. Raises ValueError if steps < 1 or a <= 0."""
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a grid needs at least one step")
+    if not 1 <= steps <= MOST:
+        raise ValueError(f"steps={steps}: a grid needs at least one step, and at most {MOST}")
     if a <= 0:
         raise ValueError(f"shift={a}: the time shift must be positive (SD3 uses 3)")
     return shift(torch.linspace(1, 0, steps + 1, device=torch.get_default_device()), a)
@@ -52,8 +55,8 @@ def twin_grid(steps: int, gap: float) -> Tensor:
 
     Raises ValueError if steps < 1 or gap, the last time before 0, is outside (0, .999).
     """
-    if steps < 1 or not 0 < gap < 0.999:
-        raise ValueError(f"steps={steps}, gap={gap}: at least one step, and a last time before 0 inside (0, .999)")
+    if not 1 <= steps <= MOST or not 0 < gap < 0.999:
+        raise ValueError(f"steps={steps}, gap={gap}: 1 to {MOST} steps, and a last time before 0 inside (0, .999)")
     home = torch.get_default_device()  # said, as a library that patches linspace makes it forget
     return torch.cat([1 - torch.linspace(0.001, 1 - gap, steps, device=home), torch.zeros(1, device=home)])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.exam import parted
+from advdmd.files import read_lines
 from advdmd.recipe import Recipe
 
 Metrics = Sequence[Mapping[str, float]]
@@ -172,10 +173,9 @@ def run_of(folder: Path) -> Path:
 def read(folder: Path) -> Metrics:
     """A run's metrics. Raises ValueError if there are none."""
     path = run_of(folder) / "metrics.jsonl"
-    try:
-        found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder} is not a training run: {e}") from None
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a training run: there is no {path}")
+    found = read_lines(path, "step", way_out="delete that line")
     if not found:
         raise ValueError(f"{path} is empty: let the run go on")
     return found

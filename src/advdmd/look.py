@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from advdmd.evaluation.generate import Painter
+from advdmd.files import write_image
 from advdmd.models.sampler import Sampling, decode, draw_noise, sample, walk
 from advdmd.types import Cond
 
@@ -54,4 +55,4 @@ def watch(backbone: Any, net: torch.nn.Module, how: Sampling, cond: Cond, null: 
     images = to_bytes(torch.cat([decode(backbone, walk(backbone, net, cond[i // 3], null, noise[:, i], how)) for i in parts]))
     (folder / "samples").mkdir(exist_ok=True)
     rows, scale = (images[: n // 2], images[n // 2 : n // 2 * 2]), 3 if images.shape[1] < 128 else 1
-    grid_image(rows, scale).save(folder / "samples" / f"step-{step:06d}.png")
+    write_image(folder / "samples" / f"step-{step:06d}.png", grid_image(rows, scale))

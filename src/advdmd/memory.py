@@ -1,7 +1,6 @@
 """What a recipe takes of a card, by part, from the transformer's configuration alone: nothing is loaded."""
 
 import functools
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.twinflow import TwinFlow
+from advdmd.files import read_object
 from advdmd.models import load, quantize
 from advdmd.models.backbone import ATTENTION
 from advdmd.recipe import Recipe
@@ -48,7 +48,7 @@ def transformer(teacher: str) -> tuple[Any, int]:
         name, config, text = model.transformer, model.config, model.text
     else:
         folder = load.folder_of(teacher)
-        config = json.loads((folder / "transformer/config.json").read_text())
+        config = read_object(folder / "transformer/config.json", "_class_name", way_out="download the teacher again")
         name, text = config["_class_name"], TEXT + load.read_note(folder).get("t5_length", 256)
     if name not in COUNTED:
         raise ValueError(f"{teacher} has a {name}: memory is counted for {' and '.join(COUNTED)} only")

@@ -1,7 +1,6 @@
 """Runs as one HTML page: verdict, recipe, curves, panels with their ranges, samples over time, scores, failures."""
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from advdmd import chart, exam, health
 from advdmd.evaluation import gallery, report
-from advdmd.files import write_text
+from advdmd.files import read_object, write_text
 from advdmd.recipe import Recipe, differences, dump
 from advdmd.recipes import find
 
@@ -205,7 +204,9 @@ def _scores(found: Sequence[Path]) -> str:
             said.append(f"{name} - {names[0]}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
         paired = f"<p>Paired by prompt and noise, strict: {html.escape('; '.join(said))}</p>" if said else ""
         out.append(_part(f"{html.escape(suite)}, {html.escape(split)}", _table(rows) + paired))
-        columns = [(n, p, _verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()]
+        columns = [
+            (n, p, report.read_verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()
+        ]
         if columns:
             shown, told, note = gallery.cards(columns[::-1], FAILURES)
             out.append(f"<details><summary>{told}</summary><p>{note}</p>{shown}</details>")
@@ -217,13 +218,9 @@ def _tables(folders: Sequence[Path]) -> str:
     out = []
     for f in folders:
         if (f / "table.json").is_file():
-            models = json.loads((f / "table.json").read_text())["models"]
+            models = read_object(f / "table.json", "models", way_out="run the main job again")["models"]
             out.append(_part(html.escape(next(iter(models.values()))["suite"]), _table(report.cells(models))))
     return "".join(out)
-
-
-def _verdicts(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
 
 
 def _recipes(runs: Sequence[Run]) -> str:

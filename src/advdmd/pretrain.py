@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from advdmd.files import file_hash, write_folder, write_text
+from advdmd.files import file_hash, read_object, write_folder, write_text
 from advdmd.look import LOOK_PROMPTS, watch
 from advdmd.models import load, mini
 from advdmd.models.sampler import Sampling, said
@@ -37,7 +37,7 @@ def _started(stage: str, origin: str, start: Path | None) -> Path:
     if start is None or not (load.located(start) / file).is_file():
         raise ValueError(way_out)
     source = load.located(start)
-    found = json.loads((source / file).read_text()).get("_class_name")
+    found = read_object(source / file, way_out=way_out).get("_class_name")
     if found != kind:
         raise ValueError(f"{start} holds a {found}, not a {kind}: {way_out}")
     return source
@@ -47,8 +47,8 @@ def _codec(folder: Path) -> Any:
     """The autoencoder of a vae folder, of whichever class it is."""
     import diffusers
 
-    kind = json.loads((folder / "config.json").read_text())["_class_name"]
-    return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True).eval()
+    kind = read_object(folder / "config.json", "_class_name", way_out="make it again")["_class_name"]
+    return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 
 
 def _fresh_codec(plan: pretraining.Stage) -> Any:

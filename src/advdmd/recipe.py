@@ -14,6 +14,8 @@ from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.models.critic import CriticConfig
 from advdmd.train.learner import Optim
 
+MOST_ITERATIONS = 10**6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -73,9 +75,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.guidance < 1:
             raise ValueError(f"guidance={self.guidance}: below 1 it would push away from the prompt; 1 turns it off")
-        for name in ("iterations", "prompts_per_step", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, most in (("iterations", MOST_ITERATIONS), ("prompts_per_step", 2**20), ("threads", 1024)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1 and at most {most:,}")
         for name in ("heads_rate", "trunk_rate", "exits_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a multiple of the fake score's learning rate, above 0")
@@ -145,18 +147,43 @@ class Recipe:
         return sum(sum(self.forwards(i).values()) for i in range(step))
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "="."""
+DEEP = 20  # levels of nesting that a recipe's text may have
+
+
+def read_yaml(text: str) -> Any:
+    """Plain YAML: no tags, anchors or aliases, which a recipe needs none of and which can run wild. Raises ValueError."""
     import yaml
 
+    class Plain(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, *at: Any) -> Any:
+            event: Any = self.peek_event()
+            if event.anchor or getattr(event, "tag", None):
+                raise yaml.YAMLError("a recipe has no tags, anchors or aliases")
+            if self.depth == DEEP:
+                raise yaml.YAMLError(f"nested more than {DEEP} deep")
+            self.depth += 1
+            node = super().compose_node(*at)
+            self.depth -= 1
+            return node
+
+    try:
+        return yaml.load(text, Plain)
+    except (yaml.YAMLError, ValueError, OverflowError) as e:  # dates and numbers that are none are not YAMLErrors
+        raise ValueError(str(e)) from None
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "="."""
     out = {}
     for word in words:
         key, eq, value = word.partition("=")
         if not eq or not key:
             raise ValueError(f"override {word!r}: write key=value, for example algorithm.steps=2")
         try:
-            out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            out[key] = read_yaml(value)
+        except ValueError:
             raise ValueError(f"override {word!r}: {value!r} is not a value (number, text, true, [list])") from None
     return out
 

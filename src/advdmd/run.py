@@ -24,7 +24,7 @@ from advdmd.evaluation import report
 from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.evaluation.shapes import Shapes
 from advdmd.export import export_student
-from advdmd.files import write_text
+from advdmd.files import write_image, write_text
 from advdmd.look import LOOK_PROMPTS, grid_image, painter, watch
 from advdmd.models import load
 from advdmd.models.quantize import library, quantize
@@ -267,7 +267,7 @@ def _compare(models: Sequence[tuple[str, Sampling]], path: Path) -> None:
     for m, how in models:
         backbone, _ = load.load(m)
         rows.append(painter(backbone, backbone.net, how)(prompts, [("compare", k) for k in range(len(prompts))]))
-    grid_image(rows).save(path)
+    write_image(path, grid_image(rows))
 
 
 def paint(model: str, prompts: Sequence[str], folder: Path, how: Sampling | None = None, seed: int = 0) -> list[Path]:
@@ -283,5 +283,5 @@ def paint(model: str, prompts: Sequence[str], folder: Path, how: Sampling | None
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{k:03d}.png" for k in range(len(prompts))]
     for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
+        write_image(path, Image.fromarray(image))
     return paths

@@ -226,6 +226,8 @@ class AdvDMD:
         leader = torch.arange(len(cond)) // self.group * self.group
         e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
         hops, end = pay(cast, path, cond, self.final_levels, e, self.micro)
+        if not (hops.isfinite().all() and end.isfinite().all()):
+            raise FloatingPointError("policy: a reward is not finite")
         gate = losses.gate(cast.auc) if self.gated else torch.ones(K)
         by_step = self.relative(cast, hops) * gate[:-1, None]
         by_end = self.relative(cast, end[None]) * gate[-1]

@@ -141,6 +141,8 @@ class TwinFlow:
         a = torch.where(short, torch.ones_like(t), (t - r) / BACK)
         b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / BACK))  # nothing is left to integrate
         away = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
+        if not away.isfinite().all():  # which clipping would hide
+            raise FloatingPointError("student: a target is not finite")
         return F - away.clamp(-1, 1)
 
     def integrate(self, cast: Twin, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:

@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from advdmd.files import file_hash, write_atomically, write_text
+from advdmd.files import file_hash, read_object, write_atomically, write_text
 from advdmd.types import Cond
 
 SHARD = 64  # prompts in a shard
 OPEN = 64  # shards kept open
 FORMAT = 1
+AGAIN = "encode again into another folder"
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -36,7 +37,7 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
     """Make `folder` the place of this plan, or go on in it. Raises ValueError that says in what another plan differs."""
     path = folder / "plan.json"
     if path.is_file():
-        found = _object(path)
+        found = read_object(path, way_out=AGAIN)
         if found != json.loads(json.dumps(plan)):
             changed = ", ".join(sorted(k for k in {*found, *plan} if found.get(k) != plan.get(k)))
             raise ValueError(f"{folder} is a cache of something else ({changed} differ): choose another --out")
@@ -44,17 +45,6 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} is not empty and no cache: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(plan, indent=1))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ValueError that names it otherwise."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): encode again into another folder") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (no object): encode again into another folder")
-    return found
 
 
 def record(path: Path) -> dict[str, Any] | None:
@@ -78,9 +68,15 @@ def _columns(cond: Cond) -> dict[str, Tensor]:
     return {k: v.cpu().contiguous() for k, v in half.items()}
 
 
+def _finite(path: Path, tensors: dict[str, Tensor], of: str) -> dict[str, Tensor]:
+    if bad := [name for name, v in tensors.items() if not torch.isfinite(v).all()]:
+        raise FloatingPointError(f"{path}: {', '.join(bad)} of {of} are not finite; try --device cpu")
+    return tensors
+
+
 def write_null(folder: Path, cond: Cond) -> None:
-    """The empty prompt's condition [1]."""
-    _write(null_path(folder), _columns(cond))
+    """The empty prompt's condition [1]. Raises FloatingPointError, and writes nothing, if a number of it is not finite."""
+    _write(null_path(folder), _finite(null_path(folder), _columns(cond), "the empty prompt"))
 
 
 def write_shard(folder: Path, k: int, cond: Cond, latents: Sequence[Tensor], content: str = "") -> None:
@@ -91,9 +87,8 @@ def write_shard(folder: Path, k: int, cond: Cond, latents: Sequence[Tensor], con
     counts = [len(z) for z in latents]
     both = torch.cat(list(latents)).bfloat16().cpu().contiguous()
     tensors = _columns(cond) | {"counts": torch.tensor(counts), "latents": both}
-    if bad := [name for name, v in tensors.items() if not torch.isfinite(v).all()]:
-        raise FloatingPointError(f"{shard_path(folder, k)}: {', '.join(bad)} of these prompts are not finite; try --device cpu")
-    _write(shard_path(folder, k), tensors, images=counts, content=content)
+    path = shard_path(folder, k)
+    _write(path, _finite(path, tensors, "these prompts"), images=counts, content=content)
 
 
 def finish(folder: Path, prompts: Sequence[str]) -> bool:
@@ -111,7 +106,7 @@ def finish(folder: Path, prompts: Sequence[str]) -> bool:
 def sizes_of(folder: Path) -> list[str]:
     """The caches that a folder's plan says it holds, one for each size of images; none if it is a cache itself."""
     plan = folder / "plan.json"
-    named = _object(plan).get("sizes") if plan.is_file() else None
+    named = read_object(plan, way_out=AGAIN).get("sizes") if plan.is_file() else None
     if named is not None and not (isinstance(named, list) and named):
         raise ValueError(f"{plan} is damaged (sizes: {named!r}): run advdmd encode again")
     return [str(k) for k in named or ()]
@@ -126,7 +121,7 @@ class Cache:
             unfinished = (folder / "plan.json").is_file()
             why = "is not finished: run advdmd encode again" if unfinished else "is not a cache: make one with advdmd encode"
             raise ValueError(f"data.folder={str(folder)!r} {why}")
-        self.manifest, self.plan = (_object(folder / f) for f in ("manifest.json", "plan.json"))
+        self.manifest, self.plan = (read_object(folder / f, way_out=AGAIN) for f in ("manifest.json", "plan.json"))
         try:
             self.prompts: list[str] = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
             self.resolution, self.teacher = int(self.plan["resolution"]), dict(self.plan["teacher"])
@@ -181,7 +176,7 @@ class Cache:
         try:
             file = safe_open(path, "pt")
             _fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
-            return Cond(**{k: _wide(v) for k, v in load_file(path).items()})
+            return Cond(**{k: _wide(v) for k, v in _finite(path, load_file(path), "the empty prompt").items()})
         except (SafetensorError, ValueError) as e:
             raise ValueError(f"{path} is no condition ({e}): encode again into another folder") from None
 

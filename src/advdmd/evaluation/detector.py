@@ -17,7 +17,7 @@ from torch import Tensor
 from advdmd.evaluation.benchmark import Item, Perception
 from advdmd.evaluation.geneval import COCO, COLORS, THRESHOLD
 from advdmd.evaluation.mask2former import is_genevals
-from advdmd.evaluation.weights import load_strictly, weights_hash
+from advdmd.evaluation.weights import load_strictly, load_tokenizer, weights_hash
 
 LONG, SHORT, MULTIPLE = 1333, 800, 32  # the detector's input: sides to fit into, and what both are padded to a multiple of
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB
@@ -162,11 +162,11 @@ class Detector:
 
 
 def load_colours(folder: Path, device: str = "cpu") -> Colours:
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     return Colours(load_strictly(CLIPModel, folder), tokenizer, processor, device)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from advdmd.evaluation.benchmark import Benchmark, Item
-from advdmd.files import write_atomically, write_text
+from advdmd.files import read_object, write_image, write_text
 
 Shard = tuple[int, int]  # (i, n): process i of n
 Painter = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys) -> [N, H, W, 3] uint8
+DRAW_AGAIN = "delete the folder's manifest.json and images, and draw them again"
 
 
 def image_path(folder: Path, item: Item, k: int) -> Path:
@@ -36,7 +37,7 @@ def generate(
     """
     manifest = folder / "manifest.json"
     record = {"suite": benchmark.name, "seed": seed, **about}
-    if manifest.exists() and (found := json.loads(manifest.read_text())) != record:
+    if manifest.exists() and (found := read_object(manifest, way_out=DRAW_AGAIN)) != record:
         changed = sorted(k for k in {*found, *record} if found.get(k) != record.get(k))
         raise ValueError(f"{folder} holds images of another run ({', '.join(changed)} differ): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def generate(
         for (item, k), image in zip(part, images, strict=True):
             path = image_path(folder, item, k)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda p, image=image: Image.fromarray(image).save(p, format="PNG"))
+            write_image(path, Image.fromarray(image))
 
 
 def read_images(benchmark: Benchmark, folder: Path) -> np.ndarray:

@@ -10,9 +10,10 @@ import numpy as np
 
 from advdmd.evaluation.benchmark import Benchmark, Verdict
 from advdmd.evaluation.generate import jobs
-from advdmd.files import write_text
+from advdmd.files import file_hash, object_hash, read_lines, read_object, write_text
 
 RESAMPLES = 2000
+SCORE_AGAIN = "score again"
 OWN_REWARD = " (its own training reward)"
 Rows = list[dict[str, Any]]  # one per image: item, k, task, loose, strict, reason, ...
 
@@ -96,9 +97,22 @@ def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
     for r in table:
         scores.setdefault(r["task"], {}).setdefault(r["item"], []).append([round(r["loose"], 4), round(r["strict"], 4)])
     write_text(folder / "verdicts.jsonl", "".join(json.dumps(r) + "\n" for r in table))
-    write_text(folder / "table.json", json.dumps(summary, indent=1))
+    hashed = {"verdicts_sha256": file_hash(folder / "verdicts.jsonl")}
+    write_text(folder / "table.json", json.dumps(summary | hashed, indent=1))
     write_text(folder / "table.md", markdown({folder.name: summary}))
-    write_text(folder / "scores.json", json.dumps(summary | {"scores": scores}))
+    kept = summary | {"scores": scores}
+    write_text(folder / "scores.json", json.dumps(kept | {"sha256": object_hash(kept)}))
+
+
+def read_verdicts(folder: Path) -> Rows:
+    """Raises ValueError if there are none, or not those of the table beside them."""
+    file, table = folder / "verdicts.jsonl", folder / "table.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no verdicts.jsonl: score it first")
+    told = read_object(table, way_out=SCORE_AGAIN) if table.is_file() else {}
+    if (wanted := told.get("verdicts_sha256")) and file_hash(file) != wanted:
+        raise ValueError(f"{file} is damaged (its hash differs from table.json): {SCORE_AGAIN}")
+    return read_lines(file, "item", "k", way_out=SCORE_AGAIN)
 
 
 def read_scores(path: Path) -> tuple[dict[str, Any], Rows]:
@@ -106,12 +120,9 @@ def read_scores(path: Path) -> tuple[dict[str, Any], Rows]:
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no scores.json: score it first with advdmd eval")
-    try:
-        summary = json.loads(file.read_text())
-    except ValueError as e:
-        raise ValueError(f"{file} is damaged ({e}): score again") from None
-    if not isinstance(summary, dict) or "scores" not in summary:
-        raise ValueError(f"{file} is not a record of scores: name an evaluation's folder or its scores.json")
+    summary = read_object(file, "scores", way_out=f"name an evaluation's folder or its scores.json, or {SCORE_AGAIN}")
+    if (wanted := summary.pop("sha256", None)) and object_hash(summary) != wanted:
+        raise ValueError(f"{file} is damaged (what it says has another hash): {SCORE_AGAIN}")
     try:
         same = {k: summary[k] for k in ("suite", "suite_hash", "seed")}
         rows = [

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from advdmd.evaluation.benchmark import Benchmark, Dropped, Item, Perceiver, Perception
 from advdmd.evaluation.generate import Shard, image_path, jobs
-from advdmd.files import file_hash
+from advdmd.files import file_hash, object_hash, read_lines, told
 
 Key = tuple[str, int, str]  # item, k, hash of the image file
 
@@ -41,14 +41,11 @@ def read_image(path: Path) -> np.ndarray:
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     """All whole lines; a last one that a kill cut short has no end and is passed over."""
+    way_out = "delete the line, its image is looked at again"
     for path in sorted(folder.glob("perceptions-*.jsonl")):
-        for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                found = None
-            if not isinstance(found, dict) or not {"item", "k", "image", "judge"} <= set(found):
-                raise ValueError(f"{path}, line {n} is damaged: delete the line, its image is looked at again") from None
+        for n, found in enumerate(read_lines(path, "item", "k", "image", "judge", way_out=way_out), 1):
+            if found.pop("sum", None) not in (None, object_hash(found)):
+                raise ValueError(f"{path}, line {n} is damaged (what it says has another hash): {way_out}")
             yield found
 
 
@@ -85,15 +82,17 @@ def perceive(
     if not todo:
         return
     judge.self_test()
-    with _append_to(folder / f"perceptions-{shard[0]}of{shard[1]}.jsonl") as file:
+    path_of_lines = folder / f"perceptions-{shard[0]}of{shard[1]}.jsonl"
+    with _append_to(path_of_lines) as file:
         for i in range(0, len(todo), judge.batch):
             part = todo[i : i + judge.batch]
             seen, error = _look(judge, [x[0] for x in part], [x[2] for x in part])
-            for (item, k, _, image), found in zip(part, seen, strict=True):
-                line = {"item": item.id, "k": k, "image": image, "judge": judge.fingerprint, **found}
-                file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            with told(path_of_lines):
+                for (item, k, _, image), found in zip(part, seen, strict=True):
+                    line = {"item": item.id, "k": k, "image": image, "judge": judge.fingerprint, **found}
+                    file.write(json.dumps(line | {"sum": object_hash(line)}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
             if error and not tolerant:
                 path = next(p for (_, _, p, _), s in zip(part, seen, strict=True) if "error" in s)
                 raise ValueError(f"{path}: {judge.name}: {error}; what was seen before is kept")

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from advdmd.evaluation.benchmark import Item, Perception
-from advdmd.evaluation.weights import load_strictly, weights_hash
+from advdmd.evaluation.weights import load_strictly, load_tokenizer, weights_hash
 
 ASK = "{q} Answer with yes or no only."
 IMAGE = "<|image_pad|>"
@@ -147,11 +147,11 @@ class QwenVL:
 
 def qwen_vl(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Asker:
     """A Qwen3-VL folder in transformers' format as the judge."""
-    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     model = load_strictly(Qwen3VLForConditionalGeneration, folder, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     judge = QwenVL(model, tokenizer, images, device)
     return Asker(folder.resolve().name.lower(), _mark("qwen-vl", weights_hash(folder), ASK), judge)

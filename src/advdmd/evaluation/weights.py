@@ -42,6 +42,16 @@ def fresh(out: Path) -> None:
         raise ValueError(f"{out} is not empty: choose another --out")
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """From a local folder, without running code of its own. Raises ValueError if that is not possible."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} holds no tokenizer that can be loaded: {e}") from None
+
+
 def load_strictly(kind: Any, folder: Path, **more: Any) -> Any:
     """A transformers model from a local folder; missing, left-over or misshapen weights are errors (ValueError)."""
     weights_hash(folder)  # says what is wrong before transformers does

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from advdmd.files import file_hash
+from advdmd.files import file_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone
 from advdmd.models.qwen_image import QwenImage
@@ -25,6 +24,8 @@ SHIPPED = ("mini-sd3", "mini-sd35", "mini-qwen")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
+HASH = "transformer_sha256"  # in a note: of the files it was written for
+AGAIN = "export or download it again"
 NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
 
 
@@ -55,7 +56,12 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    return json.loads((path / NOTE).read_text()) if (path / NOTE).is_file() else {}
+    return read_object(path / NOTE, way_out=AGAIN) if (path / NOTE).is_file() else {}
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What a diffusers folder says it is made of."""
+    return read_object(path / "model_index.json", "_class_name", way_out=AGAIN)
 
 
 def quiet() -> None:
@@ -79,9 +85,7 @@ def load_pipeline(
     import diffusers
 
     quiet()
-    index = json.loads((path / "model_index.json").read_text())
-    if not isinstance(index, dict):
-        raise ValueError(f"{path / 'model_index.json'} is not a pipeline's index")
+    index = read_index(path)
     known = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
     if index.get("_class_name") not in known:
         raise ValueError(f"{path} holds a {index.get('_class_name')}: {', '.join(known)} are supported")
@@ -91,7 +95,9 @@ def load_pipeline(
         absent |= {k: None for k in TEXT_ENCODERS if k in index}
     dtypes = {"transformer": dtype, "default": torch.float32} | {k: text for k in TEXT_ENCODERS if k in index}
     try:
-        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(path, local_files_only=True, dtype=dtypes, **absent)
+        pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=dtypes, **absent
+        )
     except Exception as e:  # whatever a broken folder makes the library raise
         raise ValueError(f"{path} cannot be loaded as a pipeline: {e}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -106,7 +112,7 @@ def save_pipeline(pipe: Any, path: Path, note: dict[str, Any]) -> None:
         if "_name_or_path" in config:
             del config["_name_or_path"]
             file.write_text(json.dumps(config, indent=2) + "\n")
-    (path / NOTE).write_text(json.dumps(note, indent=1))
+    (path / NOTE).write_text(json.dumps(note | {HASH: file_hash(path / "transformer")}, indent=1))
 
 
 def sampling_of(path: Path) -> Sampling:
@@ -136,10 +142,14 @@ def load(
 ) -> tuple[Backbone, Sampling]:
     """Backbone and its own way of sampling, at another side in pixels if told; the rest as in `load_pipeline`.
 
-    Raises ValueError if the autoencoder or the transformer cannot do that side.
+    Raises ValueError if the autoencoder or the transformer cannot do that side, or if the transformer's files are not those
+    that its note was written for.
     """
     path = folder_of(name)
-    pipe, note = load_pipeline(path, encoders, dtype, text), read_note(path)
+    note = read_note(path)
+    if HASH in note and file_hash(path / "transformer") != note[HASH]:
+        raise ValueError(f"{path / 'transformer'} is damaged (its hash differs from {NOTE}): {AGAIN}")
+    pipe = load_pipeline(path, encoders, dtype, text)
     if resolution is not None:
         scale = pipe.vae_scale_factor
         if resolution < 1 or resolution % scale:
@@ -147,7 +157,7 @@ def load(
         note = note | {"side": resolution // scale}
     backbone = as_backbone(pipe, note)
     if (path / TARGET_TIME).is_file():
-        attach(backbone.net, load_file(path / TARGET_TIME)["standing"], backbone.time_scale)
+        attach(backbone.net, read_tensors(path / TARGET_TIME, AGAIN)["standing"], backbone.time_scale)
     backbone.net.requires_grad_(False).eval()
     own = sampling_of(path)
     if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in note:
@@ -179,7 +189,7 @@ def is_miniature(name: str) -> bool:
 def identity(path: Path, parts: Sequence[str] = ENCODERS) -> dict[str, Any]:
     """What decides how a pipeline encodes text and images: its family, lengths, and the hash of every encoder's files; or of
     other `parts`."""
-    index, note = json.loads((path / "model_index.json").read_text()), read_note(path)
+    index, note = read_index(path), read_note(path)
     found: dict[str, Any] = {"family": index["_class_name"], "t5_length": note.get("t5_length", 256)}
     for part in parts:
         if index.get(part, [None])[0] and any((path / part).glob("*")):

@@ -1,7 +1,6 @@
 """Any diffusers text-to-image pipeline through its own call: what evaluation draws with when a model is not the miniature's."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from advdmd.models.load import quiet, read_note
+from advdmd.models.load import quiet, read_index, read_note
 from advdmd.rng import generator
 
 GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")  # as pipelines call it; Qwen-Image's guidance is the former
@@ -53,8 +52,7 @@ class StockSampling:
 
 def _absent(folder: Path) -> dict[str, None]:
     """Parts that a pipeline was saved without, which it must be told again when it is loaded (SD3 without T5)."""
-    index = folder / "model_index.json"
-    parts = json.loads(index.read_text()) if index.is_file() else {}
+    parts = read_index(folder) if (folder / "model_index.json").is_file() else {}
     return {k: None for k, v in parts.items() if isinstance(v, list) and v and v[0] is None}
 
 
@@ -69,6 +67,9 @@ class Stock:
         quiet()
         folder = Path(model)
         note = read_note(folder) if folder.is_dir() else {}
+        if not folder.is_dir():
+            model, _, named = model.partition("@")
+            revision = revision or named or None
         try:
             self.pipe: Any = DiffusionPipeline.from_pretrained(
                 model,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from advdmd.recipe import Recipe, flatten, override, parse_overrides
+from advdmd.recipe import MOST_ITERATIONS, Recipe, flatten, override, parse_overrides, read_yaml
 from advdmd.recipes import mini, real
 
 
@@ -20,19 +20,17 @@ def named(name: str, iterations: Any = None) -> Recipe:
         near = difflib.get_close_matches(name, known(), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"recipe {name!r} is unknown.{hint} There are: {', '.join(known())}")
-    fits = isinstance(iterations, int) and not isinstance(iterations, bool) and iterations >= 1
+    fits = isinstance(iterations, int) and not isinstance(iterations, bool) and 1 <= iterations <= MOST_ITERATIONS
     return known()[name](iterations=iterations) if fits else known()[name]()  # what does not fit, `override` refuses
 
 
 def resolve(source: str, words: Sequence[str] = ()) -> tuple[str, Recipe]:
     """A recipe's name, or a YAML file with `recipe: NAME` and changes, then dotted overrides -> (name, recipe)."""
-    import yaml
-
     changes: dict[str, Any] = {}
     if source.endswith((".yaml", ".yml")):
         try:
-            tree = yaml.safe_load(Path(source).read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+            tree = read_yaml(Path(source).read_text())
+        except (OSError, ValueError) as e:
             raise ValueError(f"recipe file {source}: {e}") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("recipe"), str):
             raise ValueError(f"recipe file {source}: needs a line 'recipe: NAME' with one of {', '.join(known())}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from advdmd.files import write_text
+from advdmd.files import read_lines, told, write_text
 from advdmd.train.track import open_tracker
 from advdmd.types import Log
 
@@ -60,9 +60,8 @@ class Book:
         self.trackers = [open_tracker(kind, folder, label, start) for kind in track]
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            keep = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-            write_text(self.path, "".join(line + "\n" for line in keep))
+            lines = read_lines(self.path, "step", way_out="delete that line")
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < start))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - held open for the run
         self.progress = Progress(label, steps, start)
         self.stride, self.last = max(1, -(-steps // LINES)), steps - 1
@@ -74,7 +73,8 @@ class Book:
             or step == self.last
             or any(key.startswith("exam/") for key in log)
         ):
-            self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
+            with told(self.path):
+                self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
         for tracker in self.trackers:
             tracker.write(step, log)
         self.progress(step + 1, " ".join(f"{k} {log[k]:.4g}" for k in self.show if k in log))

@@ -83,10 +83,10 @@ def run(
     book = Book(folder, label, steps, start, show, track) if not team.rank else None
     with _terminating() as terminated, closing(book) if book else nullcontext():
         for step in range(start, steps):
-            batch, samples = deal(step)
-            if meter:
-                meter.start(step)
             try:
+                batch, samples = deal(step)
+                if meter:
+                    meter.start(step)
                 log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples, team))
             except FloatingPointError as e:
                 raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None

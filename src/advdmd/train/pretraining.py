@@ -100,7 +100,7 @@ def train_autoencoder(stage: Stage, folder: Path, vae: Any) -> Any:
     vae.load_state_dict(learner.averaged())
     vae.cpu().eval()
     _measure_latents(vae, images(torch.arange(min(2048, stage.pool), device="cpu")), video)
-    vae.save_pretrained(folder / "vae")
+    write_folder(folder / "vae", vae.save_pretrained)
     return vae
 
 

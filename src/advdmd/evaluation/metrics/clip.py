@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from advdmd.evaluation.weights import fresh, load_strictly, tensors_of, weights_hash
+from advdmd.evaluation.weights import fresh, load_strictly, load_tokenizer, tensors_of, weights_hash
 from advdmd.files import write_folder
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -80,9 +80,9 @@ class ClipScorer:
 
 
 def _loaded(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
-    return load_strictly(CLIPModel, folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_strictly(CLIPModel, folder), load_tokenizer(folder)
 
 
 def clip_score(folder: Path, device: str = "cpu") -> ClipScorer:
@@ -156,12 +156,12 @@ def convert_hps(checkpoint: Path, base: Path, out: Path) -> Path:
     `base`: folder of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which lends its config and tokenizer. Raises ValueError if `out` is
     not empty, the file is no such checkpoint, or it does not fit the config.
     """
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import CLIPConfig, CLIPModel
 
     fresh(out)
     state = from_open_clip(tensors_of(checkpoint))
     try:
-        config, tokenizer = (c.from_pretrained(base, local_files_only=True) for c in (CLIPConfig, AutoTokenizer))
+        config, tokenizer = CLIPConfig.from_pretrained(base, local_files_only=True), load_tokenizer(base)
     except (OSError, ValueError) as e:
         raise ValueError(f"{base} is no CLIP's folder: {e}") from None
     model = CLIPModel(config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd.evaluation.metrics.clip import cropped
-from advdmd.evaluation.weights import tensors_of
+from advdmd.evaluation.weights import load_tokenizer, tensors_of
 from advdmd.files import file_hash
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw rating over the authors' validation set
@@ -111,11 +111,9 @@ class ImageReward:
 
 def image_reward(folder: Path, device: str = "cpu", settings: tuple[Any, Any] | None = None) -> ImageReward:
     """From a folder with ImageReward.pt (only its tensors are read) and the tokenizer of bert-base-uncased."""
-    from transformers import AutoTokenizer
-
     file = folder / "ImageReward.pt"
     net = Network(*(settings or published()))
     missing, extra = net.load_state_dict(converted(tensors_of(file)), strict=False)
     if missing or extra:
         raise ValueError(f"{file} does not fit: {missing[:2]} missing, {extra[:2]} left over")
-    return ImageReward(net, AutoTokenizer.from_pretrained(folder, local_files_only=True), file_hash(file)[:16], device)
+    return ImageReward(net, load_tokenizer(folder), file_hash(file)[:16], device)

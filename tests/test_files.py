@@ -1,0 +1,117 @@
+"""Files that are whole or not there, and what is said of those that are damaged."""
+
+import json
+import os
+import platform
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from advdmd.files import (
+    file_hash,
+    object_hash,
+    read_lines,
+    read_object,
+    read_tensors,
+    write_atomically,
+    write_folder,
+    write_text,
+)
+
+
+def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+
+    def broken(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"a\.txt cannot be written \(No space left on device\): make room"):
+        write_atomically(tmp_path / "a.txt", broken)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+    with pytest.raises(OSError, match=r"nowhere/a\.txt cannot be written \(No such file or directory\)$"):
+        write_text(tmp_path / "nowhere/a.txt", "new")
+
+
+def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path):
+    dead, living = (tmp_path / f".a.txt.{platform.node()}.{pid}" for pid in (2**22 + 1, os.getppid()))
+    elsewhere = tmp_path / ".a.txt.another-machine.4194305"
+    for f in (dead, living, elsewhere):
+        f.write_text("half")
+    write_text(tmp_path / "a.txt", "whole")
+    assert {f.name for f in tmp_path.iterdir()} == {"a.txt", living.name, elsewhere.name}
+
+
+def test_a_folder_is_replaced_whole_wherever_a_stop_falls(tmp_path):
+    place, said = tmp_path / "student", {"n": "1"}
+
+    def write(folder):
+        (folder / "part").mkdir(parents=True)
+        (folder / "part/weights").write_text(said["n"])
+
+    write_folder(place, write)
+    said["n"] = "2"
+    write_folder(place, write)
+    assert (place / "part/weights").read_text() == "2"
+    place.rename(tmp_path / ".student.old")  # as between the two renames
+
+    def stopped(folder):
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(place, stopped)
+    assert (place / "part/weights").read_text() == "2"
+    said["n"] = "3"
+    write_folder(place, write)
+    assert [f.name for f in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "not an object"),
+        ('{"step": 1', "Expecting"),
+        ("", "Expecting value"),
+        ('{"stop": 1}', "step missing"),
+        ("[" * 100_000, "nested too deep"),
+        ("\udcff", "decode"),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_fault_and_the_way_out(tmp_path, text, said):
+    file = tmp_path / "record.json"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=f"record.json is damaged .*{re.escape(said)}.*: do something"):
+        read_object(file, "step", way_out="do something")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(b'{"step": 0}\n' + file.read_bytes() + b'\n{"st')
+    with pytest.raises(ValueError, match=f"lines.jsonl, line 2 is damaged .*{re.escape(said)}.*: do something"):
+        read_lines(lines, "step", way_out="do something")
+
+
+def test_a_last_line_without_an_end_is_no_damage(tmp_path):
+    (tmp_path / "a").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert [x["step"] for x in read_lines(tmp_path / "a", "step", way_out="")] == [0, 1]
+
+
+def test_tensors_are_those_that_were_recorded(tmp_path):
+    file = tmp_path / "best.safetensors"
+    save_file({"a": torch.arange(100.0)}, file)
+    wanted = file_hash(file)
+    assert torch.equal(read_tensors(file, "", wanted)["a"], torch.arange(100.0))
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert read_tensors(file, "")["a"][-1] != 99, "a flipped bit is a number too"
+    with pytest.raises(ValueError, match=r"best\.safetensors is damaged \(its sha256 differs from its record\): make it again"):
+        read_tensors(file, "make it again", wanted)
+    for damaged in (good[:50], b"", b"\xff" * 16):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"best\.safetensors is damaged .*: make it again"):
+            read_tensors(file, "make it again")
+
+
+def test_an_objects_hash_is_of_what_it_says():
+    assert object_hash({"a": 1, "b": [2.5]}) == object_hash(json.loads('{"b": [2.5], "a": 1}')) != object_hash({"a": 1})
