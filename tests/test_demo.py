@@ -1,5 +1,6 @@
 """The compare page: what it draws and says, what it refuses, and how it looks to a browser."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -60,11 +61,26 @@ def test_the_verdict_is_the_checkers():
         ((PROMPT, 51, 0, 1), "steps=51: a whole number from 1 to 50"),
         ((PROMPT, 4, -1, 1), "seed=-1: a whole number from 0"),
         ((PROMPT, 4, 0, 17), "images=17: a whole number from 1 to 16"),
+        ((PROMPT, 4, None, 1), "one of them is empty"),
+        ((PROMPT, 4, float("inf"), 1), "seed=inf: a whole number"),
     ],
 )  # fmt: skip
 def test_what_is_outside_of_the_limits_is_refused(models, asked, said):
     with pytest.raises(ValueError, match=said):
         demo.compare([demo.Model.read(models[1])], *asked)
+
+
+def test_only_this_machine_is_served_and_only_so_many_wait(models):
+    pytest.importorskip("gradio")
+    script = """
+import json, sys, gradio
+from advdmd import demo
+def launch(b, **how): print(json.dumps([how["server_name"], how["server_port"], how["share"], b._queue.max_size]))
+gradio.Blocks.launch = launch
+demo.serve([sys.argv[1]], 7777, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", script, models[1]], capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["127.0.0.1", 7777, False, demo.QUEUE], done.stderr
 
 
 def test_a_browser_sees_pictures_change_and_nothing_is_asked_of_others(models, tmp_path):

@@ -6,7 +6,6 @@ Everywhere below x, x0, e, v are [N, ...] and t, s, u are [N] in [0, 1].
 import torch
 from torch import Tensor
 
-
 MOST = 1000  # steps of a grid: as many times as stock schedulers know
 
 

@@ -210,7 +210,7 @@ def test_results_are_written_and_read_back(tmp_path):
     assert "| **overall** | 0.500" in (tmp_path / "table.md").read_text()
     with pytest.raises(ValueError, match=r"no scores\.json"):
         report.read_scores(tmp_path / "none")
-    with pytest.raises(ValueError, match="not a record of scores"):
+    with pytest.raises(ValueError, match="scores missing"):
         report.read_scores(tmp_path / "table.json")
 
 

@@ -5,7 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from advdmd import evaluate
 from advdmd.evaluation import vqa
@@ -13,6 +15,9 @@ from advdmd.evaluation.benchmark import suite_hash
 from advdmd.evaluation.dpg import DPG
 from advdmd.evaluation.generate import image_path, jobs
 from advdmd.evaluation.geneval import GenEval
+from advdmd.evaluation.weights import load_tokenizer
+from advdmd.models import load
+from advdmd.models.hub import located
 from advdmd.models.stock import Stock, StockSampling
 from tests.evaluation import tiny
 from tests.test_product import cli
@@ -39,6 +44,50 @@ def test_settings_become_the_pipelines_own_arguments(foreign):
     assert np.array_equal(stock.paint(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
     with pytest.raises(ValueError, match="steps=0"):
         StockSampling(steps=0)
+
+
+def test_a_name_may_pin_a_revision(monkeypatch):
+    import diffusers
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(model, revision=None, **how):
+        asked.append((model, revision))
+        raise OSError("no network here")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for name, revision in (("owner/name@v1", None), ("owner/name", "v2"), ("owner/name", None)):
+        with pytest.raises(ValueError, match="no network here"):
+            Stock(name, StockSampling(), revision)
+    for name in ("owner/name@v1", "owner/name"):
+        with pytest.raises(ValueError, match="no network here"):
+            located(name)
+    assert [revision for _, revision in asked] == ["v1", "v2", None, "v1", None]
+    assert {model for model, _ in asked} == {"owner/name"}
+
+
+def test_pickled_weights_are_not_loaded(foreign, tmp_path):
+    """A folder whose transformer is a .bin: refused by what evaluates and by what trains, although it holds tensors alone."""
+    shutil.copytree(foreign, tmp_path / "pipe")
+    file = tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    for read in (lambda: Stock(str(tmp_path / "pipe"), StockSampling()), lambda: load.load_pipeline(tmp_path / "pipe")):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            read()
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "strange"}')
+    told = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="holds no tokenizer that can be loaded"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_pipeline_is_refused_at_once(tmp_path):

@@ -54,8 +54,8 @@ def poison(monkeypatch, where, bad, calls):
     [
         ("track_student", 11, r"step \d, fake/main: loss"),
         ("match_teacher", 3, r"step \d, student/match: loss"),
-        ("pay", 2, r"step \d, student/policy: loss nan"),
-        ("pay:1", 2, r"step \d, student/policy: loss nan"),  # the final image's reward
+        ("pay", 2, r"step \d, policy: a reward is not finite"),
+        ("pay:1", 2, r"step \d, policy: a reward is not finite"),  # the final image's
     ],
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
@@ -94,6 +94,9 @@ def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_
     with pytest.raises(FloatingPointError, match="latents of these prompts are not finite"):
         cache.write_shard(tmp_path, 0, good, [latents[0], latents[1] / 0])
     assert not list(tmp_path.iterdir())
+    with pytest.raises(FloatingPointError, match=r"null.safetensors: pooled of the empty prompt are not finite"):
+        cache.write_null(tmp_path, Cond(good.embeds[:1], pooled=good.pooled[:1] / 0))
+    assert not list(tmp_path.iterdir())
     cache.write_null(tmp_path, good[:1])
     cache.write_shard(tmp_path, 0, good, latents)
     tensors = load_file(cache.shard_path(tmp_path, 0))
@@ -105,6 +108,18 @@ def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_
     assert kept.real(0, 0).isfinite().all()
     with pytest.raises(FloatingPointError, match=r"shard-000000.safetensors: what is kept of prompt 1 \('a square'\)"):
         kept.real(1, 0)
+    cache._write(cache.null_path(tmp_path), {"embeds": torch.full((1, 3, 4), float("nan")).bfloat16()})
+    with pytest.raises(FloatingPointError, match=r"null.safetensors: embeds of the empty prompt are not finite"):
+        _ = cache.Cache(tmp_path).null
+
+
+def test_what_clipping_would_hide_of_twinflows_target_stops_the_run(tiny_folder, tmp_path, monkeypatch):
+    from advdmd.algorithms import twinflow
+
+    poison(monkeypatch, (twinflow.TwinFlow, "integrate"), float("inf"), 3)
+    words = [w for w in WORDS if "warmup" not in w and "ramp" not in w and "gated" not in w]
+    with pytest.raises(FloatingPointError, match=r"step 2, student: a target is not finite"):
+        run.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
 
 
 def test_a_file_that_grows_too_large_ends_the_run_with_one_line(tiny_folder, tmp_path):
