@@ -265,10 +265,14 @@ def reliability() -> None:
         keys = ("fine", "refused", "slow", "finding")
         rows = [[kind, *(r.get(k, 0) for k in keys)] for kind, r in told["rows"].items()]
         lines = grid("what | results | clear errors | slow | findings", rows)
-        said = (
-            f"{told['cases']:,} cases, seed {told['seed']}; of prompts and records the harness takes clear errors for results."
-        )
+        said = f"{told['cases']:,} cases, seed {told['seed']}, at commit {told['commit']}."
         between(page, ("<!-- fuzz -->", "<!-- /fuzz -->"), "\n".join([*lines, "", said]))
+    if (file := RESULTS / "wheel.json").is_file():
+        told = json.loads(file.read_text())
+        others = ", ".join(told["other_than_pinned"]) or "none"
+        said = f"At commit {told['commit']}: {told['wheel']}, {told['megabytes']} MB; of {told['packages']} packages"
+        said += f" {others} had another version than its pin; {', '.join(told['ran'])} ran."
+        between(page, ("<!-- wheel -->", "<!-- /wheel -->"), said)
     if (file := RESULTS / "long.json").is_file():
         told = json.loads(file.read_text())
         names = {"resident_mb": "resident memory, MB", "open_files": "open files", "eta": "η"}
