@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What each part of AdvDMD is worth: the main job's recipe on mini-sd35 with one thing changed, at equal forwards; a change that
 # costs less runs longer, its schedule stretched with it. DMD and DMD2 are in the claims.
+# The results kept are of the recipe before, whose policy turns began after two thirds: move them away to begin anew.
 # Resumable: what results/ablations has is not done again. SEEDS, ONLY (names), ITERATIONS (of the recipe) and BIN may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
