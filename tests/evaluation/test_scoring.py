@@ -149,7 +149,12 @@ def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
     a = evaluate.score(SUITE, drawn, Checker())
     with pytest.raises(ValueError, match="different judges"):
         report.markdown({"a": a, "b": a | {"judge": "another"}})
-    (tmp_path / "b.json").write_text(json.dumps(json.loads((drawn / "scores.json").read_text()) | {"judge_hash": "other"}))
+    other = json.loads((drawn / "scores.json").read_text()) | {"judge_hash": "other"}
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="b.json is damaged .what it says has another hash"):
+        report.compare([drawn], [tmp_path / "b.json"])
+    del other["sha256"]
+    (tmp_path / "b.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different judges"):
         report.compare([drawn], [tmp_path / "b.json"])
 
