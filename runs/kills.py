@@ -1,8 +1,9 @@
-"""Kills training, encoding, drawing and scoring, and export at random moments, lets the same call go on, and compares.
+"""Kills training, encoding, drawing, scoring and export at random moments, lets the same call go on, and compares.
 
     python runs/kills.py [--kills 100] [--seed 0] [--ranks 1] [--out results/kills.json]
 
-One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed. Two ranks, of
+One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed, and no hidden file may be
+left behind. Exports replace an older one, scoring begins with the images. Two ranks, of
 which one is killed: weights must agree within 2e-4 with those of one process that nobody killed. The work is tiny and its
 classes real.
 """
@@ -15,6 +16,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +31,8 @@ from advdmd import run
 from advdmd.data.cache import SHARD
 from advdmd.data.shapes import make_pool
 from advdmd.encode import encode
-from advdmd.evaluate import evaluate
-from advdmd.evaluation.shapes import Shapes
+from advdmd.evaluate import draw, score
+from advdmd.evaluation.shapes import Checker, Shapes
 from advdmd.models import mini
 from advdmd.recipes.find import resolve
 from advdmd.world.caption import VOCABULARY
@@ -102,16 +104,26 @@ def finished(work: Callable[[], object], log: Path) -> float:
     return time.monotonic() - began
 
 
-def trial(name: str, make: Callable[[Path], Callable[[], object]], kills: int, rng: random.Random, base: Path) -> dict:
-    """`kills` kills of one verb, up to three in a row on one folder, then it may finish."""
+def trial(
+    name: str,
+    make: Callable[[Path], Callable[[], object]],
+    kills: int,
+    rng: random.Random,
+    base: Path,
+    before: Callable[[Path], object],
+) -> dict:
+    """`kills` kills of one verb, up to three in a row on one folder, which `before` makes ready, then it may finish."""
     log = base / f"{name}.log"
     whole = base / f"{name}-whole" / "out"  # all results have the same name, which some files say
+    before(whole)
     finished(make(whole), log)  # also warms the caches of the file system
     shutil.rmtree(whole)
+    before(whole)
     took = finished(make(whole), log)
-    wanted, done, early, rounds, different = digest(whole), 0, 0, 0, []
+    wanted, done, early, rounds, different, left = digest(whole), 0, 0, 0, [], 0
     while done < kills:
         folder = base / f"{name}-{rounds}" / "out"
+        before(folder)
         for _ in range(min(rng.randint(1, 3), kills - done)):
             pid = child(make(folder), log)
             time.sleep(rng.uniform(0.02, 1.05) * took)
@@ -122,9 +134,13 @@ def trial(name: str, make: Callable[[Path], Callable[[], object]], kills: int, r
         finished(make(folder), log)
         found = digest(folder)
         different += [f"{rounds}: {k}" for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]
+        left += sum(p.name.startswith(".") for p in (*folder.parent.iterdir(), *folder.rglob("*")))
         rounds += 1
         shutil.rmtree(folder)
-        print(f"{name}: {done} kills ({early} came too late), {rounds} results, {len(different)} files differ", flush=True)
+        print(
+            f"{name}: {done} kills ({early} came too late), {rounds} results, {len(different)} files differ, {left} left",
+            flush=True,
+        )
     return {
         "verb": name,
         "kills": done,
@@ -132,6 +148,7 @@ def trial(name: str, make: Callable[[Path], Callable[[], object]], kills: int, r
         "results": rounds,
         "files each": len(wanted),
         "different": different,
+        "left behind": left,
     }
 
 
@@ -140,14 +157,19 @@ def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
     trained = base / "trained"
     finished(lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), trained), base / "first.log")
     suite = Shapes("mini-geneval", images_per_task=32)
+    drawn = base / "drawn" / "out"
+    finished(lambda: draw(str(model), suite, drawn), base / "first.log")
     verbs = {
         "train": lambda out: lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out),
         "encode": lambda out: lambda: encode(images, str(model), out, batch=2),
-        "eval": lambda out: lambda: evaluate(str(model), suite, out),
+        "draw": lambda out: lambda: draw(str(model), suite, out, batch=16),
+        "score": lambda out: lambda: score(suite, out, Checker()),
         "export": lambda out: lambda: run.export_run(trained, out, overwrite=True),
     }
-    shares = {"train": 0.4, "encode": 0.2, "eval": 0.2, "export": 0.2}
-    return [trial(name, make, round(shares[name] * kills), rng, base) for name, make in verbs.items()]
+    shares = {"train": 0.3, "encode": 0.2, "draw": 0.2, "score": 0.1, "export": 0.2}
+    ready = {"score": lambda out: shutil.copytree(drawn, out), "export": lambda out: run.export_run(trained, out)}
+    nothing = lambda _: None  # noqa: E731
+    return [trial(v, make, round(shares[v] * kills), rng, base, ready.get(v, nothing)) for v, make in verbs.items()]
 
 
 def together(work: Callable[[], object], ranks: int, log: Path) -> list[int]:
@@ -227,8 +249,9 @@ def main() -> None:
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1))
-    sys.exit(any(r.get("different") or r.get("largest difference", 0) > 2e-4 for r in rows))
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        args.out.write_text(json.dumps({"commit": commit, "seed": args.seed, "rows": rows}, indent=1))
+    sys.exit(any(r.get("different") or r.get("left behind") or r.get("largest difference", 0) > 2e-4 for r in rows))
 
 
 if __name__ == "__main__":

@@ -240,9 +240,9 @@ def reliability() -> None:
     if (file := RESULTS / "kills.json").is_file():
         told = json.loads(file.read_text())
         keys = ("verb", "kills", "too late", "results", "files each")
-        rows = [[*(r[k] for k in keys), len(r["different"])] for r in told["rows"]]
-        lines = grid("verb | kills in time | too late | results compared | files each | files that differ", rows)
-        said = f"Seed {told['seed']}."
+        rows = [[*(r[k] for k in keys), len(r["different"]), r["left behind"]] for r in told["rows"]]
+        lines = grid("verb | kills in time | too late | results compared | files each | differ | left behind", rows)
+        said = f"Seed {told['seed']}, at commit {told['commit']}."
         if (ranks := RESULTS / "kills-2-ranks.json").is_file():
             (r,) = json.loads(ranks.read_text())["rows"]
             said += (
