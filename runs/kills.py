@@ -2,8 +2,8 @@
 
     python runs/kills.py [--kills 100] [--seed 0] [--ranks 1] [--out results/kills.json]
 
-One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed, and no hidden file may be
-left behind. Exports replace an older one, scoring begins with the images. Two ranks, of
+One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed, and no hidden file may
+be left behind. Exports replace an older one, scoring begins with the images. Two ranks, of
 which one is killed: weights must agree within 2e-4 with those of one process that nobody killed. The work is tiny and its
 classes real.
 """
