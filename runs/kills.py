@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from advdmd import run
+from advdmd import files, run
 from advdmd.data.cache import SHARD
 from advdmd.data.shapes import make_pool
 from advdmd.encode import encode
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    files.STALE = 0  # whatever is left behind counts
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as base:
         rows = (

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,17 +33,23 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path):
         write_atomically(tmp_path / "a.txt", broken)
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+    with pytest.raises(FileNotFoundError, match=r"'/absent/b'"):  # of another file what was said stays
+        write_atomically(tmp_path / "a.txt", lambda _: Path("/absent/b").read_text())
     with pytest.raises(OSError, match=r"nowhere/a\.txt cannot be written \(No such file or directory\)$"):
         write_text(tmp_path / "nowhere/a.txt", "new")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes cannot be asked for here")
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path):
     dead, living = (tmp_path / f".a.txt.{platform.node()}.{pid}" for pid in (2**22 + 1, os.getppid()))
     elsewhere = tmp_path / ".a.txt.another-machine.4194305"
-    for f in (dead, living, elsewhere):
+    young = tmp_path / f".a.txt.{platform.node()}.{2**22 + 2}"
+    for f in (dead, living, elsewhere, young):
         f.write_text("half")
+        if f != young:
+            os.utime(f, (0, 0))
     write_text(tmp_path / "a.txt", "whole")
-    assert {f.name for f in tmp_path.iterdir()} == {"a.txt", living.name, elsewhere.name}
+    assert {f.name for f in tmp_path.iterdir()} == {"a.txt", living.name, elsewhere.name, young.name}
 
 
 def test_a_folder_is_replaced_whole_wherever_a_stop_falls(tmp_path):
@@ -64,6 +71,7 @@ def test_a_folder_is_replaced_whole_wherever_a_stop_falls(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_folder(place, stopped)
+    assert [f.name for f in tmp_path.iterdir()] == ["student"]
     assert (place / "part/weights").read_text() == "2"
     said["n"] = "3"
     write_folder(place, write)

@@ -53,9 +53,9 @@ def ends(f, *args):
 @example("algorithm.steps", 10**8)
 def test_an_override_is_taken_or_refused(key, value):
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
-    began = time.monotonic()
+    began = time.process_time()
     found = ends(resolve, "mini-sd35-advdmd", [f"{key}={text}"])
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     if found:
         assert resolve_text(dump(*found)) == found[1], "what is taken is written down and read back"
 
@@ -79,10 +79,10 @@ def test_a_recipes_file_is_read_or_refused(tmp_path, name, changes):
 
 def test_an_alias_bomb_is_refused_at_once():
     levels = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match="anchors or aliases"):
         read_yaml("[&a0 [x], " + ", ".join(levels) + "]")
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @often

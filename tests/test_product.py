@@ -77,19 +77,19 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
     assert [m["exam/forwards"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
     found = {"step": scores.index(max(scores)) + 1, "strict": pytest.approx(max(scores), rel=1e-5), "last": 4}
     best = exam.best(tmp_path / "a")
-    assert best == found | {"sha256": best["sha256"]}
-    kept, sent, last = (
-        load_file(f) for f in (tmp_path / "a/best.safetensors", *map(load.weights_file, (student, trained / "student")))
-    )
+    assert best == found | {"sha256": best["sha256"], "file": best["file"]}
+    assert [f.name for f in (tmp_path / "a").glob("best*.safetensors")] == [best["file"]], "and no other is kept"
+    sent_by = (load.weights_file(f) for f in (student, trained / "student"))
+    kept, sent, last = (load_file(f) for f in (tmp_path / "a" / best["file"], *sent_by))
     assert all(torch.equal(kept[k], sent[k]) for k in kept)
     assert not all(torch.equal(kept[k], last[k]) for k in kept)
     assert json.loads((student / "advdmd.json").read_text())["iterations"] == scores.index(max(scores)) + 1
 
-    file = tmp_path / "a/best.safetensors"
+    file = tmp_path / "a" / best["file"]
     good = file.read_bytes()
     for damaged in (good[:-1] + bytes([good[-1] ^ 1]), good[:100]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"best\.safetensors is damaged .*delete both files"):
+        with pytest.raises(ValueError, match=r"best-\d+\.safetensors is damaged .*delete best.json"):
             exam.load_best(tmp_path / "a", torch.nn.Linear(1, 1))
 
 
@@ -99,7 +99,7 @@ def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_pa
     file = load.weights_file(tmp_path / "student")
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"transformer is damaged \(its hash differs from advdmd.json\): export"):
+    with pytest.raises(ValueError, match=r"transformer is damaged \(its weights have not the hash in advdmd.json\): export"):
         load.load(str(tmp_path / "student"))
 
 

@@ -20,7 +20,7 @@ from advdmd.train.learner import Learner
 from advdmd.types import ALONE, Log, Team
 from advdmd.world.scene import TASKS
 
-WORST = "delete both files of it, best.json and best.safetensors: the last average is then exported"
+WORST = "delete best.json: the last average is then exported"
 
 
 def suites(r: Recipe) -> tuple[Shapes, Shapes]:
@@ -35,7 +35,7 @@ def suites(r: Recipe) -> tuple[Shapes, Shapes]:
 
 
 def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path, step: int, team: Team = ALONE) -> Log:
-    """Score the averaged student after `step` iterations; keep it in `folder` as best.safetensors if none was better. The
+    """Score the averaged student after `step` iterations; keep it in `folder` as best-STEP.safetensors if none was better. The
     first process does; the others help to average.
 
     The mark is the mean of both suites' strict scores; diversity is that of the short prompts, which leave more open.
@@ -56,10 +56,13 @@ def sit(r: Recipe, backbone: Any, student: Learner, how: Sampling, folder: Path,
         found = best(folder)
         if log["exam/strict"] > found["strict"]:
             weights = {k: v.contiguous() for k, v in net.state_dict().items()}
-            kept = folder / "best.safetensors"
+            kept = folder / f"best-{step:07d}.safetensors"
             write_atomically(kept, lambda p: save_file(weights, p))
-            found = {"step": step, "strict": log["exam/strict"], "sha256": file_hash(kept)}
+            found = {"step": step, "strict": log["exam/strict"], "file": kept.name, "sha256": file_hash(kept)}
         write_text(folder / "best.json", json.dumps(found | {"last": step}))
+        for older in folder.glob("best*.safetensors"):
+            if older.name != found.get("file", "best.safetensors"):
+                older.unlink()
     return log
 
 
@@ -105,5 +108,5 @@ def load_best(folder: Path, net: Any) -> int:
     """Put the best average into a network; returns its step (0: no exam was sat, the network is as it was)."""
     found = best(folder)
     if found["step"]:
-        net.load_state_dict(read_tensors(folder / "best.safetensors", WORST, found.get("sha256")))
+        net.load_state_dict(read_tensors(folder / found.get("file", "best.safetensors"), WORST, found.get("sha256")))
     return int(found["step"])

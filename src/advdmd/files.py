@@ -8,8 +8,9 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,45 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+STALE = 600.0  # seconds after which a half-written file of a process that is gone is removed
 
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Whatever a library says of a full disk is an OSError that names the file."""
+    """Whatever a library says of a full disk is an OSError that names the file; what it says of other files stays as it is."""
     try:
         yield
     except SafetensorError as e:
         raise OSError(f"{path} cannot be written ({e}): make room there and run the same command again") from None
     except OSError as e:
+        if e.filename and not str(e.filename).startswith((str(path), str(path.with_name(f".{path.name}.")))):
+            raise
         way_out = ": make room there and run the same command again" if e.errno in FULL else ""
-        raise OSError(f"{path} cannot be written ({e.strerror or e}){way_out}") from None
+        named = OSError(f"{path} cannot be written ({e.strerror or e}){way_out}")
+        named.errno = e.errno
+        raise named from None
 
 
 def _sync(path: Path) -> None:
-    """Have the disk keep a file's bytes, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have the disk keep a file's bytes, or a folder's names where its file system can."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as e:
+        if not path.is_dir() or e.errno in (*FULL, errno.EIO):
+            raise
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes of this machine left of their attempts to write `path`."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*"):
-        pid = stale.suffix[1:]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").is_dir():
-            stale.unlink(missing_ok=True)
+    """Remove what killed processes of this machine left of their attempts to write `path`, when it is STALE."""
+    for half in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*"):
+        pid, alone = half.suffix[1:], Path("/proc").is_dir()
+        with suppress(OSError):
+            if pid.isdigit() and alone and not Path(f"/proc/{pid}").exists() and time.time() - half.stat().st_mtime >= STALE:
+                half.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -76,9 +87,13 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(making)
-        for file in (*making.rglob("*"), making):
-            _sync(file)
+        try:
+            write(making)
+            for file in (*making.rglob("*"), making):
+                _sync(file)
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
         if path.exists():
             path.rename(old)
         making.rename(path)
@@ -112,7 +127,9 @@ def read_object(path: Path, *keys: str, way_out: str) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError that names file and fault, and the way out, if there is none with `keys`."""
     try:
         return _object(path.read_text(), keys)
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read ({e.strerror}): {way_out}") from None
+    except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}): {way_out}") from None
 
 

@@ -48,7 +48,6 @@ OURS = (
     "checkpoints",
     "samples",
     "student",
-    "best.safetensors",
     "best.json",
     "tensorboard",
     "wandb",
@@ -60,9 +59,8 @@ def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out")
     record = folder / "recipe.yaml"
-    strangers = (
-        [p.name for p in folder.iterdir() if p.name not in OURS and not p.name.startswith(".")] if folder.exists() else []
-    )
+    there = [p.name for p in folder.iterdir()] if folder.exists() else []
+    strangers = [name for name in there if name not in OURS and not name.startswith((".", "best"))]
     if strangers and (overwrite or not record.exists()):
         raise ValueError(f"{folder} holds what no run of ours wrote ({strangers[0]}): choose another --out")
     if overwrite and folder.exists():

@@ -151,7 +151,7 @@ def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
         report.markdown({"a": a, "b": a | {"judge": "another"}})
     other = json.loads((drawn / "scores.json").read_text()) | {"judge_hash": "other"}
     (tmp_path / "b.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="b.json is damaged .what it says has another hash"):
+    with pytest.raises(ValueError, match=r"b\.json is damaged .what it says has another hash"):
         report.compare([drawn], [tmp_path / "b.json"])
     del other["sha256"]
     (tmp_path / "b.json").write_text(json.dumps(other))

@@ -68,9 +68,9 @@ def _columns(cond: Cond) -> dict[str, Tensor]:
     return {k: v.cpu().contiguous() for k, v in half.items()}
 
 
-def _finite(path: Path, tensors: dict[str, Tensor], of: str) -> dict[str, Tensor]:
+def _finite(path: Path, tensors: dict[str, Tensor], of: str, way_out: str = "try --device cpu") -> dict[str, Tensor]:
     if bad := [name for name, v in tensors.items() if not torch.isfinite(v).all()]:
-        raise FloatingPointError(f"{path}: {', '.join(bad)} of {of} are not finite; try --device cpu")
+        raise FloatingPointError(f"{path}: {', '.join(bad)} of {of} are not finite; {way_out}")
     return tensors
 
 
@@ -97,7 +97,7 @@ def finish(folder: Path, prompts: Sequence[str]) -> bool:
     if not all(r.is_file() for r in (*records, null_path(folder).with_suffix(".json"))):
         return False
     write_text(folder / "prompts.jsonl", "".join(json.dumps(p) + "\n" for p in prompts))
-    images = [n for r in records for n in json.loads(r.read_text())["images"]]
+    images = [n for r in records for n in read_object(r, "images", way_out=AGAIN)["images"]]
     told = {"format": FORMAT, "prompts": len(prompts), "images": sum(images), "prompts_without_image": images.count(0)}
     write_text(folder / "manifest.json", json.dumps(told, indent=1))
     return True
@@ -176,7 +176,7 @@ class Cache:
         try:
             file = safe_open(path, "pt")
             _fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
-            return Cond(**{k: _wide(v) for k, v in _finite(path, load_file(path), "the empty prompt").items()})
+            return Cond(**{k: _wide(v) for k, v in _finite(path, load_file(path), "the empty prompt", AGAIN).items()})
         except (SafetensorError, ValueError) as e:
             raise ValueError(f"{path} is no condition ({e}): encode again into another folder") from None
 

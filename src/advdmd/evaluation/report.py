@@ -1,5 +1,6 @@
 """Verdicts to tables: means per task, prompt-clustered bootstrap intervals, paired differences."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -96,8 +97,9 @@ def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
     scores: dict[str, dict[str, list[list[float]]]] = {}
     for r in table:
         scores.setdefault(r["task"], {}).setdefault(r["item"], []).append([round(r["loose"], 4), round(r["strict"], 4)])
-    write_text(folder / "verdicts.jsonl", "".join(json.dumps(r) + "\n" for r in table))
-    hashed = {"verdicts_sha256": file_hash(folder / "verdicts.jsonl")}
+    verdicts = "".join(json.dumps(r) + "\n" for r in table)
+    write_text(folder / "verdicts.jsonl", verdicts)
+    hashed = {"verdicts_sha256": hashlib.sha256(verdicts.encode()).hexdigest()}
     write_text(folder / "table.json", json.dumps(summary | hashed, indent=1))
     write_text(folder / "table.md", markdown({folder.name: summary}))
     kept = summary | {"scores": scores}

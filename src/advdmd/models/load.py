@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advdmd.files import file_hash, read_object, read_tensors
+from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone
 from advdmd.models.qwen_image import QwenImage
@@ -24,7 +24,7 @@ SHIPPED = ("mini-sd3", "mini-sd35", "mini-qwen")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
-HASH = "transformer_sha256"  # in a note: of the files it was written for
+HASH = "transformer_sha256"  # in a note: of the weights it was written for
 AGAIN = "export or download it again"
 NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
 
@@ -56,7 +56,23 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    return read_object(path / NOTE, way_out=AGAIN) if (path / NOTE).is_file() else {}
+    """What a folder says of itself, but for the hash that `intact` asks for; empty if it is not ours."""
+    found = read_object(path / NOTE, way_out=AGAIN) if (path / NOTE).is_file() else {}
+    return {k: v for k, v in found.items() if k != HASH}
+
+
+def _weights_hash(path: Path) -> str:
+    return folder_hash({f.name: file_hash(f) for f in (path / "transformer").glob("*.safetensors")})
+
+
+def intact(path: Path) -> None:
+    """Raises ValueError if a pipeline's transformer has not the weights that its note was written for."""
+    wanted = read_object(path / NOTE, way_out=AGAIN).get(HASH) if (path / NOTE).is_file() else None
+    if wanted and _weights_hash(path) != wanted:
+        raise ValueError(
+            f"{path / 'transformer'} is damaged (its weights have not the hash in {NOTE}): {AGAIN}, or delete {HASH} there if "
+            "they were changed on purpose"
+        )
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def save_pipeline(pipe: Any, path: Path, note: dict[str, Any]) -> None:
         if "_name_or_path" in config:
             del config["_name_or_path"]
             file.write_text(json.dumps(config, indent=2) + "\n")
-    (path / NOTE).write_text(json.dumps(note | {HASH: file_hash(path / "transformer")}, indent=1))
+    (path / NOTE).write_text(json.dumps(note | {HASH: _weights_hash(path)}, indent=1))
 
 
 def sampling_of(path: Path) -> Sampling:
@@ -146,10 +162,8 @@ def load(
     that its note was written for.
     """
     path = folder_of(name)
-    note = read_note(path)
-    if HASH in note and file_hash(path / "transformer") != note[HASH]:
-        raise ValueError(f"{path / 'transformer'} is damaged (its hash differs from {NOTE}): {AGAIN}")
-    pipe = load_pipeline(path, encoders, dtype, text)
+    intact(path)
+    pipe, note = load_pipeline(path, encoders, dtype, text), read_note(path)
     if resolution is not None:
         scale = pipe.vae_scale_factor
         if resolution < 1 or resolution % scale:

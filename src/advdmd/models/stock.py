@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from advdmd.models.load import quiet, read_index, read_note
+from advdmd.models.load import intact, quiet, read_index, read_note
 from advdmd.rng import generator
 
 GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")  # as pipelines call it; Qwen-Image's guidance is the former
@@ -67,6 +67,7 @@ class Stock:
         quiet()
         folder = Path(model)
         note = read_note(folder) if folder.is_dir() else {}
+        intact(folder)
         if not folder.is_dir():
             model, _, named = model.partition("@")
             revision = revision or named or None

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from advdmd.files import file_hash, write_atomically, write_text
+from advdmd.files import file_hash, read_object, write_atomically, write_text
 from advdmd.train import parallel
 from advdmd.train.learner import Learner
 from advdmd.types import ALONE, Team
@@ -62,6 +62,8 @@ def save(
     write_text(path.with_suffix(".json"), json.dumps(record))
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
+    for half in folder.glob(".step-*"):  # this process alone writes here: what a killed one left, on whatever machine
+        half.unlink()
     for stale in folder.glob("step-*.safetensors"):
         if not stale.with_suffix(".json").exists():
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -72,11 +74,11 @@ def newest(folder: Path, say: Callable[[str], object] = print) -> tuple[Path, di
     for record_file in sorted(folder.glob("step-*.json"), reverse=True):
         path = record_file.with_suffix(".safetensors")
         try:
-            record = json.loads(record_file.read_text())
+            record = read_object(record_file, "step", "sha256", "run", "counters", way_out="it is passed over")
             if file_hash(path) == record["sha256"]:
                 return path, record
             say(f"checkpoint {path} is damaged (its sha256 differs from its record): trying the one before")
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError) as e:
             say(f"checkpoint {record_file} cannot be read ({e}): trying the one before")
     return None
 
