@@ -138,11 +138,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    # Recipes as they are; as adapters of a 24th of the width, as rank 64 is of SD3.5 Medium's; TwinFlow, whose passes are small,
-    # on twice the samples; with one minibatch of the fake score instead of two; and the peer's work.
+    # Recipes as they are; as adapters of a 24th of the width, as rank 64 is of SD3.5 Medium's; with one minibatch of the fake
+    # score instead of two; and the peer's work.
     names = ("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow")
     runs = [(n, *c) for n in names for c in ((), ("lora_rank=4",))]
-    runs += [(names[2], *c, "prompts_per_step=16") for c in ((), ("lora_rank=4",))]
     runs += [(n, "algorithm.critic_steps=1") for n in names[:2]]
     runs += [("mini-sd35-dmd2", "algorithm.critic_steps=1", "algorithm.gan=0")]
     rows = [measure(n, args.rounds, args.threads, *c) for n, *c in runs]
