@@ -68,7 +68,7 @@ def test_a_run_logs_what_the_panels_ask_for(trained):
 
 def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, trained, tmp_path):
     """The tiny teacher's scores are all alike, so the first average stays the best: one that the last has left behind."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2"])
     student = run.train(name, r, tmp_path / "a")
@@ -91,6 +91,11 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"best-\d+\.safetensors is damaged .*delete best.json"):
             exam.load_best(tmp_path / "a", torch.nn.Linear(1, 1))
+
+    net = torch.nn.Linear(1, 1)  # a run of before, whose record names neither file nor hash
+    save_file(net.state_dict(), tmp_path / "best.safetensors")
+    (tmp_path / "best.json").write_text('{"step": 3, "strict": 0.5, "last": 4}')
+    assert exam.load_best(tmp_path, net) == 3
 
 
 def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_path):
