@@ -98,6 +98,19 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
     assert exam.load_best(tmp_path, net) == 3
 
 
+def test_overwriting_loses_what_runs_write_and_nothing_else(tiny_folder, tmp_path):
+    r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "iterations=1"])
+    run.train(*r, tmp_path / "r")
+    for ours in ("best-0000001.safetensors", "best.json", ".left"):
+        (tmp_path / "r" / ours).write_text("{}")
+    run.train(*r, tmp_path / "r", overwrite=True)
+    assert not (tmp_path / "r/best.json").exists()
+    (tmp_path / "r/best_of_my_pictures.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds what no run of ours wrote \(best_of_my_pictures.txt\)"):
+        run.train(*r, tmp_path / "r", overwrite=True)
+    assert (tmp_path / "r/best_of_my_pictures.txt").read_text() == "mine"
+
+
 def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_path):
     shutil.copytree(trained / "student", tmp_path / "student")
     load.load(str(tmp_path / "student"))

@@ -20,7 +20,7 @@ from advdmd.train.learner import Learner
 from advdmd.types import ALONE, Log, Team
 from advdmd.world.scene import TASKS
 
-WORST = "delete best.json: the last average is then exported"
+WAY_OUT = "delete best.json: the last average is then exported"
 
 
 def suites(r: Recipe) -> tuple[Shapes, Shapes]:
@@ -101,12 +101,13 @@ def best(folder: Path) -> dict[str, Any]:
     """Step and score of the best average kept so far, and the step of the last exam; a score below all if none was sat."""
     record = folder / "best.json"
     none: dict[str, Any] = {"step": 0, "strict": -1.0, "last": 0}
-    return read_object(record, *none, way_out=WORST) if record.is_file() else none
+    return read_object(record, *none, way_out=WAY_OUT) if record.is_file() else none
 
 
 def load_best(folder: Path, net: Any) -> int:
     """Put the best average into a network; returns its step (0: no exam was sat, the network is as it was)."""
     found = best(folder)
     if found["step"]:
-        net.load_state_dict(read_tensors(folder / found.get("file", "best.safetensors"), WORST, found.get("sha256")))
+        file = folder / found.get("file", "best.safetensors")  # as it was called before it had its step's name
+        net.load_state_dict(read_tensors(file, way_out=WAY_OUT, sha256=found.get("sha256")))
     return int(found["step"])

@@ -53,10 +53,13 @@ def _sync(path: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what killed processes of this machine left of their attempts to write `path`, when it is STALE."""
+    processes = Path("/proc")
+    if not processes.is_dir():
+        return
     for half in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*"):
-        pid, alone = half.suffix[1:], Path("/proc").is_dir()
+        pid = half.suffix[1:]
         with suppress(OSError):
-            if pid.isdigit() and alone and not Path(f"/proc/{pid}").exists() and time.time() - half.stat().st_mtime >= STALE:
+            if pid.isdigit() and not (processes / pid).exists() and time.time() - half.stat().st_mtime >= STALE:
                 half.unlink()
 
 
@@ -110,6 +113,11 @@ def write_image(path: Path, image: Image.Image) -> None:
     write_atomically(path, lambda p: image.save(p, format="PNG"))
 
 
+def _complete(found: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    if lacking := [k for k in keys if k not in found]:
+        raise ValueError(f"{', '.join(lacking)} missing")
+
+
 def _object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """Raises ValueError unless the text is a JSON object with these keys."""
     try:
@@ -118,8 +126,7 @@ def _object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError("nested too deep") from None
     if not isinstance(found, dict):
         raise ValueError("not an object")
-    if lacking := [k for k in keys if k not in found]:
-        raise ValueError(f"{', '.join(lacking)} missing")
+    _complete(found, keys)
     return found
 
 
@@ -149,14 +156,17 @@ def read_lines(path: Path, *keys: str, way_out: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_tensors(path: Path, way_out: str, sha256: str | None = None) -> dict[str, Tensor]:
-    """Of a safetensors file. Raises ValueError that names it if it cannot be read, or has not the hash it was recorded with."""
+def read_tensors(path: Path, *keys: str, way_out: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """Of a safetensors file. Raises ValueError that names it if it cannot be read, lacks one of `keys`, or has not the hash it
+    was recorded with."""
     from safetensors.torch import load_file
 
     try:
         if sha256 is not None and file_hash(path) != sha256:
             raise ValueError("its sha256 differs from its record")
-        return load_file(path)
+        found = load_file(path)
+        _complete(found, keys)
+        return found
     except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f"{path} is damaged ({e}): {way_out}") from None
 
@@ -166,9 +176,9 @@ def folder_hash(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{k} {v}\n" for k, v in sorted(files.items())).encode()).hexdigest()
 
 
-def object_hash(told: Mapping[str, Any]) -> str:
+def object_hash(said: Mapping[str, Any]) -> str:
     """Of what a JSON object says, in whatever order."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -41,7 +41,8 @@ def shift(t: Tensor, a: float) -> Tensor:
 
 
 def grid(steps: int, a: float = 1.0) -> Tensor:
-    """[steps + 1] times from 1 to 0, shifted; grid(4, 3) = 1, .9, .75, .5, 0. Raises ValueError if steps < 1 or a <= 0."""
+    """[steps + 1] times from 1 to 0, shifted; grid(4, 3) = 1, .9, .75, .5, 0. Raises ValueError unless steps lie
+    in [1, MOST] and a > 0."""
     if not 1 <= steps <= MOST:
         raise ValueError(f"steps={steps}: a grid needs at least one step, and at most {MOST}")
     if a <= 0:
@@ -52,7 +53,7 @@ def grid(steps: int, a: float = 1.0) -> Tensor:
 def twin_grid(steps: int, gap: float) -> Tensor:
     """[steps + 1] times of TwinFlow's sampler (2512.05150): 1 - linspace(.001, 1 - gap, steps), then 0; one step: .999, 0.
 
-    Raises ValueError if steps < 1 or gap, the last time before 0, is outside (0, .999).
+    Raises ValueError if steps are outside [1, MOST] or gap, the last time before 0, outside (0, .999).
     """
     if not 1 <= steps <= MOST or not 0 < gap < 0.999:
         raise ValueError(f"steps={steps}, gap={gap}: 1 to {MOST} steps, and a last time before 0 inside (0, .999)")

@@ -14,6 +14,7 @@ from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.models.critic import CriticConfig
 from advdmd.train.learner import Optim
 
+# Far beyond any run: schedules are planned step by step, and a slip of the hand is refused rather than planned for hours.
 MOST_ITERATIONS = 10**6
 
 
@@ -147,7 +148,7 @@ class Recipe:
         return sum(sum(self.forwards(i).values()) for i in range(step))
 
 
-DEEP = 20  # levels of nesting that a recipe's text may have
+DEEP = 20  # levels of nesting that a recipe's text may have; recipes have three
 
 
 def read_yaml(text: str) -> Any:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ from advdmd.world.caption import check_prompt
 
 # What a run writes, and --overwrite may lose.
 OURS = (
+    ".*",
     "recipe.yaml",
     "metrics.jsonl",
     "checkpoints",
     "samples",
     "student",
     "best.json",
+    "best*.safetensors",
     "tensorboard",
     "wandb",
 )
@@ -60,7 +63,7 @@ def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[]
         raise ValueError(f"{folder} is a file: choose another --out")
     record = folder / "recipe.yaml"
     there = [p.name for p in folder.iterdir()] if folder.exists() else []
-    strangers = [name for name in there if name not in OURS and not name.startswith((".", "best"))]
+    strangers = [name for name in there if not any(fnmatch(name, ours) for ours in OURS)]
     if strangers and (overwrite or not record.exists()):
         raise ValueError(f"{folder} holds what no run of ours wrote ({strangers[0]}): choose another --out")
     if overwrite and folder.exists():

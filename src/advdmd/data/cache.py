@@ -166,7 +166,7 @@ class Cache:
                 raise ValueError(f"{sum(counts)} images are counted, others are there")
             return file, counts
         except (SafetensorError, ValueError) as e:
-            raise ValueError(f"{path} is no shard of {n} prompts ({e}): encode again into another folder") from None
+            raise ValueError(f"{path} is no shard of {n} prompts ({e}): {AGAIN}") from None
 
     @property
     def null(self) -> Cond:
@@ -178,7 +178,7 @@ class Cache:
             _fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
             return Cond(**{k: _wide(v) for k, v in _finite(path, load_file(path), "the empty prompt", AGAIN).items()})
         except (SafetensorError, ValueError) as e:
-            raise ValueError(f"{path} is no condition ({e}): encode again into another folder") from None
+            raise ValueError(f"{path} is no condition ({e}): {AGAIN}") from None
 
     def cond(self, i: Sequence[int]) -> Cond:
         """Conditions of prompts i, trimmed to the longest where masks say what is a token."""

@@ -57,8 +57,11 @@ def weights_file(folder: Path) -> Path:
 
 def read_note(path: Path) -> dict[str, Any]:
     """What a folder says of itself, but for the hash that `intact` asks for; empty if it is not ours."""
-    found = read_object(path / NOTE, way_out=AGAIN) if (path / NOTE).is_file() else {}
-    return {k: v for k, v in found.items() if k != HASH}
+    return {k: v for k, v in _note(path).items() if k != HASH}
+
+
+def _note(path: Path) -> dict[str, Any]:
+    return read_object(path / NOTE, way_out=AGAIN) if (path / NOTE).is_file() else {}
 
 
 def _weights_hash(path: Path) -> str:
@@ -67,7 +70,7 @@ def _weights_hash(path: Path) -> str:
 
 def intact(path: Path) -> None:
     """Raises ValueError if a pipeline's transformer has not the weights that its note was written for."""
-    wanted = read_object(path / NOTE, way_out=AGAIN).get(HASH) if (path / NOTE).is_file() else None
+    wanted = _note(path).get(HASH)
     if wanted and _weights_hash(path) != wanted:
         raise ValueError(
             f"{path / 'transformer'} is damaged (its weights have not the hash in {NOTE}): {AGAIN}, or delete {HASH} there if "
@@ -171,7 +174,7 @@ def load(
         note = note | {"side": resolution // scale}
     backbone = as_backbone(pipe, note)
     if (path / TARGET_TIME).is_file():
-        attach(backbone.net, read_tensors(path / TARGET_TIME, AGAIN)["standing"], backbone.time_scale)
+        attach(backbone.net, read_tensors(path / TARGET_TIME, "standing", way_out=AGAIN)["standing"], backbone.time_scale)
     backbone.net.requires_grad_(False).eval()
     own = sampling_of(path)
     if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in note:

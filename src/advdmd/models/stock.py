@@ -66,7 +66,7 @@ class Stock:
 
         quiet()
         folder = Path(model)
-        note = read_note(folder) if folder.is_dir() else {}
+        note = read_note(folder)
         intact(folder)
         if not folder.is_dir():
             model, _, named = model.partition("@")
@@ -79,7 +79,7 @@ class Stock:
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=folder.is_dir(),
-                **(_absent(folder) if folder.is_dir() else {}),
+                **_absent(folder),
             )
         except Exception as e:  # whatever a broken folder or an unreachable hub makes the library raise
             raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {str(e).splitlines()[0]}") from None

@@ -74,12 +74,14 @@ def newest(folder: Path, say: Callable[[str], object] = print) -> tuple[Path, di
     for record_file in sorted(folder.glob("step-*.json"), reverse=True):
         path = record_file.with_suffix(".safetensors")
         try:
-            record = read_object(record_file, "step", "sha256", "run", "counters", way_out="it is passed over")
+            record = read_object(record_file, "step", "sha256", "run", "counters", way_out="trying the one before")
             if file_hash(path) == record["sha256"]:
                 return path, record
             say(f"checkpoint {path} is damaged (its sha256 differs from its record): trying the one before")
-        except (OSError, ValueError) as e:
-            say(f"checkpoint {record_file} cannot be read ({e}): trying the one before")
+        except ValueError as e:
+            say(f"checkpoint {e}")
+        except OSError as e:
+            say(f"checkpoint {path} cannot be read ({e}): trying the one before")
     return None
 
 
