@@ -25,14 +25,17 @@ Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as alg
 def show(
     recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; none lists them.")] = None,
     changes: Changes = None,
-    card: Annotated[float | None, typer.Option(help="GB of the card it is to run on.")] = None,
-    cards: Annotated[int, typer.Option(min=1, help="How many of them; sharded recipes share networks among them.")] = 1,
+    card: Annotated[float | None, typer.Option(help="GB of the card it is to run on; by default the one it is named after.")] = None,
+    cards: Annotated[
+        int | None, typer.Option(min=1, help="How many of them, likewise; sharded recipes share networks among them.")
+    ] = None,
     resolution: Annotated[int, typer.Option(help="Side of its images in pixels, for the memory of a published model.")] = 1024,
 ) -> None:
     """Print a resolved recipe, what an iteration costs and what it takes of a card, before anything is loaded."""
     from advdmd import memory
     from advdmd.recipe import Cached, dump
     from advdmd.recipes import find
+    from advdmd.recipes.real import card_of
 
     if recipe is None:
         print("\n".join(find.known()))
@@ -49,10 +52,12 @@ def show(
     print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
     if not isinstance(r.data, Cached) and card is None:
         return
+    many, gb = card_of(name) or (1, card)
+    cards, card = cards or many, card or gb
     need = memory.need(r, resolution, cards)
     each = f", {need.adapter / 1e6:.0f} M in each of {memory.roles(r)} adapters" if need.adapter else ""
     print(f"transformer: {need.base / 1e9:.2f} B parameters{each}")
-    print(f"memory of a card at {resolution} pixels, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items()))
+    print(f"memory of {'a card' if cards == 1 else f'each of {cards} cards'} at {resolution} pixels, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items()))
     print(f"in all {need.total / 1e9:.1f} GB; activations are an estimate")
     if card is not None:
         print(memory.advice(r, need, card))
@@ -92,7 +97,9 @@ def encode(
     reals: Annotated[str, typer.Option(help="source, or teacher: it draws what the critic takes for real.")] = "source",
     per_prompt: Annotated[int, typer.Option(help="Images of each prompt, with --reals teacher.")] = 1,
     by_shape: Annotated[bool, typer.Option("--by-shape", help="Lying and standing images keep about their shape.")] = False,
-    shard: Annotated[str, typer.Option(help="I/N: this is process I of N, from 0.")] = "0/1",
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: this is process I of N, from 0; by default what torchrun says.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts or images at a time.")] = 8,
     threads: Threads = 2,
@@ -102,11 +109,13 @@ def encode(
 
     from advdmd.encode import encode as go
     from advdmd.models.load import device_of
+    from advdmd.train import parallel
 
     torch.set_num_threads(threads)
-    of = cli_evaluate.shard_of(shard)
-    done = go(source, teacher, out, resolution, reals, per_prompt, of, device_of(device), batch, by_shape=by_shape)
-    print(f"cache: {out}" if done else f"{out}: the shards of process {shard} are done, others are missing")
+    of = cli_evaluate.shard_of(shard) if shard else parallel.started()
+    place = parallel.own(device_of(device))
+    done = go(source, teacher, out, resolution, reals, per_prompt, of, place, batch, by_shape=by_shape)
+    print(f"cache: {out}" if done else f"{out}: the shards of process {of[0]} of {of[1]} are done, others are missing")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Encoding once: prompts and captioned images through a teacher's encoders into a cache that training reads."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,10 +58,12 @@ def encode(
     plan: dict[str, Any] = {
         "format": cache.FORMAT,
         "teacher": load.identity(folder),
+        "tokens": load.reading(backbone),
         "resolution": side,
         "reals": reals,
     }
     if reals == "teacher":
+        print(cache.OWN_REALS, file=sys.stderr)
         drawer = load.identity(folder, ("transformer",))["transformer"]
         plan["reals"] = {"transformer": drawer, "each": per_prompt, "seed": seed, **asdict(own)}
     parts: dict[Path, tuple[buckets.Size, Sequence[int]]] = {out: ((side, side), range(len(prompts)))}

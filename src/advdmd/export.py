@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from advdmd.models.sampler import Sampling
 from advdmd.models.target_time import TargetTime
 
 LORA = "pytorch_lora_weights.safetensors"
+SAMPLES = "samples.png"
+
+
+def stock(how: Sampling) -> bool:
+    """Whether stock schedulers can sample so: they re-noise fully, on the shifted grid."""
+    return how.eta == 1 and how.gap is None
 
 
 def snippet(folder: str, backbone: Backbone, steps: int) -> str:
@@ -36,9 +43,16 @@ image = pipe(
 
 
 def export_student(
-    backbone: Backbone, net: nn.Module, how: Sampling, teacher: Path, folder: Path, note: dict[str, Any]
+    backbone: Backbone,
+    net: nn.Module,
+    how: Sampling,
+    teacher: Path,
+    folder: Path,
+    note: dict[str, Any],
+    samples: Sequence[Path] = (),
 ) -> Path:
-    """Write the teacher's pipeline with the student as its transformer and the student's scheduler; all or nothing.
+    """Write the teacher's pipeline with the student as its transformer and the student's scheduler; all or nothing. `samples`:
+    a picture of what the student draws, if there is one.
 
     Stock schedulers re-noise fully: only eta = 1 is the same sampler there. The card of another eta says so.
     """
@@ -63,11 +77,14 @@ def export_student(
         if adapter is not None:
             told = {"format": "pt", "advdmd": json.dumps(record)}
             save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA, told)
-        nodes = workflow(backbone, how, LORA if adapter is not None else None)
-        (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
+        if stock(how):
+            nodes = workflow(backbone, how, LORA if adapter is not None else None)
+            (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
+        for picture in samples:
+            shutil.copyfile(picture, making / SAMPLES)
         if standing is not None:
             save_file({"standing": standing}, making / TARGET_TIME)
-        (making / "README.md").write_text(_card(folder.name, how, backbone, record))
+        (making / "README.md").write_text(_card(making, folder.name, how, backbone, record))
 
     write_folder(folder, write)
     return folder
@@ -92,7 +109,7 @@ def _complete(folder: Path, teacher: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(ours, indent=2) + "\n")
 
 
-def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) -> str:
+def _card(folder: Path, name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) -> str:
     warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
     if how.gap is not None:
         warning = "\n**TwinFlow has times of its own: stock pipelines cannot sample it, `advdmd sample` can.**\n"
@@ -101,11 +118,20 @@ def _card(name: str, how: Sampling, backbone: Backbone, record: dict[str, Any]) 
         warning += (
             f"\nIts adapter learned on {bits}, which is fused here: on the published base `{LORA}` is only close to it.\n"
         )
+    samples = f"\n![what it draws: the averaged student while it learned, {how.steps} steps]({SAMPLES})\n"
+    samples = samples if (folder / SAMPLES).is_file() else ""
+    adapter = (
+        f"\n`{LORA}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, so the two "
+        "draw nearly, not exactly, the same unless that is float32.\n"
+    )
+    adapter = adapter if (folder / LORA).is_file() else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 base_model: {record["base_model"]}
 base_model_relation: finetune
+license: other
+license_name: that-of-the-base-model
 tags: [advdmd, distillation, few-step]
 ---
 # {record["base_model"]} in {how.steps} steps
@@ -118,4 +144,4 @@ Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guida
 Pass what is shown: other values mean another grid or another function. With stochastic sampling the pipeline's `generator`
 seeds only the first noise: call `torch.manual_seed` to repeat an image.
 The scheduler has shift {how.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
-"""
+{adapter}{samples}"""

@@ -9,7 +9,7 @@ import torch
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.files import read_object
-from advdmd.models import load, quantize
+from advdmd.models import hub, load, quantize
 from advdmd.models.backbone import ATTENTION
 from advdmd.recipe import Recipe
 from advdmd.recipes.real import MODELS
@@ -47,9 +47,11 @@ def transformer(teacher: str) -> tuple[Any, int]:
         model = published[teacher]
         name, config, text = model.transformer, model.config, model.text
     else:
-        folder = load.folder_of(teacher)
+        folder = load.folder_of(teacher, hub.DESCRIPTION)
         config = read_object(folder / "transformer/config.json", "_class_name", way_out="download the teacher again")
-        name, text = config["_class_name"], TEXT + load.read_note(folder).get("t5_length", 256)
+        name, note = config["_class_name"], load.read_note(folder)
+        text = {m.transformer: m.text for m in MODELS.values()}.get(name, TEXT)
+        text = TEXT + note["t5_length"] if "t5_length" in note else text
     if name not in COUNTED:
         raise ValueError(f"{teacher} has a {name}: memory is counted for {' and '.join(COUNTED)} only")
     cls = getattr(diffusers, name)
@@ -81,14 +83,15 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
         "Adam": learned * sum(o.bits / 4 for o in moments),
         "average": 4.0 * learned,
     }
-    if r.spread_over(cards):  # every card holds its share, and what the pass is at: the block that is used and the next
+    spread = r.spread_over(cards)
+    if spread:  # every card holds its share, and what the pass is at: the block that is used and the next
         parts = {k: v / cards for k, v in parts.items()}
         parts["gathered"] = 2.0 * base / net.config.num_layers * bytes_each
     width = net.inner_dim
     patch = net.config.patch_size if "patch_size" in net.config else 2
     tokens = (resolution // 8 // patch) ** 2 + text
-    samples = getattr(r.algorithm, "micro", r.batch)
-    samples = 2 * min(samples, r.batch)  # guidance, or real beside generated, as one double batch
+    mine = max(1, r.batch // cards)
+    samples = 2 * min(getattr(r.algorithm, "micro", mine), mine)  # guidance, or real beside generated, as one double batch
     inside = 1 if r.checkpointing else INSIDE
     held = net.config.num_layers * inside + INSIDE
     parts["activations"] = float(samples * tokens * width * bytes_each * held)
@@ -98,6 +101,9 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
     said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
     parts["paths and text"] = 4.0 * r.batch / cards * (path + said)
+    if spread:  # while pictures are drawn the first card holds the student whole, instead of what a pass takes
+        standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "average"))
+        parts["student whole, for pictures"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
     return Need(base, adapter, parts)
 
 

@@ -19,6 +19,7 @@ from advdmd import exam, health
 from advdmd.algorithms.base import Cast
 from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.data.buckets import Caches
+from advdmd.data.cache import OWN_REALS
 from advdmd.data.deal import Deal, at_home
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
@@ -95,7 +96,12 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, track: Se
         library()
     device = load.device_of(r.device)
     with parallel.processes(device) as team, load.running_on(device):
-        team.share(r.prompts_per_step)
+        mine = len(team.share(r.prompts_per_step)) * r.algorithm.group
+        if isinstance(r.algorithm, TwinFlow) and mine % 4:
+            raise ValueError(
+                f"{r.batch} samples an iteration are {mine} in each of {team.size} processes: TwinFlow needs four equal "
+                "quarters in each; set prompts_per_step or algorithm.group"
+            )
         return _train(name, r, folder, overwrite and not team.rank, team, track)
 
 
@@ -123,6 +129,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
             if not team.rank:
                 watch(backbone, net, how, data.look, data.null, folder, step)
 
+    if encoded and encoded.own_reals and not team.rank:
+        print(OWN_REALS, file=sys.stderr)
     deal = at_home(data.deal)
     loop.run(
         r.algorithm,
@@ -169,6 +177,8 @@ def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, S
         backbone, _ = load.load(r.teacher, encoders=not encoded, dtype=dtype, resolution=size)
         if encoded is None and not load.in_miniature(backbone):
             raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
+        if encoded:
+            encoded.read_by(load.reading(backbone))
         data = supply(r, backbone, encoded, team)
     device = load.device_of(r.device)
     if not r.spread_over(team.size):  # it goes there in shares
@@ -192,11 +202,14 @@ def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path
         step = exam.load_best(run, net) if r.exam_every else 0
         note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
         note["forwards"] = r.forwards_until(note["iterations"]) * r.batch
+        if not load.located(r.teacher).exists():  # on the hub, whose copy here is named after a revision
+            note["base_model"] = r.teacher.partition("@")[0]
         if r.base_bits < 32:
             note["base_bits"] = r.base_bits
         if r.rewards:
             note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
-        return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note)
+        drawn = [p for p in sorted((run / "samples").glob("step-*.png")) if int(p.stem[5:]) <= note["iterations"]]
+        return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note, drawn[-1:])
 
 
 def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:

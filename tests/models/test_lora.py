@@ -98,6 +98,57 @@ def test_checkpointing_never_changes_a_gradient(scene, spanning, late):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_whatever_happens_between_a_pass_and_its_gradients_they_are_the_same(scene, again):
+    """Cases in which libraries' adapter switching goes wrong, with blocks that run again and without."""
+    backbone, _, student, fake, at = scene
+    roles = student.roles
+    if again:
+        roles.checkpoint(backbone.blocks(backbone.net))
+    loss = lambda net=student: backbone.velocity(net, *at).square().mean()  # noqa: E731
+    alone, theirs = grads(loss, student)[0], grads(lambda: loss(fake), fake)[0]
+
+    def others_pass():
+        value = loss()
+        with torch.no_grad():
+            backbone.velocity(backbone.net, *at), backbone.velocity(fake, *at)
+        return value
+
+    def another_learns():
+        value = loss()
+        with torch.no_grad():
+            for p in fake.parameters():
+                p.add_(0.0)
+        return value
+
+    for between in (loss, others_pass, another_learns):
+        for now in ("", "fake", "student"):  # who plays when gradients flow
+            for p in (*student.parameters(), *fake.parameters()):
+                p.grad = None
+            value = between()
+            with roles.playing(now):
+                value.backward()
+            assert all(torch.equal(p.grad, g) for p, g in zip(student.parameters(), alone, strict=True))
+            assert all(p.grad is None for p in fake.parameters())
+    # Both roles' graphs in one backward, and one whose own weights have moved.
+    mine, other = grads(lambda: loss() + loss(fake), student, fake)
+    assert all(torch.equal(a, b) for a, b in zip((*mine, *other), (*alone, *theirs), strict=True))
+    value = loss()
+    with torch.no_grad():
+        next(student.parameters()).add_(0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_the_teachers_gradient_in_its_input_is_the_bases_to_the_bit(scene):
+    backbone, plain, *_, (x, t, cond) = scene
+    found = []
+    for net in (plain.requires_grad_(False), backbone.net):
+        x = x.detach().requires_grad_()
+        found += torch.autograd.grad(backbone.velocity(net, x, t, cond).sum(), x)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("make", [lambda: mini.qwen_image(VOCABULARY, TINY), lambda: tiny_z_image.z_image(VOCABULARY, TINY)])
 def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
     backbone = load.as_backbone(make(), {"side": mini.LATENT})

@@ -55,6 +55,20 @@ class Caches:
         for part in self.parts:
             part.with_images()
 
+    def read_by(self, tokens: str) -> None:
+        """Raises ValueError if what encoded it read prompts otherwise (models.load.reading); an early cache does not say."""
+        for part in self.parts:
+            if part.plan.get("tokens", tokens) != tokens:
+                raise ValueError(
+                    f"{part.folder} was encoded with another prompt template or length of text than this teacher's pipeline has "
+                    "now: encode again"
+                )
+
+    @property
+    def own_reals(self) -> bool:
+        """Whether what the critic takes for real the teacher has drawn."""
+        return any(part.plan.get("reals") != "source" for part in self.parts)
+
     @property
     def null(self) -> Cond:
         return self.parts[0].null

@@ -23,6 +23,10 @@ SHARD = 64  # prompts in a shard
 OPEN = 64  # shards kept open
 FORMAT = 1
 AGAIN = "encode again into another folder"
+OWN_REALS = (
+    "what the critic takes for real the teacher has drawn (--reals teacher): the student is held to the teacher's own pictures, so "
+    "expect it to come close to the teacher, not past it; images of your own lift that"
+)
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -42,6 +46,8 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
             changed = ", ".join(sorted(k for k in {*found, *plan} if found.get(k) != plan.get(k)))
             raise ValueError(f"{folder} is a cache of something else ({changed} differ): choose another --out")
     elif folder.exists() and any(not f.name.startswith(".") for f in folder.iterdir()):
+        if path.is_file():  # by now: another process claims it too
+            return claim(folder, plan)
         raise ValueError(f"{folder} is not empty and no cache: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(plan, indent=1))

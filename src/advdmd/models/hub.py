@@ -1,13 +1,18 @@
 """Models by folder or by their name on the hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
-def located(name: str | Path) -> Path:
-    """A local folder, or the files of OWNER/NAME or OWNER/NAME@REVISION from the hub, without pickles and code.
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # no pickles, no code
+DESCRIPTION = ("model_index.json", "transformer/config.json", "advdmd.json")  # what a pipeline says of itself
+
+
+def located(name: str | Path, which: Sequence[str] = FILES) -> Path:
+    """A local folder, or those of its files that match `which` of OWNER/NAME or OWNER/NAME@REVISION from the hub.
 
     Raises ValueError if it is neither, or cannot be had.
     """
@@ -20,8 +25,6 @@ def located(name: str | Path) -> Path:
 
     repo, _, revision = str(name).partition("@")
     try:
-        return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
-        )
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(which)))
     except Exception as e:  # whatever an unreachable hub or an unknown repository makes the library raise
         raise ValueError(f"{name} is no local folder and cannot be had from the hub: {str(e).splitlines()[0]}") from None

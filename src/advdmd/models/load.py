@@ -1,5 +1,6 @@
 """Pipeline folders to backbones: shipped names, diffusers folders, and students we exported."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -34,11 +35,11 @@ def located(name: str | Path) -> Path:
     return Path(str(files("advdmd") / "teachers" / str(name))) if str(name) in SHIPPED else Path(name)
 
 
-def folder_of(name: str) -> Path:
-    """`located`, or fetched from the hub, and checked: raises ValueError if it is not a pipeline."""
+def folder_of(name: str, which: Sequence[str] = hub.FILES) -> Path:
+    """`located`, or fetched from the hub (the files `which`), and checked: raises ValueError if it is not a pipeline."""
     path = located(name)
     if not path.exists() and hub.HUB_ID.fullmatch(name):
-        path = hub.located(name)
+        path = hub.located(name, which)
     if not (path / "model_index.json").is_file():
         raise ValueError(
             f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no "
@@ -212,6 +213,13 @@ def identity(path: Path, parts: Sequence[str] = ENCODERS) -> dict[str, Any]:
         if index.get(part, [None])[0] and any((path / part).glob("*")):
             found[part] = file_hash(path / part)
     return found
+
+
+def reading(backbone: Backbone) -> str:
+    """Of how a pipeline reads prompts: the hash of what its tokenizers make of a short and of an endless one, in which are its
+    template and its length of text, which no file of its folder holds."""
+    ids = backbone.tokenize(["a red circle", "circle " * 2000])
+    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
 
 
 def device_of(asked: str) -> str:

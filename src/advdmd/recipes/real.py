@@ -5,6 +5,7 @@ None of these has been run on real weights. Turns and the critic are what worked
 of published few-step adapters; the teacher's guidance is its model card's.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -70,10 +71,16 @@ PRESETS = {
 }
 
 
+def card_of(name: str) -> tuple[int, int] | None:
+    """(how many, GB of each) that a recipe is named after: (8, 80) of "sd35-large-advdmd-4step-8x80gb"; None if it is not."""
+    found = re.search(r"-(?:(\d+)x)?(\d+)gb$", name)
+    return (int(found[1] or 1), int(found[2])) if found else None
+
+
 def cards(preset: str) -> int:
     """How many a preset is for: 8 of "8x80gb"."""
-    many, x, _ = preset.partition("x")
-    return int(many) if x else 1
+    found = card_of(f"-{preset}")
+    return found[0] if found else 1
 
 
 ITERATIONS = 2000
@@ -104,7 +111,8 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
         "data": Cached(),
         "ema": 0.99,
         "save_every": 50,
-        "look_every": 100,
+        "look_every": 500,  # pictures are decoded on the CPU: a minute or two at 1024 pixels with these threads
+        "threads": 8,
     }
     return Recipe(**common | more)
 
@@ -139,10 +147,13 @@ def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Re
 
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code); whole networks of the miniature learn nothing
-    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece: four samples."""
-    w = enhancement(MODELS[name].guidance)
+    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a card has 16 samples, or 4
+    where no more fit, and as many iterations cost a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for more. Many
+    cards are as many replicas with the adapters of one."""
+    w, one = enhancement(MODELS[name].guidance), preset.rpartition("x")[2]
     algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=w, group=2)
-    return _recipe(name, preset, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=2)
+    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * cards(preset)
+    return _recipe(name, one, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=prompts)
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {"advdmd": advdmd, "dmd2": dmd2, "twinflow": twinflow}
@@ -151,6 +162,6 @@ RECIPES = {
     for (name, preset), fit in PRESETS.items()
     for method, make in METHODS.items()
     for steps in (4, 2)
-    # TwinFlow is not spread, and its batch in one piece does not fit beside a base that had to be of few bits.
-    if make is not twinflow or (fit.rank and fit.base_bits == 32)
+    # TwinFlow's batch in one piece does not fit beside a base that had to be of few bits.
+    if make is not twinflow or fit.base_bits == 32
 }

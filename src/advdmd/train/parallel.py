@@ -21,25 +21,35 @@ from advdmd.files import file_hash, folder_hash
 from advdmd.rng import home
 from advdmd.types import ALONE, Log, Team
 
-PATIENCE = timedelta(minutes=30)  # how long the others wait while one draws pictures or sits an exam
+PATIENCE = timedelta(minutes=30)  # how long the others wait while one draws pictures, a few minutes, or sits an exam
+
+
+def started() -> tuple[int, int]:
+    """Which of how many processes torchrun started this one is; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own(device: str) -> str:
+    """This process's card, where torchrun started one for each."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 @contextmanager
 def processes(device: str = "cpu") -> Iterator[Team]:
     """The processes that torchrun started, or this one alone. A process that dies ends the others with a message."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if started()[1] == 1:
         yield ALONE
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Team(rank=dist.get_rank(), size=size, gather=_gather)
+        yield Team(rank=dist.get_rank(), size=dist.get_world_size(), gather=_gather)
     except RuntimeError as e:
         if any(said in str(e) for said in ("Connection closed by peer", "Connection reset", "NCCL", "gloo")):
             raise ValueError(
-                f"process {dist.get_rank()} of {size}: another process is gone; the last checkpoint is kept"
+                f"process {dist.get_rank()} of {dist.get_world_size()}: another process is gone, or has let this one wait for "
+                f"{PATIENCE.seconds // 60} minutes; the last checkpoint is kept"
             ) from e
         raise
     finally:
