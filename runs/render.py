@@ -195,7 +195,8 @@ def claim(name: str) -> list[str]:
         return []
     runs = runs_of(folder)
     curves(folder, runs)
-    lines = ["", f"## {title}", "", f"`runs/{name[:2]}.sh` at commit {rows[0][2]['commit']}.", ""]
+    at = " and ".join(sorted({row[2]["commit"] for row in rows}))
+    lines = ["", f"## {title}", "", f"`runs/{name[:2]}.sh` at commit {at}.", ""]
     for theirs in LABELS:
         found = ((row[2], suite) for row in rows for suite in suites if is_about(row, suite, theirs))
         lines += [f"- {verdict(c, suite, theirs)}" for c, suite in found]

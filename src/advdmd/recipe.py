@@ -13,6 +13,7 @@ from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.evaluation.metrics.named import parse_reward
 from advdmd.models.critic import CriticConfig
 from advdmd.train.learner import Optim
+from advdmd.types import Team
 
 # Far beyond any run: schedules are planned step by step, and a slip of the hand is refused rather than planned for hours.
 MOST_ITERATIONS = 10**6
@@ -122,6 +123,15 @@ class Recipe:
     def batch(self) -> int:
         """Samples an iteration: prompts x samples per prompt."""
         return self.prompts_per_step * self.algorithm.group
+
+    def check_shares(self, processes: int) -> None:
+        """Raises ValueError if an iteration's samples cannot be those of so many processes."""
+        Team(size=processes).share(self.prompts_per_step)
+        if isinstance(self.algorithm, TwinFlow) and self.batch // processes % 4:
+            raise ValueError(
+                f"{self.batch} samples an iteration are {self.batch // processes} in each of {processes} processes: TwinFlow needs "
+                "four equal quarters in each; set prompts_per_step or algorithm.group"
+            )
 
     @property
     def few_bits(self) -> bool:

@@ -96,12 +96,7 @@ def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, track: Se
         library()
     device = load.device_of(r.device)
     with parallel.processes(device) as team, load.running_on(device):
-        mine = len(team.share(r.prompts_per_step)) * r.algorithm.group
-        if isinstance(r.algorithm, TwinFlow) and mine % 4:
-            raise ValueError(
-                f"{r.batch} samples an iteration are {mine} in each of {team.size} processes: TwinFlow needs four equal "
-                "quarters in each; set prompts_per_step or algorithm.group"
-            )
+        r.check_shares(team.size)
         return _train(name, r, folder, overwrite and not team.rank, team, track)
 
 

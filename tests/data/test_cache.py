@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from advdmd import memory, run
+from advdmd import cli, memory, run
 from advdmd.data import buckets, cache
 from advdmd.data.deal import at_home, make_deal
 from advdmd.data.sources import Entry, _rows, load_image, read_entries, unique
@@ -297,6 +298,33 @@ torch.save(a, {str(tmp_path / "a.pt")!r})
     flow = json.loads((student / "comfyui_workflow.json").read_text())
     assert flow["sample"]["inputs"]["steps"] == r[1].algorithm.steps
     assert all(v[0] in flow for n in flow.values() for v in n["inputs"].values() if isinstance(v, list))
+
+
+def test_processes_that_torchrun_starts_share_the_work(teacher, encoded, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, says in (("1", "process 1 of 2 are done, others are missing"), ("0", "cache: ")):
+        monkeypatch.setenv("RANK", rank)
+        cli.encode(photos, str(teacher), tmp_path / "c", device="cpu", threads=1)
+        assert says in capsys.readouterr().out
+    for f in ("shard-000000.safetensors", "null.safetensors", "manifest.json"):
+        assert (tmp_path / "c" / f).read_bytes() == (encoded / f).read_bytes()
+
+
+def test_a_folder_that_another_process_claims_meanwhile_is_gone_on_in(tmp_path, monkeypatch):
+    plan, there = {"format": 1}, Path.is_file
+
+    def late(path):  # what another process writes between two looks
+        found = there(path)
+        if path.name == "plan.json" and not found:
+            cache.write_text(path, json.dumps(plan))
+        return found
+
+    (tmp_path / "c").mkdir()
+    monkeypatch.setattr(Path, "is_file", late)
+    cache.claim(tmp_path / "c", plan)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cache of something else"):
+        cache.claim(tmp_path / "c", plan | {"format": 2})
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,10 @@ WORDS = [*COMMON, "algorithm.warmup=1", "algorithm.ramp=1", "algorithm.gated=fal
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd"]
 
 
-def ran(folder, teacher, n=2, words=WORDS):
+def ran(folder, teacher, n=2, words=WORDS, recipe="mini-sd35-advdmd"):
     """A run by n processes that find each other as torchrun's do; forked, for to import all again takes longer than to run."""
     if n == 1:
-        return ran_alone(folder, teacher, words)
+        return ran_alone(folder, teacher, words, recipe)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -39,7 +39,7 @@ def ran(folder, teacher, n=2, words=WORDS):
     def one(rank):
         told = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({k: str(v) for k, v in told.items()})
-        ran_alone(folder, teacher, words)
+        ran_alone(folder, teacher, words, recipe)
 
     jobs = [multiprocessing.get_context("fork").Process(target=one, args=(rank,), daemon=True) for rank in range(n)]
     for job in jobs:
@@ -50,8 +50,8 @@ def ran(folder, teacher, n=2, words=WORDS):
     return folder
 
 
-def ran_alone(folder, teacher, words):
-    run.train(*resolve("mini-sd35-advdmd", [f"teacher={teacher}", *words]), folder)
+def ran_alone(folder, teacher, words, recipe="mini-sd35-advdmd"):
+    run.train(*resolve(recipe, [f"teacher={teacher}", *words]), folder)
     return folder
 
 
@@ -103,6 +103,15 @@ def test_two_processes_run_as_one_does(alone, both):
     assert (both / "student/model_index.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"), [("mini-sd35-advdmd", [*WORDS, "lora_rank=4"]), ("mini-sd35-twinflow", [*COMMON, "lora_rank=4"])]
+)
+def test_replicas_of_adapters_run_as_one_process_does(recipe, words, tiny_folder, tmp_path):
+    one, two = (ran(tmp_path / str(n), tiny_folder, n, words, recipe) for n in (1, 2))
+    metrics_agree(one, two)
+    agree(one, two)
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_a_run(alone, both, tiny_folder, tmp_path, first, then):
     folder = forget_the_end(shutil.copytree(alone if first == 1 else both, tmp_path / "run"))
@@ -124,6 +133,10 @@ def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
     assert done.returncode != 0
     assert "prompts_per_step=3 cannot be shared by 2 processes" in done.stderr
     assert not (tmp_path / "r").exists()
+    small = resolve("mini-sd35-twinflow", ["algorithm.group=2", "prompts_per_step=2"])[1]
+    small.check_shares(1)
+    with pytest.raises(ValueError, match="4 samples an iteration are 2 in each of 2 processes"):
+        small.check_shares(2)
 
 
 def test_minibatches_are_the_steps_however_it_is_shared():
@@ -175,7 +188,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     os.kill(int(workers[1]), signal.SIGKILL)
     _, said = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "SIGKILL" in said or "another process is gone" in said
+    assert "another process is gone" in said
     assert last(tmp_path / "r")[0] >= "step-0000003"
 
 

@@ -7,7 +7,7 @@ every network, or its share of those that `shard` has spread (FSDP2); the shares
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,8 @@ def norm(grads: Sequence[Tensor]) -> float:
 
 
 def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> str:
-    """Every process writes its shares into `folder`, as safetensors (torch.distributed.checkpoint); returns the folder's
-    files.file_hash, of which each makes a part. Raises OSError if any of them cannot."""
+    """Every process writes its shares into `folder`, as safetensors (torch.distributed.checkpoint); returns
+    `shares_hash`. Raises OSError if any of them cannot."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -126,9 +126,21 @@ def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> str:
     except dcp.CheckpointException as e:
         raise OSError(f"{folder} cannot be written ({e}): make room there and run the same command again") from None
     wait()
+    return shares_hash(folder)
+
+
+def shares_hash(folder: Path) -> str:
+    """files.folder_hash of a folder of shares, of which each process reads a part; all must ask. A file that cannot be read makes
+    another hash."""
+    if not dist.is_initialized():
+        return file_hash(folder)
     files, size = sorted(f for f in folder.iterdir() if f.is_file()), dist.get_world_size()
+    mine: dict[str, str] = {}
+    for f in files[dist.get_rank() :: size]:
+        with suppress(OSError):  # so that all come to the exchange
+            mine[f.name] = file_hash(f)
     hashes: list[dict[str, str]] = [{} for _ in range(size)]
-    dist.all_gather_object(hashes, {f.name: file_hash(f) for f in files[dist.get_rank() :: size]})
+    dist.all_gather_object(hashes, mine)
     return folder_hash({k: v for part in hashes for k, v in part.items()})
 
 
