@@ -25,7 +25,9 @@ Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as alg
 def show(
     recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; none lists them.")] = None,
     changes: Changes = None,
-    card: Annotated[float | None, typer.Option(help="GB of the card it is to run on; by default the one it is named after.")] = None,
+    card: Annotated[
+        float | None, typer.Option(help="GB of the card it is to run on; by default the one it is named after.")
+    ] = None,
     cards: Annotated[
         int | None, typer.Option(min=1, help="How many of them, likewise; sharded recipes share networks among them.")
     ] = None,
@@ -57,7 +59,10 @@ def show(
     need = memory.need(r, resolution, cards)
     each = f", {need.adapter / 1e6:.0f} M in each of {memory.roles(r)} adapters" if need.adapter else ""
     print(f"transformer: {need.base / 1e9:.2f} B parameters{each}")
-    print(f"memory of {'a card' if cards == 1 else f'each of {cards} cards'} at {resolution} pixels, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items()))
+    print(
+        f"memory of {'a card' if cards == 1 else f'each of {cards} cards'} at {resolution} pixels, GB: "
+        + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items())
+    )
     print(f"in all {need.total / 1e9:.1f} GB; activations are an estimate")
     if card is not None:
         print(memory.advice(r, need, card))

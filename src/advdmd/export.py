@@ -121,8 +121,8 @@ def _card(folder: Path, name: str, how: Sampling, backbone: Backbone, record: di
     samples = f"\n![what it draws: the averaged student while it learned, {how.steps} steps]({SAMPLES})\n"
     samples = samples if (folder / SAMPLES).is_file() else ""
     adapter = (
-        f"\n`{LORA}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, so the two "
-        "draw nearly, not exactly, the same unless that is float32.\n"
+        f"\n`{LORA}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, so the "
+        "two draw nearly, not exactly, the same unless that is float32.\n"
     )
     adapter = adapter if (folder / LORA).is_file() else ""
     return f"""---

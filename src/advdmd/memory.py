@@ -40,6 +40,7 @@ def transformer(teacher: str) -> tuple[Any, int]:
 
     Raises ValueError if the teacher is neither published nor a pipeline folder, or has a transformer of another class.
     """
+    load.quiet()
     import diffusers
 
     published = {m.hub: m for m in MODELS.values()}

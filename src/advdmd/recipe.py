@@ -129,8 +129,8 @@ class Recipe:
         Team(size=processes).share(self.prompts_per_step)
         if isinstance(self.algorithm, TwinFlow) and self.batch // processes % 4:
             raise ValueError(
-                f"{self.batch} samples an iteration are {self.batch // processes} in each of {processes} processes: TwinFlow needs "
-                "four equal quarters in each; set prompts_per_step or algorithm.group"
+                f"{self.batch} samples an iteration are {self.batch // processes} in each of {processes} processes: TwinFlow "
+                "needs four equal quarters in each; set prompts_per_step or algorithm.group"
             )
 
     @property

@@ -355,19 +355,26 @@ def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, e
 def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(teacher, encoded, tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    asked, fetched = [], []
 
-    def fetch(repo, revision=None, allow_patterns=()):
+    def fetch(repo, revision=None, allow_patterns=(), ignore_patterns=()):
         asked.append((repo, revision, allow_patterns))
+        files = list(huggingface_hub.utils.filter_repo_objects(
+            [f"{kind}/model.safetensors" for kind in ("transformer", "text_encoder_3", "text_encoders")]
+            + ["sd3.5_large.safetensors", "text_encoder/model.fp16.safetensors", "model_index.json", "vae/x.bin"],
+            allow_patterns=allow_patterns, ignore_patterns=ignore_patterns,
+        ))  # fmt: skip
+        fetched.append(files)
         return shutil.copytree(teacher, tmp_path / "snapshots/0123456789abcdef", dirs_exist_ok=True)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     words = ["teacher=someone/model@v1", f"data.folder={encoded}", *WORDS]
     name, r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if "warmup" not in w and "ramp" not in w])
     assert memory.need(r).base > 0
-    assert all(not p.endswith(".safetensors") for p in asked[0][2])
+    assert fetched == [["model_index.json"]]
     student = run.train(name, r, tmp_path / "run")
     assert asked[-1][:2] == ("someone/model", "v1")
+    assert fetched[-1] == ["transformer/model.safetensors", "text_encoder_3/model.safetensors", "model_index.json"]
     assert "\nbase_model: someone/model\n" in (student / "README.md").read_text()
 
 

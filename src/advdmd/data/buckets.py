@@ -60,8 +60,8 @@ class Caches:
         for part in self.parts:
             if part.plan.get("tokens", tokens) != tokens:
                 raise ValueError(
-                    f"{part.folder} was encoded with another prompt template or length of text than this teacher's pipeline has "
-                    "now: encode again"
+                    f"{part.folder} was encoded with another prompt template or length of text than this teacher's "
+                    "pipeline has now: encode again"
                 )
 
     @property

@@ -24,8 +24,8 @@ OPEN = 64  # shards kept open
 FORMAT = 1
 AGAIN = "encode again into another folder"
 OWN_REALS = (
-    "what the critic takes for real the teacher has drawn (--reals teacher): the student is held to the teacher's own pictures, so "
-    "expect it to come close to the teacher, not past it; images of your own lift that"
+    "what the critic takes for real the teacher has drawn (--reals teacher): the student is held to the teacher's own "
+    "pictures, so expect it to come close to the teacher, not past it; images of your own lift that"
 )
 
 

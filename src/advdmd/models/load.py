@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def located(name: str | Path) -> Path:
     return Path(str(files("advdmd") / "teachers" / str(name))) if str(name) in SHIPPED else Path(name)
 
 
-def folder_of(name: str, which: Sequence[str] = hub.FILES) -> Path:
+def folder_of(name: str, which: Sequence[str] = hub.PIPELINE) -> Path:
     """`located`, or fetched from the hub (the files `which`), and checked: raises ValueError if it is not a pipeline."""
     path = located(name)
     if not path.exists() and hub.HUB_ID.fullmatch(name):
@@ -86,10 +87,11 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def quiet() -> None:
     """No warnings and no progress bars of the libraries' own."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before anything imports it: it misses kernels nobody asked for
     import transformers
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
 
-    for library in (transformers.logging, logging):
+    for library in (transformers.logging, diffusers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
 

@@ -48,7 +48,8 @@ MODELS = {
 
 class Preset(NamedTuple):
     """What makes a model fit: the rank of its adapters (0: whole networks, spread over the cards of the preset's name), samples
-    a pass, bits of the frozen base. `advdmd show` says what that takes of a card."""
+    a pass, bits of the frozen base. `advdmd show` says what that takes of a card. Rank 64 is TwinFlow's (2512.05150), lower
+    ones are what fits; so many samples a pass were measured on a card of 141 GB (docs/performance.md), one is the least."""
 
     rank: int
     samples: int
@@ -83,7 +84,7 @@ def cards(preset: str) -> int:
     return found[0] if found else 1
 
 
-ITERATIONS = 2000
+ITERATIONS = 2000  # 64,000 samples, the miniature's long recipes have 38,400; one to five days of an H200 (docs/own-model.md)
 GROUP, PROMPTS = 8, 4  # 32 samples an iteration: the fewest with which group advantages meant something in the miniature
 # A trunk that learns pays for what the prompt says, a frozen one for nothing (docs/log.md); here it is one more adapter. It
 # reads the first half of the network, so that the second is not run.
@@ -109,7 +110,7 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
         "device": "auto",
         "checkpointing": True,
         "data": Cached(),
-        "ema": 0.99,
+        "ema": 0.99,  # as in the miniature's long recipes: an average of the last hundred updates
         "save_every": 50,
         "look_every": 500,  # pictures are decoded on the CPU: a minute or two at 1024 pixels with these threads
         "threads": 8,
@@ -119,7 +120,10 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
 
 def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """Matching and critic alone for four fifths of the run, then policy turns, ever denser (2604.28126: DMD first). Later than
-    in the miniature, which keeps adapters below 20 forwards a sample; what that is worth was not measured."""
+    in the miniature, which keeps adapters below 20 forwards a sample; what that is worth was not measured.
+
+    The rest is the miniature's long recipe, where each was tried (docs/log.md): two minibatches of the fake score and two
+    matching turns on a path, half of the samples judged, wrong captions at full weight, GAN .1 for diversity."""
     warmup = iterations * 4 // 5
     algorithm = AdvDMD(
         steps=steps,

@@ -130,8 +130,8 @@ def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> str:
 
 
 def shares_hash(folder: Path) -> str:
-    """files.folder_hash of a folder of shares, of which each process reads a part; all must ask. A file that cannot be read makes
-    another hash."""
+    """files.folder_hash of a folder of shares, of which each process reads a part; all must ask. A file that cannot be read
+    makes another hash."""
     if not dist.is_initialized():
         return file_hash(folder)
     files, size = sorted(f for f in folder.iterdir() if f.is_file()), dist.get_world_size()
