@@ -118,7 +118,7 @@ def encode(
 
     torch.set_num_threads(threads)
     of = cli_evaluate.shard_of(shard) if shard else parallel.started()
-    place = parallel.own(device_of(device))
+    place = parallel.own_card(device_of(device))
     done = go(source, teacher, out, resolution, reals, per_prompt, of, place, batch, by_shape=by_shape)
     print(f"cache: {out}" if done else f"{out}: the shards of process {of[0]} of {of[1]} are done, others are missing")
 

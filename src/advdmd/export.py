@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def export_student(
     teacher: Path,
     folder: Path,
     note: dict[str, Any],
-    samples: Sequence[Path] = (),
+    samples: Path | None = None,
 ) -> Path:
     """Write the teacher's pipeline with the student as its transformer and the student's scheduler; all or nothing. `samples`:
     a picture of what the student draws, if there is one.
@@ -80,8 +79,8 @@ def export_student(
         if stock(how):
             nodes = workflow(backbone, how, LORA if adapter is not None else None)
             (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
-        for picture in samples:
-            shutil.copyfile(picture, making / SAMPLES)
+        if samples:
+            shutil.copyfile(samples, making / SAMPLES)
         if standing is not None:
             save_file({"standing": standing}, making / TARGET_TIME)
         (making / "README.md").write_text(_card(making, folder.name, how, backbone, record))

@@ -203,8 +203,9 @@ def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path
             note["base_bits"] = r.base_bits
         if r.rewards:
             note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
-        drawn = [p for p in sorted((run / "samples").glob("step-*.png")) if int(p.stem[5:]) <= note["iterations"]]
-        return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note, drawn[-1:])
+        drawn = [p for p in (run / "samples").glob("step-*.png") if int(p.stem[5:]) <= note["iterations"]]
+        samples = max(drawn, default=None)
+        return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note, samples)
 
 
 def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:

@@ -29,7 +29,7 @@ def started() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def own(device: str) -> str:
+def own_card(device: str) -> str:
     """This process's card, where torchrun started one for each."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
