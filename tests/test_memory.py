@@ -4,7 +4,7 @@ import pytest
 
 from advdmd.memory import advice, need, roles
 from advdmd.recipes.find import resolve
-from advdmd.recipes.real import RECIPES, cards
+from advdmd.recipes.real import RECIPES, preset_of
 
 
 @pytest.mark.parametrize(
@@ -16,13 +16,13 @@ def test_parameters_are_the_published_models(name, billions):
     assert found.parts["frozen base"] == 2 * found.base
 
 
-def test_every_recipe_fits_the_card_it_is_named_after_at_512_pixels():
+def test_every_recipe_fits_the_cards_it_is_named_after():
     for name in RECIPES:
-        r = resolve(name)[1]
-        preset = name.rpartition("-")[2]
-        card = 24 if preset.endswith("24gb") else 80
-        assert advice(r, need(r, 512, cards(preset)), card).startswith("fits"), name
-        assert r.prompts_per_step % cards(preset) == 0, name
+        r, fit = resolve(name)[1], preset_of(name)
+        assert name.endswith(f"-{fit.cards}x{fit.card}gb" if fit.cards > 1 else f"-{fit.card}gb")
+        assert advice(r, need(r, fit.side, fit.cards), fit.card).startswith("fits"), name
+        r.check_shares(fit.cards)
+    assert preset_of("mini-sd35-advdmd") is None
 
 
 def test_whole_networks_are_shared_by_the_cards():

@@ -487,14 +487,15 @@ def test_show_prints_the_recipe_and_its_cost():
 
 
 def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_card_its_preset_is_named_after():
-    done = cli("show", "sd35-large-advdmd-4step-24gb")
+    done = cli("show", "sd35-large-advdmd-4step-24gb", "--resolution", "1024")
     assert "transformer: 8.06 B parameters, 53 M in each of 3 adapters" in done.stdout
     assert "frozen base 16.1" in done.stdout
     assert "too much for a 24 GB card: base_bits=4" in done.stdout
-    assert "fits a 24 GB card" in cli("show", "sd35-large-advdmd-4step-24gb", "--resolution", "512").stdout
+    assert "fits a 24 GB card" in cli("show", "sd35-large-advdmd-4step-24gb").stdout, "of 512 pixels"
+    assert "cannot be shared by 3 processes" in cli("show", "sd35-medium-advdmd-4step-80gb", "--cards", "3").stderr
     many = cli("show", "qwen-image-advdmd-4step-32x80gb").stdout
-    assert "each of 32 cards" in many
-    assert "student whole, for pictures" in many
+    assert "each of 32 cards at 1024 pixels" in many
+    assert "more while pictures are drawn" in many
     assert "fits a 80 GB card" in many
     assert "fits a 141 GB card" in cli("show", "qwen-image-advdmd-4step-80gb", "--card", "141").stdout
 

@@ -31,13 +31,15 @@ def show(
     cards: Annotated[
         int | None, typer.Option(min=1, help="How many of them, likewise; sharded recipes share networks among them.")
     ] = None,
-    resolution: Annotated[int, typer.Option(help="Side of its images in pixels, for the memory of a published model.")] = 1024,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of its images in pixels, likewise, for the memory of a published model.")
+    ] = None,
 ) -> None:
     """Print a resolved recipe, what an iteration costs and what it takes of a card, before anything is loaded."""
     from advdmd import memory
     from advdmd.recipe import Cached, dump
     from advdmd.recipes import find
-    from advdmd.recipes.real import card_of
+    from advdmd.recipes.real import preset_of
 
     if recipe is None:
         print("\n".join(find.known()))
@@ -54,8 +56,10 @@ def show(
     print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
     if not isinstance(r.data, Cached) and card is None:
         return
-    many, gb = card_of(name) or (1, card)
-    cards, card = cards or many, card or gb
+    if preset := preset_of(name):
+        card, cards, resolution = card or preset.card, cards or preset.cards, resolution or preset.side
+    cards, resolution = cards or 1, resolution or 1024
+    r.check_shares(cards)
     need = memory.need(r, resolution, cards)
     each = f", {need.adapter / 1e6:.0f} M in each of {memory.roles(r)} adapters" if need.adapter else ""
     print(f"transformer: {need.base / 1e9:.2f} B parameters{each}")

@@ -63,7 +63,8 @@ def encode(
         "reals": reals,
     }
     if reals == "teacher":
-        print(cache.OWN_REALS, file=sys.stderr)
+        if shard[0] == 0:
+            print(cache.DRAWN_BY_TEACHER, file=sys.stderr)
         drawer = load.identity(folder, ("transformer",))["transformer"]
         plan["reals"] = {"transformer": drawer, "each": per_prompt, "seed": seed, **asdict(own)}
     parts: dict[Path, tuple[buckets.Size, Sequence[int]]] = {out: ((side, side), range(len(prompts)))}

@@ -104,7 +104,7 @@ def need(r: Recipe, resolution: int = 1024, cards: int = 1) -> Need:
     parts["paths and text"] = 4.0 * r.batch / cards * (path + said)
     if spread:  # while pictures are drawn the first card holds the student whole, instead of what a pass takes
         standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "average"))
-        parts["student whole, for pictures"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
+        parts["more while pictures are drawn"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
     return Need(base, adapter, parts)
 
 

@@ -72,7 +72,9 @@ def _spread(r: Recipe, backbone: Any, nets: Sequence[Any], team: Team) -> Callab
     kind, config, device = type(backbone.net), backbone.net.config, load.device_of(r.device)
 
     def plain() -> torch.nn.Module:
-        return kind.from_config(config).to(device, backbone.dtype).requires_grad_(False).eval()
+        with torch.device("cpu"):  # where it may be float32 at first
+            net = kind.from_config(config).to(backbone.dtype)
+        return net.to(device).requires_grad_(False).eval()
 
     for net in nets:  # made on the CPU; each goes to the devices in shares
         parallel.shard(net.float(), backbone.blocks(net), backbone.dtype, device)

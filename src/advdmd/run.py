@@ -19,7 +19,7 @@ from advdmd import exam, health
 from advdmd.algorithms.base import Cast
 from advdmd.algorithms.twinflow import Twin, TwinFlow
 from advdmd.data.buckets import Caches
-from advdmd.data.cache import OWN_REALS
+from advdmd.data.cache import DRAWN_BY_TEACHER
 from advdmd.data.deal import Deal, at_home
 from advdmd.evaluate import evaluate
 from advdmd.evaluation import report
@@ -117,6 +117,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
     if ended and (folder / "student" / load.NOTE).is_file():
         return folder / "student"
     backbone, data, players = stage(r, encoded, team)
+    if encoded:
+        encoded.read_by(load.reading(backbone))
     how = student_sampling(r)
 
     def look(step: int) -> None:
@@ -124,8 +126,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Team, trac
             if not team.rank:
                 watch(backbone, net, how, data.look, data.null, folder, step)
 
-    if encoded and encoded.own_reals and not team.rank:
-        print(OWN_REALS, file=sys.stderr)
+    if encoded and encoded.drawn_by_teacher and not team.rank:
+        print(DRAWN_BY_TEACHER, file=sys.stderr)
     deal = at_home(data.deal)
     loop.run(
         r.algorithm,
@@ -172,8 +174,6 @@ def stage(r: Recipe, encoded: Caches | None, team: Team = ALONE) -> tuple[Any, S
         backbone, _ = load.load(r.teacher, encoders=not encoded, dtype=dtype, resolution=size)
         if encoded is None and not load.in_miniature(backbone):
             raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
-        if encoded:
-            encoded.read_by(load.reading(backbone))
         data = supply(r, backbone, encoded, team)
     device = load.device_of(r.device)
     if not r.spread_over(team.size):  # it goes there in shares
@@ -203,7 +203,9 @@ def _export(r: Recipe, name: str, backbone: Any, players: Cast | Twin, run: Path
             note["base_bits"] = r.base_bits
         if r.rewards:
             note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
-        drawn = [p for p in (run / "samples").glob("step-*.png") if int(p.stem[5:]) <= note["iterations"]]
+        drawn = [
+            p for p in (run / "samples").glob("step-*.png") if p.stem[5:].isdecimal() and int(p.stem[5:]) <= note["iterations"]
+        ]
         samples = max(drawn, default=None)
         return export_student(backbone, net, student_sampling(r), load.folder_of(r.teacher), out, note, samples)
 

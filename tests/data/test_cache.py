@@ -19,7 +19,9 @@ from advdmd.data import buckets, cache
 from advdmd.data.deal import at_home, make_deal
 from advdmd.data.sources import Entry, _rows, load_image, read_entries, unique
 from advdmd.encode import encode
+from advdmd.look import watch
 from advdmd.models import load, mini
+from advdmd.models.sampler import Sampling
 from advdmd.recipes.find import resolve
 from advdmd.types import Cond
 from advdmd.world.caption import VOCABULARY
@@ -352,6 +354,24 @@ def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, e
     assert (student / "comfyui_workflow.json").is_file() == ("twinflow" not in name), "what nobody could sample there"
 
 
+@pytest.mark.parametrize(("shown", "size"), [(1, (130, 130)), (4, (260, 260)), (5, (650, 130))])
+def test_large_pictures_are_few(qwen, tmp_path, shown, size):
+    backbone, _ = load.load(str(qwen / "t"), resolution=128)
+    cond, null = (backbone.embed(backbone.tokenize(p)) for p in (CAPTIONS[:shown], [""]))
+    watch(backbone, backbone.net, Sampling(steps=2, eta=1.0), cond, null, tmp_path, 7)
+    with Image.open(tmp_path / "samples/step-000007.png") as sheet:
+        assert sheet.size == size
+
+
+def test_a_cache_of_before_may_be_gone_on_with(qwen, photos, tmp_path):
+    shutil.copytree(qwen / "c", tmp_path / "c")
+    plan = json.loads((tmp_path / "c/plan.json").read_text())
+    told = plan.pop("tokens")
+    (tmp_path / "c/plan.json").write_text(json.dumps(plan))
+    assert encode(photos, str(qwen / "t"), tmp_path / "c")
+    assert json.loads((tmp_path / "c/plan.json").read_text())["tokens"] == told
+
+
 def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(teacher, encoded, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -361,7 +381,9 @@ def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(
         asked.append((repo, revision, allow_patterns))
         files = list(huggingface_hub.utils.filter_repo_objects(
             [f"{kind}/model.safetensors" for kind in ("transformer", "text_encoder_3", "text_encoders")]
-            + ["sd3.5_large.safetensors", "text_encoder/model.fp16.safetensors", "model_index.json", "vae/x.bin"],
+            + ["sd3.5_large.safetensors", "text_encoder_3/model.fp16-00001-of-00002.safetensors"]
+            + ["model_index.json", "vae/x.bin"]
+            + ["tokenizer/chat_template.jinja", "tokenizer_3/spiece.model", "tokenizer/merges.txt"],
             allow_patterns=allow_patterns, ignore_patterns=ignore_patterns,
         ))  # fmt: skip
         fetched.append(files)
@@ -374,7 +396,13 @@ def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(
     assert fetched == [["model_index.json"]]
     student = run.train(name, r, tmp_path / "run")
     assert asked[-1][:2] == ("someone/model", "v1")
-    assert fetched[-1] == ["transformer/model.safetensors", "text_encoder_3/model.safetensors", "model_index.json"]
+    assert fetched[-1] == [
+        *("transformer/model.safetensors", "text_encoder_3/model.safetensors", "model_index.json"),
+        *("tokenizer/chat_template.jinja", "tokenizer_3/spiece.model", "tokenizer/merges.txt"),
+    ]
+    told = load.identity(teacher)
+    (tmp_path / "snapshots/0123456789abcdef/text_encoder/model.fp16.safetensors").write_bytes(b"what another program fetched")
+    assert load.identity(tmp_path / "snapshots/0123456789abcdef") == told
     assert "\nbase_model: someone/model\n" in (student / "README.md").read_text()
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from advdmd import run
 from advdmd.recipes.find import resolve
 from advdmd.rng import Rng
-from advdmd.train import checkpoint
+from advdmd.train import checkpoint, parallel
 from advdmd.types import Team
 
 COMMON = [
@@ -32,6 +32,12 @@ def ran(folder, teacher, n=2, words=WORDS, recipe="mini-sd35-advdmd"):
     """A run by n processes that find each other as torchrun's do; forked, for to import all again takes longer than to run."""
     if n == 1:
         return ran_alone(folder, teacher, words, recipe)
+    together(n, lambda rank: ran_alone(folder, teacher, words, recipe))
+    return folder
+
+
+def together(n, do):
+    """do(rank) in n forked processes that find each other; all must end well."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -39,7 +45,7 @@ def ran(folder, teacher, n=2, words=WORDS, recipe="mini-sd35-advdmd"):
     def one(rank):
         told = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({k: str(v) for k, v in told.items()})
-        ran_alone(folder, teacher, words, recipe)
+        do(rank)
 
     jobs = [multiprocessing.get_context("fork").Process(target=one, args=(rank,), daemon=True) for rank in range(n)]
     for job in jobs:
@@ -47,7 +53,6 @@ def ran(folder, teacher, n=2, words=WORDS, recipe="mini-sd35-advdmd"):
     for job in jobs:
         job.join(240)
     assert [job.exitcode for job in jobs] == [0] * n
-    return folder
 
 
 def ran_alone(folder, teacher, words, recipe="mini-sd35-advdmd"):
@@ -230,6 +235,19 @@ def test_a_damaged_share_is_passed_over(spread, tmp_path, capsys):
     share.write_bytes(share.read_bytes()[:-1] + b"?")
     assert checkpoint.newest(folder)[1]["step"] == 2
     assert "damaged" in capsys.readouterr().out
+
+
+def test_processes_that_see_different_checkpoints_are_told_so(spread, tmp_path):
+    folders = [shutil.copytree(spread / "checkpoints", tmp_path / str(rank)) for rank in (0, 1)]
+
+    def look(rank):
+        with parallel.processes():
+            assert checkpoint.newest(folders[0])[1]["step"] == 4
+            with pytest.raises(ValueError, match="all of them need one disk"):
+                checkpoint.newest(folders[rank])
+
+    max(folders[1].glob("step-*.json")).unlink()
+    together(2, look)
 
 
 def test_leftovers_of_the_other_kind_do_not_stop_a_run(alone_to_share, spread, tiny_folder, tmp_path):

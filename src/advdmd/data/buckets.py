@@ -65,7 +65,7 @@ class Caches:
                 )
 
     @property
-    def own_reals(self) -> bool:
+    def drawn_by_teacher(self) -> bool:
         """Whether what the critic takes for real the teacher has drawn."""
         return any(part.plan.get("reals") != "source" for part in self.parts)
 

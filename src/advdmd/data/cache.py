@@ -23,7 +23,7 @@ SHARD = 64  # prompts in a shard
 OPEN = 64  # shards kept open
 FORMAT = 1
 AGAIN = "encode again into another folder"
-OWN_REALS = (
+DRAWN_BY_TEACHER = (
     "what the critic takes for real the teacher has drawn (--reals teacher): the student is held to the teacher's own "
     "pictures, so expect it to come close to the teacher, not past it; images of your own lift that"
 )
@@ -42,6 +42,7 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
     path = folder / "plan.json"
     if path.is_file():
         found = read_object(path, way_out=AGAIN)
+        found = {k: plan[k] for k in ("tokens",) if k in plan} | found  # which an early cache does not say
         if found != json.loads(json.dumps(plan)):
             changed = ", ".join(sorted(k for k in {*found, *plan} if found.get(k) != plan.get(k)))
             raise ValueError(f"{folder} is a cache of something else ({changed} differ): choose another --out")

@@ -7,7 +7,8 @@ from pathlib import Path
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # no pickles, no code
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
+VARIANTS = ("*.fp16*", "*.bf16*", "*.fp8*")  # the same weights in another type, which nothing here reads
 PARTS = ("transformer", "vae", "scheduler", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
 # Of a pipeline: its parts, and not the same weights once more in files for other programs, which the published ones have too.
 PIPELINE = ("*.json", "target_time.safetensors", *(f"{part}/{kind}" for part in PARTS for kind in FILES))
@@ -29,7 +30,7 @@ def located(name: str | Path, which: Sequence[str] = FILES) -> Path:
     repo, _, revision = str(name).partition("@")
     try:
         return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(which), ignore_patterns=["*.fp16.*"])
+            snapshot_download(repo, revision=revision or None, allow_patterns=list(which), ignore_patterns=list(VARIANTS))
         )
     except Exception as e:  # whatever an unreachable hub or an unknown repository makes the library raise
         raise ValueError(f"{name} is no local folder and cannot be had from the hub: {str(e).splitlines()[0]}") from None

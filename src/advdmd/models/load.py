@@ -213,7 +213,8 @@ def identity(path: Path, parts: Sequence[str] = ENCODERS) -> dict[str, Any]:
     found: dict[str, Any] = {"family": index["_class_name"], "t5_length": note.get("t5_length", 256)}
     for part in parts:
         if index.get(part, [None])[0] and any((path / part).glob("*")):
-            found[part] = file_hash(path / part)
+            read = (f for f in (path / part).iterdir() if f.is_file() and not any(f.match(v) for v in hub.VARIANTS))
+            found[part] = folder_hash({f.name: file_hash(f) for f in read})
     return found
 
 

@@ -47,41 +47,39 @@ MODELS = {
 
 
 class Preset(NamedTuple):
-    """What makes a model fit: the rank of its adapters (0: whole networks, spread over the cards of the preset's name), samples
-    a pass, bits of the frozen base. `advdmd show` says what that takes of a card. Rank 64 is TwinFlow's (2512.05150), lower
-    ones are what fits; so many samples a pass were measured on a card of 141 GB (docs/performance.md), one is the least."""
+    """What makes a model fit: the rank of its adapters (0: whole networks, spread over the cards), samples a pass, GB of a
+    card and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
+    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits; so many samples a pass were measured on a card of 141 GB
+    (docs/performance.md), one is the least."""
 
     rank: int
     samples: int
+    card: int
+    cards: int = 1
     base_bits: Literal[4, 32] = 32
+    side: int = 1024
 
 
 PRESETS = {
-    ("sd3-medium", "24gb"): Preset(32, 1),
-    ("sd35-medium", "24gb"): Preset(32, 1),
-    ("sd35-large", "24gb"): Preset(16, 1),  # at 512 pixels
-    ("qwen-image", "24gb"): Preset(16, 1, base_bits=4),  # at 512 pixels; of 16 bits the base alone would take 41 GB
-    ("sd3-medium", "80gb"): Preset(64, 4),
-    ("sd35-medium", "80gb"): Preset(64, 4),
-    ("sd35-large", "80gb"): Preset(64, 4),
-    ("qwen-image", "80gb"): Preset(32, 2),
-    ("sd3-medium", "8x80gb"): Preset(0, 4),
-    ("sd35-medium", "8x80gb"): Preset(0, 4),
-    ("sd35-large", "8x80gb"): Preset(0, 1),
-    ("qwen-image", "32x80gb"): Preset(0, 1),
+    ("sd3-medium", "24gb"): Preset(32, 1, 24),
+    ("sd35-medium", "24gb"): Preset(32, 1, 24),
+    ("sd35-large", "24gb"): Preset(16, 1, 24, side=512),
+    ("qwen-image", "24gb"): Preset(16, 1, 24, base_bits=4, side=512),  # of 16 bits the base alone would take 41 GB
+    ("sd3-medium", "80gb"): Preset(64, 4, 80),
+    ("sd35-medium", "80gb"): Preset(64, 4, 80),
+    ("sd35-large", "80gb"): Preset(64, 4, 80),
+    ("qwen-image", "80gb"): Preset(32, 2, 80),
+    ("sd3-medium", "8x80gb"): Preset(0, 4, 80, cards=8),
+    ("sd35-medium", "8x80gb"): Preset(0, 4, 80, cards=8),
+    ("sd35-large", "8x80gb"): Preset(0, 1, 80, cards=8),
+    ("qwen-image", "32x80gb"): Preset(0, 1, 80, cards=32),
 }
 
 
-def card_of(name: str) -> tuple[int, int] | None:
-    """(how many, GB of each) that a recipe is named after: (8, 80) of "sd35-large-advdmd-4step-8x80gb"; None if it is not."""
-    found = re.search(r"-(?:(\d+)x)?(\d+)gb$", name)
-    return (int(found[1] or 1), int(found[2])) if found else None
-
-
-def cards(preset: str) -> int:
-    """How many a preset is for: 8 of "8x80gb"."""
-    found = card_of(f"-{preset}")
-    return found[0] if found else 1
+def preset_of(name: str) -> Preset | None:
+    """What a recipe of these is named after."""
+    found = re.fullmatch(r"(.+)-\w+-\dstep-(\w+)", name)
+    return PRESETS.get((found[1], found[2])) if found else None
 
 
 ITERATIONS = 2000  # 64,000 samples, the miniature's long recipes have 38,400; one to five days of an H200 (docs/own-model.md)
@@ -95,17 +93,17 @@ FAKE = Optim(lr=2e-4, betas=(0.0, 0.999))  # twice the student's: the fake score
 
 
 def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
-    rank, _, bits = PRESETS[name, preset]
-    slower = 1.0 if rank else 0.1
+    fit = PRESETS[name, preset]
+    slower = 1.0 if fit.rank else 0.1
     common = {
         "teacher": MODELS[name].hub,
         "algorithm": algorithm,
-        "prompts_per_step": max(PROMPTS, cards(preset)),  # a prompt a card at least, for groups stay together
+        "prompts_per_step": max(PROMPTS, fit.cards),  # a prompt a card at least, for groups stay together
         **{k: replace(v, lr=slower * v.lr) for k, v in {"match": MATCH, "policy": POLICY, "fake": FAKE}.items()},
         "critic": CRITIC,
-        "lora_rank": rank,
-        "base_bits": bits,
-        "shard": not rank,
+        "lora_rank": fit.rank,
+        "base_bits": fit.base_bits,
+        "shard": not fit.rank,
         "dtype": "bfloat16",
         "device": "auto",
         "checkpointing": True,
@@ -152,11 +150,11 @@ def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Re
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code); whole networks of the miniature learn nothing
     so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a card has 16 samples, or 4
-    where no more fit, and as many iterations cost a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for more. Many
-    cards are as many replicas with the adapters of one."""
+    where no more fit, and as many iterations cost one card a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for
+    more. Many cards are as many replicas with the adapters of one."""
     w, one = enhancement(MODELS[name].guidance), preset.rpartition("x")[2]
     algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=w, group=2)
-    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * cards(preset)
+    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].cards
     return _recipe(name, one, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=prompts)
 
 

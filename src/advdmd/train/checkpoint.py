@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from advdmd.files import file_hash, read_object, write_atomically, write_text
+from advdmd.files import file_hash, folder_hash, read_object, write_atomically, write_text
 from advdmd.train import parallel
 from advdmd.train.learner import Learner
 from advdmd.types import ALONE, Team
@@ -70,7 +70,9 @@ def save(
 
 
 def newest(folder: Path, say: Callable[[str], object] = print) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose bytes match its record; damaged ones are named and passed over."""
+    """The newest checkpoint whose bytes match its record; damaged ones are named and passed over. All processes must ask;
+    raises ValueError if they do not see the same."""
+    parallel.agreed(int(folder_hash({p.name: "" for p in folder.glob("step-*")})[:6], 16), "checkpoints")
     for record_file in sorted(folder.glob("step-*.json"), reverse=True):
         path = record_file.with_suffix(".safetensors")
         try:

@@ -126,22 +126,27 @@ def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> str:
     except dcp.CheckpointException as e:
         raise OSError(f"{folder} cannot be written ({e}): make room there and run the same command again") from None
     wait()
-    return shares_hash(folder)
+    hashes = _share_hashes(folder)
+    if "" in hashes.values():
+        raise OSError(f"{folder} cannot be read again: look at the disk and run the same command again")
+    return folder_hash(hashes)
 
 
 def shares_hash(folder: Path) -> str:
-    """files.folder_hash of a folder of shares, of which each process reads a part; all must ask. A file that cannot be read
-    makes another hash."""
-    if not dist.is_initialized():
-        return file_hash(folder)
+    """files.file_hash of a folder of shares, of which each process reads a part; all must ask."""
+    return folder_hash(_share_hashes(folder)) if dist.is_initialized() else file_hash(folder)
+
+
+def _share_hashes(folder: Path) -> dict[str, str]:
+    """The hashes of a folder's files, each process's part by itself; "" of what cannot be read, as all must exchange them."""
     files, size = sorted(f for f in folder.iterdir() if f.is_file()), dist.get_world_size()
-    mine: dict[str, str] = {}
-    for f in files[dist.get_rank() :: size]:
-        with suppress(OSError):  # so that all come to the exchange
-            mine[f.name] = file_hash(f)
+    mine = dict.fromkeys((f.name for f in files[dist.get_rank() :: size]), "")
+    for name in mine:
+        with suppress(OSError):
+            mine[name] = file_hash(folder / name)
     hashes: list[dict[str, str]] = [{} for _ in range(size)]
     dist.all_gather_object(hashes, mine)
-    return folder_hash({k: v for part in hashes for k, v in part.items()})
+    return {k: v for part in hashes for k, v in part.items()}
 
 
 def load_shares(folder: Path, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
