@@ -166,8 +166,8 @@ def load_shares(folder: Path, places: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def add_up(params: Sequence[nn.Parameter], *numbers: float) -> list[float]:
-    """Sum gradients of replicas in place, and numbers, over all processes in one exchange. A gradient that one process lacks
-    (none of a minibatch's samples were its own) counts as zero; one that all lack stays absent."""
+    """Sum numbers over all processes and, in one exchange behind that, all gradients of replicas in place. A gradient that one
+    process lacks (none of a minibatch's samples were its own) counts as zero; one that all lack stays absent."""
     if not dist.is_initialized():
         return list(numbers)
     device, dtype = params[0].device, torch.float64
