@@ -117,13 +117,14 @@ def _card(folder: Path, name: str, how: Sampling, backbone: Backbone, record: di
         warning += (
             f"\nIts adapter learned on {bits}, which is fused here: on the published base `{LORA}` is only close to it.\n"
         )
-    samples = f"\n![what it draws: the averaged student while it learned, {how.steps} steps]({SAMPLES})\n"
-    samples = samples if (folder / SAMPLES).is_file() else ""
-    adapter = (
-        f"\n`{LORA}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, so the "
-        "two draw nearly, not exactly, the same unless that is float32.\n"
-    )
-    adapter = adapter if (folder / LORA).is_file() else ""
+    more = ""
+    if (folder / LORA).is_file():
+        more += (
+            f"\n`{LORA}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, so "
+            "the two draw nearly, not exactly, the same unless that is float32.\n"
+        )
+    if (folder / SAMPLES).is_file():
+        more += f"\n![what it draws: the averaged student while it learned, {how.steps} steps]({SAMPLES})\n"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -143,4 +144,4 @@ Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guida
 Pass what is shown: other values mean another grid or another function. With stochastic sampling the pipeline's `generator`
 seeds only the first noise: call `torch.manual_seed` to repeat an image.
 The scheduler has shift {how.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
-{adapter}{samples}"""
+{more}"""

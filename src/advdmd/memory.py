@@ -9,7 +9,7 @@ import torch
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.files import read_object
-from advdmd.models import hub, load, quantize
+from advdmd.models import load, quantize
 from advdmd.models.backbone import ATTENTION
 from advdmd.recipe import Recipe
 from advdmd.recipes.real import MODELS
@@ -48,7 +48,7 @@ def transformer(teacher: str) -> tuple[Any, int]:
         model = published[teacher]
         name, config, text = model.transformer, model.config, model.text
     else:
-        folder = load.folder_of(teacher, hub.DESCRIPTION)
+        folder = load.folder_of(teacher, load.DESCRIPTION)
         config = read_object(folder / "transformer/config.json", "_class_name", way_out="download the teacher again")
         name, note = config["_class_name"], load.read_note(folder)
         text = {m.transformer: m.text for m in MODELS.values()}.get(name, TEXT)

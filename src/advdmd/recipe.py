@@ -87,8 +87,7 @@ class Recipe:
             parse_reward(text)
         if self.rewards and not isinstance(self.algorithm, AdvDMD):
             raise ValueError(f"rewards={self.rewards}: only AdvDMD has policy turns to pay them in")
-        if isinstance(self.algorithm, TwinFlow) and self.batch % 4:
-            raise ValueError(f"{self.batch} samples an iteration: TwinFlow needs four equal quarters")
+        self.check_shares(1)
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: the rank of adapters, 0 for full fine-tuning")
         if self.shard and (self.lora_rank or isinstance(self.algorithm, TwinFlow)):

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-
-
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
 VARIANTS = ("*.fp16*", "*.bf16*", "*.fp8*")  # the same weights in another type, which nothing here reads
-PARTS = ("transformer", "vae", "scheduler", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
-# Of a pipeline: its parts, and not the same weights once more in files for other programs, which the published ones have too.
-PIPELINE = ("*.json", "target_time.safetensors", *(f"{part}/{kind}" for part in PARTS for kind in FILES))
-DESCRIPTION = ("model_index.json", "transformer/config.json", "advdmd.json")  # what a pipeline says of itself
 
 
 def located(name: str | Path, which: Sequence[str] = FILES) -> Path:

@@ -29,6 +29,13 @@ TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside 
 HASH = "transformer_sha256"  # in a note: of the weights it was written for
 AGAIN = "export or download it again"
 NOTE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
+# Of a pipeline on the hub: its parts, and not the same weights once more in files for other programs, which are there too.
+PIPELINE = (
+    "*.json",
+    TARGET_TIME,
+    *(f"{part}/{kind}" for part in ("transformer", "scheduler", *ENCODERS) for kind in hub.FILES),
+)
+DESCRIPTION = ("model_index.json", "transformer/config.json", NOTE)  # what it says of itself
 
 
 def located(name: str | Path) -> Path:
@@ -36,7 +43,7 @@ def located(name: str | Path) -> Path:
     return Path(str(files("advdmd") / "teachers" / str(name))) if str(name) in SHIPPED else Path(name)
 
 
-def folder_of(name: str, which: Sequence[str] = hub.PIPELINE) -> Path:
+def folder_of(name: str, which: Sequence[str] = PIPELINE) -> Path:
     """`located`, or fetched from the hub (the files `which`), and checked: raises ValueError if it is not a pipeline."""
     path = located(name)
     if not path.exists() and hub.HUB_ID.fullmatch(name):
