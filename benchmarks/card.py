@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-from advdmd import memory
+from advdmd.commands.train import train
+from advdmd.distillation import memory
+from advdmd.distillation.build import build
 from advdmd.files import write_text
-from advdmd.models import load
-from advdmd.models.quantize import quantize
-from advdmd.players import make_players
-from advdmd.recipe import Recipe
-from advdmd.recipes import find
+from advdmd.models import loading
+from advdmd.models.quantization import quantize
+from advdmd.recipes import registry
+from advdmd.recipes.recipe import Recipe
 from advdmd.rng import Rng
-from advdmd.run import train
 from advdmd.types import Batch, Cond
 
 SAME = {
@@ -71,7 +71,7 @@ def apart(a: Path, b: Path) -> float:
 def runs(name: str, device: str, folder: Path) -> None:
     """A recipe of SAME on a device; on a card also once more, and gone on with from the middle."""
     words = SAME[name]
-    r = find.resolve(words[0], [*words[1:], *COMMON, f"device={device}"])[1]
+    r = registry.resolve(words[0], [*words[1:], *COMMON, f"device={device}"])[1]
     train(name, r, folder / "run")
     if device == "cpu":
         return
@@ -102,7 +102,7 @@ def same(names: Sequence[str], device: str) -> dict[str, Any]:
         out: dict[str, Any] = {"failed": failed}
         for name in names:
             cpu, card = folder / "cpu" / name / "run", folder / device / name
-            teacher = load.located("mini-qwen" if "teacher=mini-qwen" in SAME[name] else "mini-sd35")
+            teacher = loading.shipped_or_path("mini-qwen" if "teacher=mini-qwen" in SAME[name] else "mini-sd35")
             out[name] = {
                 "moved": apart(card / "run/student", teacher) if (card / "run/student").is_dir() else None,
                 "cpu and card": far(cpu, card / "run"),
@@ -139,7 +139,7 @@ def backbone_of(r: Recipe, side: int, device: str, tiny: bool) -> tuple[Any, int
     net, text = memory.transformer(r.teacher)
     qwen = "Qwen" in type(net).__name__
     with torch.device("cpu"):
-        pipe = load.load_pipeline(load.located("mini-qwen" if qwen else "mini-sd35"))
+        pipe = loading.load_pipeline(loading.shipped_or_path("mini-qwen" if qwen else "mini-sd35"))
     dtype = getattr(torch, r.dtype)
     config = pipe.transformer.config if tiny else net.config
     torch.set_default_dtype(dtype)  # as the library does when it loads a model
@@ -150,8 +150,8 @@ def backbone_of(r: Recipe, side: int, device: str, tiny: bool) -> tuple[Any, int
         torch.set_default_dtype(torch.float32)
     pipe.transformer.to(dtype).requires_grad_(False).eval()
     if tiny:
-        return load.as_backbone(pipe, {"side": 8, "t5_length": 0}), 16
-    return load.as_backbone(pipe, {"side": side, "t5_length": text - memory.TEXT}), text
+        return loading.backbone_from_pipeline(pipe, {"side": 8, "t5_length": 0}), 16
+    return loading.backbone_from_pipeline(pipe, {"side": side, "t5_length": text - memory.DEFAULT_TEXT_TOKENS}), text
 
 
 def operations(forward: Callable[[], object]) -> int:
@@ -164,7 +164,7 @@ def operations(forward: Callable[[], object]) -> int:
 
 def size(case: str, device: str, tiny: bool, rounds: int = 2) -> dict[str, Any]:
     """One preset at one resolution: iterations with everything in them, on few samples."""
-    with load.running_on(device):
+    with loading.default_device(device):
         return _size(case, device, tiny, rounds)
 
 
@@ -172,8 +172,8 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     began = time.perf_counter()
     preset, _, resolution = case.partition("@")
     model, _, card = preset.rpartition("-")
-    r = find.resolve(f"{model}-advdmd-4step-{card}", [*FEW, f"device={device}"])[1]
-    predicted = memory.need(r, int(resolution))
+    r = registry.resolve(f"{model}-advdmd-4step-{card}", [*FEW, f"device={device}"])[1]
+    predicted = memory.estimate(r, int(resolution))
     backbone, text = backbone_of(r, int(resolution) // 8, device, tiny)
     net = backbone.net
     width = net.config.joint_attention_dim
@@ -194,7 +194,7 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     each = operations(forward) / n
     if r.base_bits < 32:
         quantize(backbone.blocks(net), r.base_bits, backbone.dtype, device)
-    players: Any = make_players(r, backbone, said(1))
+    players: Any = build(r, backbone, said(1))
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
     F, ids = sum(r.forwards(step).values()), list(range(r.batch))
 

@@ -17,16 +17,16 @@ import torch
 from advdmd import flow
 from advdmd.algorithms.advdmd import RATIO_TOLERANCE, AdvDMD
 from advdmd.files import write_text
-from advdmd.kernels import cps
-from advdmd.models import load
-from advdmd.rollout import hop, rollout
+from advdmd.models import loading
+from advdmd.rollout import rollout, step_distribution
+from advdmd.transitions import cps
 
 SAMPLES, STEPS = 32, 4
 
 
 def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
     """[3, N] |ratio - 1| of the noisy hops: rolled out in one piece, replayed `micro` samples at a time."""
-    backbone, _ = load.load("mini-sd35", dtype=dtype)
+    backbone, _ = loading.load("mini-sd35", dtype=dtype)
     cond = backbone.embed(backbone.tokenize(["a picture of a red circle and a blue square"] * SAMPLES))
     noise = torch.randn(STEPS, SAMPLES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
 
@@ -39,7 +39,7 @@ def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if low_replay else nullcontext():
         for i in torch.arange(SAMPLES).split(micro):
             for k in range(STEPS - 1):
-                step, _ = hop(student, path.x[k, i], grid[k], grid[k + 1], cond[i], kernel)
+                step, _ = step_distribution(student, path.x[k, i], grid[k], grid[k + 1], cond[i], kernel)
                 off[k, i] = ((step.closeness(path.x[k + 1, i]) - path.close[k, i]).exp() - 1).abs()
     return off
 

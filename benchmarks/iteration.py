@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from advdmd import flow
-from advdmd.models import load
-from advdmd.players import make_players
-from advdmd.recipes import find
+from advdmd.distillation.batches import load_training_data
+from advdmd.distillation.build import build
+from advdmd.models import loading
+from advdmd.recipes import registry
 from advdmd.rng import Rng
-from advdmd.supply import supply
 
 
 def clock(f) -> float:
@@ -72,11 +72,11 @@ def row(name: str, counted: float, measured: float, batch: int) -> dict[str, Any
 
 def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, Any]:
     """A full iteration of a recipe."""
-    _, r = find.resolve(name, ["data.prompts=16", f"threads={threads}", *changes])
+    _, r = registry.resolve(name, ["data.prompts=16", f"threads={threads}", *changes])
     torch.set_num_threads(threads)
-    backbone, _ = load.load(r.teacher)
-    data, a = supply(r, backbone), r.algorithm
-    cast = make_players(r, backbone, data.null)
+    backbone, _ = loading.load(r.teacher)
+    data, a = load_training_data(r, backbone), r.algorithm
+    cast = build(r, backbone, data.null)
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
     batch, ids = data.deal(0)
 
@@ -94,10 +94,10 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
         from modelopt.torch.fastgen import DMDConfig, DMDPipeline, SampleTimestepConfig  # type: ignore[import-not-found]
     except ImportError:
         return None
-    _, r = find.resolve("mini-sd35-dmd2", ["data.prompts=16", f"threads={threads}"])
+    _, r = registry.resolve("mini-sd35-dmd2", ["data.prompts=16", f"threads={threads}"])
     torch.set_num_threads(threads)
-    backbone, _ = load.load(r.teacher)
-    data = supply(r, backbone)
+    backbone, _ = loading.load(r.teacher)
+    data = load_training_data(r, backbone)
     batch, _ = data.deal(0)
     student, fake = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
     times = SampleTimestepConfig(t_list=flow.grid(4, r.algorithm.shift).tolist(), shift=r.algorithm.shift)

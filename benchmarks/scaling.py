@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from advdmd.distillation.batches import load_training_data
+from advdmd.distillation.build import build
 from advdmd.files import write_text
-from advdmd.models import load
-from advdmd.players import make_players
-from advdmd.recipes import find
+from advdmd.models import loading
+from advdmd.recipes import registry
 from advdmd.rng import Rng
-from advdmd.supply import supply
 
 RECIPE, COMMON = "mini-sd35-advdmd", ["data.prompts=16", "threads=1"]
 # Of the recipe: 8 prompts x 4 samples, 4 steps, latents of 8 x 8.
@@ -41,16 +41,16 @@ class Setting:
     """A recipe with changes, ready to be played; with a `side` of its latents, by a network with random weights."""
 
     def __init__(self, *changes: str, side: int | None = None):
-        self.recipe = find.resolve(RECIPE, [*COMMON, *changes])[1]
-        backbone: Any = load.load(self.recipe.teacher)[0]
-        data = supply(self.recipe, backbone)
+        self.recipe = registry.resolve(RECIPE, [*COMMON, *changes])[1]
+        backbone: Any = loading.load(self.recipe.teacher)[0]
+        data = load_training_data(self.recipe, backbone)
         self.batch, self.ids = data.deal(0)
         if side:
             net = type(backbone.net).from_config({**backbone.net.config, "sample_size": side, "pos_embed_max_size": side})
             backbone.net = net.requires_grad_(False).eval()
             times = side // self.batch.real.shape[-1]
             self.batch = replace(self.batch, real=self.batch.real.repeat(1, 1, times, times))
-        self.cast = make_players(self.recipe, backbone, data.null)
+        self.cast = build(self.recipe, backbone, data.null)
         steps = range(self.recipe.iterations)
         self.step = max(steps, key=lambda i: sum(self.recipe.forwards(i).values()))  # a full iteration
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from advdmd import health
+from advdmd.monitoring import health
 
 ROOT = Path(__file__).parent.parent
 # By steps of the student, folders of results/: scores above the teacher's or beside it; at two steps the best that was found.
@@ -17,19 +17,19 @@ def main() -> None:
         steps: [f for pattern in patterns for f in sorted((ROOT / "results").glob(pattern)) if f.is_dir()]
         for steps, patterns in GOOD.items()
     }
-    bands = {steps: health.band_of([health.read(f) for f in runs]) for steps, runs in folders.items() if runs}
+    bands = {steps: health.ranges_of_runs([health.read(f) for f in runs]) for steps, runs in folders.items() if runs}
     told = {
         "runs": {steps: [str(f.relative_to(ROOT)) for f in runs] for steps, runs in folders.items()},
         "bands": {n: {k: [float(f"{v:.4g}") for v in b] for k, b in found.items()} for n, found in bands.items()},
     }
     found, two = bands[4], bands.get(2, {})
     (ROOT / "src/advdmd/bands.json").write_text(json.dumps(told, indent=1) + "\n")
-    broken = {f.name: health.examine(health.read(f), found) for f in sorted(BROKEN.glob("*")) if f.is_dir()}
+    broken = {f.name: health.diagnose(health.read(f), found) for f in sorted(BROKEN.glob("*")) if f.is_dir()}
     lines = [
         "| panel | what it means | good runs, 4 steps | 2 steps | below | above |" + "".join(f" {n} |" for n in broken),
         "|---" * (6 + len(broken)) + "|",
     ]
-    for p in health.PANELS:
+    for p in health.DIAGNOSTICS:
         said = [f"{b[0]:.3g} to {b[1]:.3g}" if (b := of.get(p.key)) else "not measured" for of in (found, two)]
         values = {n: next((f for f in fs if f.panel.key == p.key), None) for n, fs in broken.items()}
         cells = "".join(

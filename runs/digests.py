@@ -34,7 +34,13 @@ KINDS = {
     "adapters": ["lora_rank=4"],
     "adapters-bf16-checkpointing": ["lora_rank=4", "dtype=bfloat16", "checkpointing=true"],
 }
-PLAIN = ["algorithm.action=landed", "algorithm.credit=final", "algorithm.steps=2", "critic.trunk=fake", "critic.trunk_weight=.01"]
+PLAIN = [
+    "algorithm.action=landed",
+    "algorithm.credit=final",
+    "algorithm.steps=2",
+    "critic.trunk=fake",
+    "critic.trunk_weight=.01",
+]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # name -> (words before `train`, recipe, overrides)
 RUNS: dict[str, tuple[list[str], str, list[str]]] = {
@@ -52,11 +58,29 @@ RUNS: dict[str, tuple[list[str], str, list[str]]] = {
     "sharded-dmd2-bf16": (TWO, "mini-qwen-dmd2-long", [*METHODS["dmd2"][1:], "shard=true", "dtype=bfloat16"]),
 }
 STREAMS = (
-    *("rollout", "fake.k", "fake.k/2", "fake.u", "fake.e", "critic.k", "critic.u", "critic.fake", "critic.real", "critic.order"),
+    *(
+        "rollout",
+        "fake.k",
+        "fake.k/2",
+        "fake.u",
+        "fake.e",
+        "critic.k",
+        "critic.u",
+        "critic.fake",
+        "critic.real",
+        "critic.order",
+    ),
     *("match.k", "match.k/2", "match.u", "match.e", "match.w", "match1.k", "match1.k/2", "match1.u", "match1.e", "reward.e"),
     *("t", "r", "z", "fake", "again", "again.t", "posterior", "e", "drop"),
 )
-KEYS = (("image", ("exam", "colors-000", 0)), ("image", ("look", 0)), ("image", ("sample", 0, 0)), ("hops", "k"), (0, "epoch", 1), (0, "bucket", 1))
+KEYS = (
+    ("image", ("exam", "colors-000", 0)),
+    ("image", ("look", 0)),
+    ("image", ("sample", 0, 0)),
+    ("hops", "k"),
+    (0, "epoch", 1),
+    (0, "bucket", 1),
+)
 CLOCKS = ("cost/eta", "cost/seconds")
 
 
@@ -107,13 +131,18 @@ def of_products(folder: Path) -> dict[str, str]:
     student = folder / "mini-sd35-advdmd-whole/student"
     advdmd("sample", str(student), "a picture of a red circle", "--out", str(folder / "pictures"), "--threads", "1")
     advdmd("eval", str(student), "mini-dpg", "--images", "12", "--out", str(folder / "scores"), "--threads", "1")
-    advdmd("eval", "mini-sd35", "mini-geneval", "--images", "4", "--steps", "4", "--out", str(folder / "teacher"), "--threads", "1")
+    advdmd(
+        "eval", "mini-sd35", "mini-geneval", "--images", "4", "--steps", "4", "--out", str(folder / "teacher"), "--threads", "1"
+    )
     scores = [json.loads((folder / place / "scores.json").read_text()) for place in ("scores", "teacher")]
     photos = folder / "photos"
     photos.mkdir()
     for i in range(4):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 56 - 4 * i, 3), np.uint8)).save(photos / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": f"a picture of {n}"}) for i, n in enumerate(("one circle", "two squares", "a red star", "a ring"))]
+    lines = [
+        json.dumps({"file_name": f"{i}.png", "text": f"a picture of {n}"})
+        for i, n in enumerate(("one circle", "two squares", "a red star", "a ring"))
+    ]
     (photos / "metadata.jsonl").write_text("\n".join(lines))
     os.chdir(folder)
     advdmd("encode", "photos", "mini-sd35", "--out", "cache", "--device", "cpu", "--threads", "1")
@@ -130,9 +159,13 @@ def of_products(folder: Path) -> dict[str, str]:
         "stock/picture": digest(np.asarray(image).tobytes()),
         "eval/scores": digest(*(json.dumps([s["scores"], s["suite_hash"], s["judge_hash"]]).encode() for s in scores)),
         "eval/record": digest(*(json.dumps(sorted(s)).encode() for s in scores)),
-        "cache/plan": digest(json.dumps([{k: v for k, v in p.items() if k != "content"} for p in plans], sort_keys=True).encode()),
+        "cache/plan": digest(
+            json.dumps([{k: v for k, v in p.items() if k != "content"} for p in plans], sort_keys=True).encode()
+        ),
         "cache/manifest": digest(*((folder / place / "manifest.json").read_bytes() for place in ("cache", "drawn"))),
-        "cache/tensors": of_tensors([f for place in ("cache", "drawn") for f in sorted((folder / place).glob("*.safetensors"))]),
+        "cache/tensors": of_tensors(
+            [f for place in ("cache", "drawn") for f in sorted((folder / place).glob("*.safetensors"))]
+        ),
     }
 
 

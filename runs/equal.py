@@ -6,7 +6,7 @@ Budgets are forwards, of all samples; schedules are stretched with the iteration
 import sys
 from bisect import bisect_left
 
-from advdmd.recipes.find import resolve
+from advdmd.recipes.registry import resolve
 
 
 def cost(name: str, words: list[str]) -> float:

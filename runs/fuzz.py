@@ -29,17 +29,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from advdmd import exam, health
-from advdmd.data import cache
-from advdmd.data.sources import Entry, load_image, read_entries
-from advdmd.evaluation import dpg, report, scoring
-from advdmd.evaluation.shapes import item_of
-from advdmd.models import load
-from advdmd.recipe import dump
-from advdmd.recipes import find
-from advdmd.train import checkpoint
+from advdmd.data import embedding_cache
+from advdmd.data.captioned_images import CaptionedImage, load_image, read_captioned_images
+from advdmd.distillation import validation
+from advdmd.evaluation import dpg, judging, results
+from advdmd.mini.suites import item_of
+from advdmd.mini.world import caption
+from advdmd.models import loading
+from advdmd.monitoring import health
+from advdmd.recipes import registry
+from advdmd.recipes.overrides import dump
+from advdmd.training import checkpoint
 from advdmd.types import Cond
-from advdmd.world import caption
 
 STRANGE = (
     *(
@@ -144,7 +145,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def overrides(rng: random.Random, here: Path) -> None:
-    name, r = find.resolve("mini-sd35-advdmd")
+    name, r = registry.resolve("mini-sd35-advdmd")
     keys = [line.split(":")[0].strip() for line in dump(name, r).splitlines()]
 
     def word() -> str:
@@ -153,18 +154,18 @@ def overrides(rng: random.Random, here: Path) -> None:
         return f"{key}={value}" if rng.random() < 0.9 else plain(rng)
 
     words = [word() for _ in range(rng.randint(1, 2))]
-    find.resolve(rng.choice((name, name, plain(rng))), words)
+    registry.resolve(rng.choice((name, name, plain(rng))), words)
 
 
 def recipe_file(rng: random.Random, here: Path) -> None:
-    good = dump(*find.resolve(rng.choice(("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow"))))
+    good = dump(*registry.resolve(rng.choice(("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow"))))
     lines = good.splitlines()
     for _ in range(rng.randint(0, 4)):
         at = rng.randrange(len(lines))
         lines[at] = rng.choice((plain(rng), lines[at].split(":")[0] + ": " + plain(rng), lines[at] + plain(rng), ""))
     file = here / "recipe.yaml"
     file.write_bytes(damaged("\n".join(lines).encode(), rng) if rng.random() < 0.3 else "\n".join(lines).encode())
-    find.resolve(str(file))
+    registry.resolve(str(file))
 
 
 def prompt(rng: random.Random, here: Path) -> None:
@@ -179,7 +180,7 @@ def prompt(rng: random.Random, here: Path) -> None:
 @functools.cache
 def tokenizers() -> list[Any]:
     """Of a shipped SD3 and the shipped Qwen-Image."""
-    return [load.load_pipeline(load.located(name)).tokenizer for name in ("mini-sd35", "mini-qwen")]
+    return [loading.load_pipeline(loading.shipped_or_path(name)).tokenizer for name in ("mini-sd35", "mini-qwen")]
 
 
 def metadata(rng: random.Random, here: Path) -> None:
@@ -190,7 +191,7 @@ def metadata(rng: random.Random, here: Path) -> None:
     said = "\n".join(json.dumps(r) for r in rows).encode("utf-8", "surrogatepass")
     file = here / rng.choice(("metadata.jsonl", "prompts.txt", "p.jsonl"))
     file.write_bytes(damaged(said, rng))
-    for e in read_entries(file if rng.random() < 0.7 else here):
+    for e in read_captioned_images(file if rng.random() < 0.7 else here):
         if e.image is not None:
             assert e.image.resolve().is_relative_to(here.resolve()), f"outside: {e.image}"
 
@@ -244,7 +245,7 @@ def picture(rng: random.Random) -> bytes:
 def image(rng: random.Random, here: Path) -> None:
     file = here / "x.png"
     file.write_bytes(damaged(picture(rng), rng) if rng.random() < 0.8 else rng.randbytes(rng.randint(0, 200)))
-    found = load_image(Entry("a", file), 16, 16)
+    found = load_image(CaptionedImage("a", file), 16, 16)
     assert found.shape == (3, 16, 16)
     assert np.isfinite(found).all()
 
@@ -267,7 +268,7 @@ def tar(rng: random.Random, here: Path) -> None:
                     )
                 t.addfile(m, io.BytesIO(data))
     (here / "x.tar").write_bytes(damaged(out.getvalue(), rng))
-    for e in read_entries(here / "x.tar"):
+    for e in read_captioned_images(here / "x.tar"):
         load_image(e, 8, 8)
 
 
@@ -288,18 +289,18 @@ def shard(rng: random.Random, here: Path) -> None:
         elif kind < 0.4:
             tensors[k] = tensors[k].to(rng.choice((torch.int8, torch.float64, torch.bool)))
     if rng.random() < 0.5:
-        cache._write(cache.shard_path(here, 0), tensors, images=[1] * n)
+        embedding_cache._write(embedding_cache.shard_path(here, 0), tensors, images=[1] * n)
     else:
-        save_file(tensors, cache.shard_path(here, 0))
-        cache.shard_path(here, 0).with_suffix(".json").write_bytes(damaged(b'{"sha256": "0", "images": [1]}', rng))
-    cache.write_null(here, Cond(torch.zeros(1, 3, 4)))
+        save_file(tensors, embedding_cache.shard_path(here, 0))
+        embedding_cache.shard_path(here, 0).with_suffix(".json").write_bytes(damaged(b'{"sha256": "0", "images": [1]}', rng))
+    embedding_cache.write_null(here, Cond(torch.zeros(1, 3, 4)))
     for name, said in (
         ("plan.json", {"resolution": 32, "teacher": {}}),
         ("manifest.json", {"format": 1, "prompts": n, "images": n, "prompts_without_image": 0}),
     ):
         (here / name).write_bytes(json.dumps(said if rng.random() < 0.7 else thing(rng)).encode("utf-8", "surrogatepass"))
     (here / "prompts.jsonl").write_text('"a"\n' * n)
-    kept = cache.Cache(here)
+    kept = embedding_cache.EmbeddingCache(here)
     kept.expect({})
     kept.with_images()
     kept.cond(range(n))
@@ -327,13 +328,13 @@ def records(rng: random.Random, here: Path) -> None:
     (here / "best.safetensors").write_bytes(damaged(save({"a": torch.zeros(2)}), rng))
     rng.choice(
         (
-            lambda: health.examine(health.read(here), health.bands()),
-            lambda: report.read_scores(here),
-            lambda: report.read_verdicts(here),
-            lambda: list(scoring._lines(here)),
-            lambda: exam.load_best(here, torch.nn.ParameterDict({"a": torch.zeros(2)})),
-            lambda: checkpoint.newest(here, say=lambda _: None),
-            lambda: load.load(str(here)),
+            lambda: health.diagnose(health.read(here), health.healthy_ranges()),
+            lambda: results.read_scores(here),
+            lambda: results.read_verdicts(here),
+            lambda: list(judging._lines(here)),
+            lambda: validation.load_best(here, torch.nn.ParameterDict({"a": torch.zeros(2)})),
+            lambda: checkpoint.latest(here, say=lambda _: None),
+            lambda: loading.load(str(here)),
         )
     )()
 
@@ -392,7 +393,7 @@ def main() -> None:
     for kind in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(kind, late)
     torch.set_num_threads(1)
-    load.quiet()
+    loading.silence_libraries()
     tokenizers()  # reading them is nobody's case
     total, rows, bad = sum(w for _, w in KINDS.values()), {}, 0
     for kind, (_, weight) in KINDS.items():

@@ -27,17 +27,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from advdmd import files, run
-from advdmd.data.cache import SHARD
-from advdmd.data.shapes import make_pool
-from advdmd.encode import encode
-from advdmd.evaluate import draw, score
-from advdmd.evaluation.shapes import Checker, Shapes
-from advdmd.models import mini
-from advdmd.recipes.find import resolve
-from advdmd.world.caption import VOCABULARY
+from advdmd import files
+from advdmd.commands import train
+from advdmd.commands.encode import encode
+from advdmd.commands.evaluate import generate_images, score
+from advdmd.data.embedding_cache import PROMPTS_PER_SHARD
+from advdmd.mini import pipelines
+from advdmd.mini.dataset import make_dataset
+from advdmd.mini.suites import CheckerJudge, MiniSuite
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.recipes.registry import resolve
 
-TINY = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+TINY = pipelines.MiniConfig(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
 WORDS = [
     *(
         "iterations=12",
@@ -53,16 +54,16 @@ WORDS = [
 
 
 def teacher(folder: Path) -> Path:
-    mini.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
+    pipelines.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
     note = {"name": "tiny", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
     (folder / "advdmd.json").write_text(json.dumps(note))
     return folder
 
 
-def photos(folder: Path, n: int = 3 * SHARD) -> Path:
+def photos(folder: Path, n: int = 3 * PROMPTS_PER_SHARD) -> Path:
     """A folder of captioned images, three shards of a cache."""
     folder.mkdir()
-    pool = make_pool(n, 1)
+    pool = make_dataset(n, 1)
     for i, image in enumerate(pool.images):
         Image.fromarray(image[0]).save(folder / f"{i}.png")
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"{caption} {i}"}) for i, caption in enumerate(pool.prompts)]
@@ -155,19 +156,19 @@ def trial(
 def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
     model, images = teacher(base / "teacher"), photos(base / "photos")
     trained = base / "trained"
-    finished(lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), trained), base / "first.log")
-    suite = Shapes("mini-geneval", images_per_task=32)
+    finished(lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), trained), base / "first.log")
+    suite = MiniSuite("mini-geneval", images_per_task=32)
     drawn = base / "drawn" / "out"
-    finished(lambda: draw(str(model), suite, drawn), base / "first.log")
+    finished(lambda: generate_images(str(model), suite, drawn), base / "first.log")
     verbs = {
-        "train": lambda out: lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out),
+        "train": lambda out: lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out),
         "encode": lambda out: lambda: encode(images, str(model), out, batch=2),
-        "draw": lambda out: lambda: draw(str(model), suite, out, batch=16),
-        "score": lambda out: lambda: score(suite, out, Checker()),
-        "export": lambda out: lambda: run.export_run(trained, out, overwrite=True),
+        "draw": lambda out: lambda: generate_images(str(model), suite, out, batch=16),
+        "score": lambda out: lambda: score(suite, out, CheckerJudge()),
+        "export": lambda out: lambda: train.export_run(trained, out, overwrite=True),
     }
     shares = {"train": 0.3, "encode": 0.2, "draw": 0.2, "score": 0.1, "export": 0.2}
-    ready = {"score": lambda out: shutil.copytree(drawn, out), "export": lambda out: run.export_run(trained, out)}
+    ready = {"score": lambda out: shutil.copytree(drawn, out), "export": lambda out: train.export_run(trained, out)}
     nothing = lambda _: None  # noqa: E731
     return [trial(v, make, round(shares[v] * kills), rng, base, ready.get(v, nothing)) for v, make in verbs.items()]
 
@@ -201,7 +202,7 @@ def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[d
     from safetensors.torch import load_file
 
     model, whole, log = teacher(base / "teacher"), base / "whole", base / "log"
-    train = lambda out: lambda: run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out)  # noqa: E731
+    train = lambda out: lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out)  # noqa: E731
     finished(train(whole), log)
     off, done, late, results, alone = 0.0, 0, 0, 0, 0
 

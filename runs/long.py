@@ -18,7 +18,7 @@ import numpy as np
 from kills import teacher
 
 from advdmd.files import write_text
-from advdmd.health import read
+from advdmd.monitoring.health import read
 
 EVERY = 2.0  # seconds
 WORDS = ["algorithm.group=2", "prompts_per_step=2", "data.prompts=8", "data.reals=2", "threads=1", "critic.hidden=8"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from advdmd.exam import parted
+from advdmd.monitoring.reward_hacking import reward_hacking_step
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -179,7 +179,7 @@ def curves(folder: Path, runs: dict[str, list[dict[str, float]]]) -> None:
 def hacking(runs: dict[str, list[dict[str, float]]]) -> str:
     """Whether reward and score parted in a run that has rewards."""
     paid = {name: metrics for name, metrics in runs.items() if any("reward/end" in m for m in metrics)}
-    found = {name: step for name, metrics in paid.items() if (step := parted(metrics)) is not None}
+    found = {name: step for name, metrics in paid.items() if (step := reward_hacking_step(metrics)) is not None}
     said = "; ".join(f"{name} after {step} iterations" for name, step in found.items())
     first = [next(int(m["step"]) for m in metrics if "reward/end" in m) for metrics in paid.values()]
     sat = sum("exam/strict" in m and m["step"] >= f for f, metrics in zip(first, paid.values(), strict=True) for m in metrics)

@@ -5,14 +5,14 @@ Ends with status 1 and the differences if it is not: results of two recipes must
 
 import sys
 
-from advdmd.recipe import differences
-from advdmd.recipes.find import resolve
+from advdmd.recipes.overrides import diff
+from advdmd.recipes.registry import resolve
 
 
 def main() -> None:
     kept, wanted = resolve(sys.argv[1])[1], resolve(sys.argv[2], sys.argv[3:])[1]
     if kept != wanted:
-        sys.exit(f"{sys.argv[1]} is of another recipe ({'; '.join(differences(kept, wanted))}): move its folder away")
+        sys.exit(f"{sys.argv[1]} is of another recipe ({'; '.join(diff(kept, wanted))}): move its folder away")
 
 
 if __name__ == "__main__":

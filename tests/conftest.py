@@ -9,11 +9,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = (
 import pytest
 import torch
 
-from advdmd.models import mini
-from advdmd.world.caption import VOCABULARY
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
 
 torch.set_num_threads(1)
-TINY = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+TINY = pipelines.MiniConfig(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def tiny_folder(tmp_path_factory):
     import json
 
     folder = tmp_path_factory.mktemp("teacher") / "tiny-sd35"
-    mini.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
+    pipelines.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
     note = {"name": "tiny-sd35", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
     (folder / "advdmd.json").write_text(json.dumps(note))
     return folder
@@ -30,9 +30,9 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def backbone(tiny_folder):
-    from advdmd.models import load
+    from advdmd.models import loading
 
-    return load.load(str(tiny_folder))[0]
+    return loading.load(str(tiny_folder))[0]
 
 
 @pytest.fixture

@@ -81,6 +81,6 @@ def test_no_file_imports_itself_by_a_detour():
 
 
 def test_shipped_teachers_name_no_folder_of_the_machine_they_were_made_on():
-    configs = [f for f in (ROOT / "teachers").rglob("*.json") if not f.name.startswith("tokenizer")]
+    configs = [f for f in (ROOT / "mini/teachers").rglob("*.json") if not f.name.startswith("tokenizer")]
     assert len(configs) > 10
     assert [f for f in configs if "_name_or_path" in f.read_text()] == []

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advdmd import demo, run
-from advdmd.models import load
-from advdmd.models.sampler import Sampling
-from advdmd.recipes.find import resolve
-from advdmd.world.render import render, to_uint8
-from advdmd.world.scene import COLORS, Scene, Thing
+from advdmd.commands import demo, train
+from advdmd.mini.world.render import render, to_uint8
+from advdmd.mini.world.scene import COLORS, Scene, SceneObject
+from advdmd.models import loading
+from advdmd.models.sampler import SamplerConfig
+from advdmd.recipes.registry import resolve
 from tests.test_product import SMALL
 
 PROMPT = "a picture of a red circle"
@@ -25,19 +25,19 @@ PROMPT = "a picture of a red circle"
 @pytest.fixture(scope="module")
 def models(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    student = run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "algorithm.steps=2"]), folder)
+    student = train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "algorithm.steps=2"]), folder)
     return [str(tiny_folder), str(student)]
 
 
 def test_a_teacher_takes_the_steps_asked_for_and_a_student_its_own(models):
-    shown = demo.compare([demo.Model.read(m) for m in models], PROMPT, 6, 0, 5)
+    shown = demo.compare([demo.DemoModel.read(m) for m in models], PROMPT, 6, 0, 5)
     assert [line.partition(":")[2].partition(" evaluations")[0] for _, line in shown] == [" 6 steps, 12", " 2 steps, 2"]
     assert all("of 5 right" in line for _, line in shown)
     assert all(2 * im.width == 3 * im.height for im, _ in shown)  # five on a sheet of three columns
 
 
 def test_the_same_seed_draws_the_same_and_another_another(models):
-    model = demo.Model.read(models[1])
+    model = demo.DemoModel.read(models[1])
     a, b, c = (model.draw(PROMPT, seed, 2)[0] for seed in (1, 1, 2))
     assert (a == b).all()
     assert (a != c).any()
@@ -45,10 +45,10 @@ def test_the_same_seed_draws_the_same_and_another_another(models):
 
 
 def test_the_verdict_is_the_checkers():
-    backbone, _ = load.load("mini-sd35")
-    red = Thing("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"])
+    backbone, _ = loading.load("mini-sd35")
+    red = SceneObject("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"])
     images = to_uint8(render([Scene("black", (red,)), Scene("black", ())]))
-    said = demo.Model("teacher", backbone, Sampling(steps=4)).verdict
+    said = demo.DemoModel("teacher", backbone, SamplerConfig(steps=4)).verdict
     assert said(PROMPT, images).startswith("1 of 2 right; first miss: is there a circle?; is the number of circles 1?;")
     assert "no verdict" in said("circle circle", images)
 
@@ -67,7 +67,7 @@ def test_the_verdict_is_the_checkers():
 )  # fmt: skip
 def test_what_is_outside_of_the_limits_is_refused(models, asked, said):
     with pytest.raises(ValueError, match=said):
-        demo.compare([demo.Model.read(models[1])], *asked)
+        demo.compare([demo.DemoModel.read(models[1])], *asked)
 
 
 def test_only_this_machine_is_served_and_only_so_many_wait(models):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from advdmd import cli
-from advdmd.recipes import find
+from advdmd.cli import main
+from advdmd.recipes import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = typer.main.get_command(cli.app)
+COMMAND = typer.main.get_command(main.app)
 # What makes a command small enough to run here: the same path with smaller numbers.
 TINY = ["iterations=2", "prompts_per_step=2", "algorithm.group=4", "algorithm.warmup=1", "algorithm.ramp=1", "threads=1"]
 POOL = ["data.prompts=8", "data.reals=2"]
@@ -54,7 +54,7 @@ def test_every_command_in_the_documentation_is_one(page, words):
     name, command, rest = COMMAND.resolve_command(COMMAND.make_context("advdmd", [], resilient_parsing=True), told)
     params = command.make_context(name, list(rest)).params
     if name in ("train", "show") and params["recipe"]:
-        find.resolve(params["recipe"], params["changes"] or [])
+        registry.resolve(params["recipe"], params["changes"] or [])
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from advdmd import health
-from advdmd.recipes.find import resolve
+from advdmd.monitoring import health
+from advdmd.recipes.registry import resolve
 
 GOOD = [
     {"step": i, "fake/loss": 2 + 0.01 * (i % 7), "student/match/loss": 0.7, "critic/gap": 0.5 + 0.1 * (i % 3)}
@@ -16,43 +16,43 @@ GOOD = [
 
 
 def test_a_run_is_healthy_beside_itself_and_a_lagging_fake_score_is_not():
-    bands = health.band_of([GOOD])
-    assert health.verdict(GOOD, health.examine(GOOD, bands)) == "healthy"
+    bands = health.ranges_of_runs([GOOD])
+    assert health.summarize(GOOD, health.diagnose(GOOD, bands)) == "healthy"
     sick = [m | {"fake/loss": 9.0} for m in GOOD]
-    said = health.verdict(sick, health.examine(sick, bands))
+    said = health.summarize(sick, health.diagnose(sick, bands))
     assert said.startswith("fake/loss 9, band 2 to 2.06: it lags")
 
 
 def test_only_the_late_part_of_a_run_is_judged_and_a_harmless_side_is_not_flagged():
-    bands = health.band_of([GOOD])
+    bands = health.ranges_of_runs([GOOD])
     early = [m | {"fake/loss": 9.0} if m["step"] < 20 else m for m in GOOD]
-    assert health.verdict(early, health.examine(early, bands)) == "healthy"
+    assert health.summarize(early, health.diagnose(early, bands)) == "healthy"
     better = [m | {"fake/loss": 0.1} for m in GOOD]
-    assert health.verdict(better, health.examine(better, bands)) == "healthy"
+    assert health.summarize(better, health.diagnose(better, bands)) == "healthy"
 
 
 def test_a_number_that_is_none_is_out():
     run = [m | {"fake/loss": float("nan")} for m in GOOD]
-    assert "start again from the last checkpoint" in health.verdict(run, health.examine(run, health.band_of([GOOD])))
+    assert "start again from the last checkpoint" in health.summarize(run, health.diagnose(run, health.ranges_of_runs([GOOD])))
 
 
 def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do():
-    assert set(health.bands()) <= {p.key for p in health.PANELS}
-    assert len(health.bands()) >= 12
-    assert all(p.meaning and (p.low or p.high) for p in health.PANELS)
-    assert all(low <= high for low, high in health.bands().values())
+    assert set(health.healthy_ranges()) <= {p.key for p in health.DIAGNOSTICS}
+    assert len(health.healthy_ranges()) >= 12
+    assert all(p.meaning and (p.low or p.high) for p in health.DIAGNOSTICS)
+    assert all(low <= high for low, high in health.healthy_ranges().values())
 
 
 def test_ranges_are_only_used_on_runs_like_those_they_were_measured_on():
-    assert health.ranges(resolve("mini-sd3-dmd2")[1]) == health.bands(4)
+    assert health.ranges_for(resolve("mini-sd3-dmd2")[1]) == health.healthy_ranges(4)
     for name, words in (
         ("mini-sd35-twinflow", []),
         ("mini-sd35-advdmd", ["algorithm.steps=8"]),
         ("sd3-medium-dmd2-4step-80gb", []),
     ):
         r = resolve(name, words)[1]
-        assert health.ranges(r) == {}
-        assert "compare with a good run" in health.line(GOOD, r)
+        assert health.ranges_for(r) == {}
+        assert "compare with a good run" in health.summary(GOOD, r)
 
 
 def test_the_main_jobs_folder_stands_for_its_run(tmp_path):
@@ -72,7 +72,7 @@ def test_a_good_run_is_called_healthy_while_it_goes_on(folder):
     run = health.read(folder)
     for tenths in range(3, 11):
         so_far = run[: len(run) * tenths // 10]
-        assert health.verdict(so_far, health.examine(so_far, health.bands())) == "healthy", f"at {tenths}/10"
+        assert health.summarize(so_far, health.diagnose(so_far, health.healthy_ranges())) == "healthy", f"at {tenths}/10"
 
 
 @pytest.mark.parametrize("folder", sorted((KEPT / "broken").glob("*/")), ids=lambda f: f.name)
@@ -80,7 +80,7 @@ def test_a_broken_run_is_told_while_it_goes_on(folder):
     run = health.read(folder)
     for tenths in range(3, 11):
         so_far = run[: len(run) * tenths // 10]
-        assert any(f.remedy for f in health.examine(so_far, health.bands())), f"at {tenths}/10"
+        assert any(f.remedy for f in health.diagnose(so_far, health.healthy_ranges())), f"at {tenths}/10"
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -12,16 +12,16 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from advdmd.data.sources import read_entries
-from advdmd.evaluation import dpg, report, scoring
+from advdmd.data.captioned_images import read_captioned_images
+from advdmd.evaluation import dpg, judging, results
 from advdmd.files import object_hash
-from advdmd.recipe import dump, flatten, read_yaml
-from advdmd.recipes.find import named, resolve
-from advdmd.world import caption
+from advdmd.mini.world import caption
+from advdmd.recipes.overrides import dump, flatten, read_yaml
+from advdmd.recipes.registry import recipe_by_name, resolve
 
 often = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = ("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow", "sd35-medium-advdmd-4step-24gb")
-KEYS = sorted(flatten(asdict(named("mini-sd35-advdmd"))))
+KEYS = sorted(flatten(asdict(recipe_by_name("mini-sd35-advdmd"))))
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
 things = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner), max_leaves=6
@@ -70,7 +70,7 @@ def resolve_text(text):
 @example(NAMES[0], [(2, "\n  a: &x [1]\n  b: [*x, *x]")])
 @example(NAMES[0], [(2, " {a: " * 300)])
 def test_a_recipes_file_is_read_or_refused(tmp_path, name, changes):
-    lines = dump(name, named(name)).splitlines()
+    lines = dump(name, recipe_by_name(name)).splitlines()
     for at, text in changes:
         lines[at % len(lines)] += text
     (tmp_path / "r.yaml").write_text("\n".join(lines), encoding="utf-8", errors="replace")
@@ -103,7 +103,7 @@ def test_a_prompt_is_understood_or_refused(prompt):
 def test_metadata_names_images_inside_or_is_refused(tmp_path, rows):
     said = "\n".join(json.dumps(r, default=str) for r in rows)
     (tmp_path / "metadata.jsonl").write_text(said, encoding="utf-8", errors="replace")
-    for e in ends(read_entries, tmp_path) or ():
+    for e in ends(read_captioned_images, tmp_path) or ():
         assert e.image is None or e.image.resolve().is_relative_to(tmp_path.resolve())
 
 
@@ -127,14 +127,14 @@ def test_no_bit_of_a_score_or_a_verdict_flips_unseen(tmp_path, data):
     rows = [{"task": "t", "item": f"i{i}", "k": 0, "loose": 0.5, "strict": 1.0, "reason": ""} for i in range(3)]
     summary = {"suite": "s", "suite_hash": "h", "seed": 0, "strict": {"overall": {"mean": 1.0, "interval": [1.0, 1.0]}}}
     summary |= {"loose": summary["strict"], "breakdown": {}, "diversity": {}, "nfe": 4, "split": "test", "images": 3}
-    report.write_results(tmp_path, rows, summary | {"of": 3, "errors": 0, "dropped": 0, "judge": "c", "model": None})
+    results.write_results(tmp_path, rows, summary | {"of": 3, "errors": 0, "dropped": 0, "judge": "c", "model": None})
     line = {"item": "i0", "k": 0, "image": "h", "judge": "j", "seen": [1.0]}
     (tmp_path / "perceptions-0of1.jsonl").write_text(json.dumps(line | {"sum": object_hash(line)}) + "\n")
     readers = {
-        "scores.json": lambda: report.read_scores(tmp_path)[1],
-        "verdicts.jsonl": lambda: report.read_verdicts(tmp_path),
+        "scores.json": lambda: results.read_scores(tmp_path)[1],
+        "verdicts.jsonl": lambda: results.read_verdicts(tmp_path),
         # Where the name of the hash is what was hit, a line has one word more and says the same.
-        "perceptions-0of1.jsonl": lambda: [{k: x[k] for k in line} for x in scoring._lines(tmp_path)],
+        "perceptions-0of1.jsonl": lambda: [{k: x[k] for k in line} for x in judging._lines(tmp_path)],
     }
     name = data.draw(st.sampled_from(sorted(readers)))
     file, true = tmp_path / name, readers[name]()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from advdmd import flow, losses
-from advdmd.kernels import Gaussian, cps, ode, renoise, transition
 from advdmd.rng import Rng
-from advdmd.rollout import rollout, sample_ode
+from advdmd.rollout import rollout, sample_euler
+from advdmd.transitions import Gaussian, cps, ode, renoise, transition
 from tests.toy import Mixture
 
 
@@ -23,8 +23,8 @@ def test_grid_refuses_what_makes_no_grid(steps, a):
 def test_clean_and_noise_undo_interpolation(gen):
     x0, e, t = torch.randn(5, 3, 2, generator=gen()), torch.randn(5, 3, 2, generator=gen(1)), torch.rand(5, generator=gen(2))
     x, v = flow.interpolate(x0, e, t), e - x0
-    torch.testing.assert_close(flow.clean(x, v, t), x0)
-    torch.testing.assert_close(flow.noise(x, v, t), e)
+    torch.testing.assert_close(flow.x0_from_velocity(x, v, t), x0)
+    torch.testing.assert_close(flow.noise_from_velocity(x, v, t), e)
 
 
 def test_guidance_of_one_is_the_conditional_velocity(gen):
@@ -97,8 +97,8 @@ def test_closeness_is_highest_at_the_mean(gen):
 
 def test_velocity_loss_vanishes_at_the_target(gen):
     x0, e = torch.randn(3, 5, generator=gen()), torch.randn(3, 5, generator=gen(1))
-    assert (losses.velocity(e - x0, x0, e) == 0).all()
-    assert losses.velocity(torch.zeros(3, 5), x0, e).shape == (3,)
+    assert (losses.flow_matching(e - x0, x0, e) == 0).all()
+    assert losses.flow_matching(torch.zeros(3, 5), x0, e).shape == (3,)
 
 
 def test_dmd_gradient_is_the_normalised_score_difference(gen):
@@ -115,34 +115,34 @@ def test_dmd_gradient_vanishes_when_fake_is_teacher(gen):
 
 
 def test_advantages_sum_to_zero_in_every_group_and_step(gen):
-    a = losses.advantage(torch.randn(3, 24, generator=gen()), 8)
+    a = losses.group_advantage(torch.randn(3, 24, generator=gen()), 8)
     torch.testing.assert_close(a.unflatten(-1, (3, 8)).sum(-1), torch.zeros(3, 3), atol=1e-5, rtol=0)
 
 
 def test_advantage_does_not_blow_up_a_group_without_signal(gen):
     reward = torch.randn(1, 16, generator=gen())
     reward[:, 8:] = 3 + 1e-4 * torch.randn(8, generator=gen(1))
-    assert losses.advantage(reward, 8)[:, 8:].abs().max() < 1e-3
-    assert (losses.advantage(torch.full((1, 16), 2.0), 8) == 0).all()
+    assert losses.group_advantage(reward, 8)[:, 8:].abs().max() < 1e-3
+    assert (losses.group_advantage(torch.full((1, 16), 2.0), 8) == 0).all()
 
 
 def test_advantage_is_clipped_and_refuses_broken_groups():
     reward = torch.zeros(1, 1024)
     reward[0, 0] = 100.0
-    assert losses.advantage(reward, 1024).max() == 5
+    assert losses.group_advantage(reward, 1024).max() == 5
     with pytest.raises(ValueError, match="group=7"):
-        losses.advantage(reward, 7)
+        losses.group_advantage(reward, 7)
 
 
 def test_gate_opens_between_its_bounds():
-    torch.testing.assert_close(losses.gate(torch.tensor([0.5, 0.55, 0.6, 0.65, 0.9])), torch.tensor([0, 0, 0.5, 1, 1]))
+    torch.testing.assert_close(losses.auc_gate(torch.tensor([0.5, 0.55, 0.6, 0.65, 0.9])), torch.tensor([0, 0, 0.5, 1, 1]))
 
 
 def test_group_spread_is_the_deviation_within_prompts_whatever_lies_between_them(gen):
     x = 3 * torch.randn(4096, 5, generator=gen())
     between = 100 * torch.randn(512, 5, generator=gen()).repeat_interleave(8, 0)
-    assert losses.group_spread(x + between, 8).item() == pytest.approx(3, rel=0.06)
-    assert losses.group_spread(between, 8).item() == pytest.approx(0, abs=1e-4)
+    assert losses.within_group_std(x + between, 8).item() == pytest.approx(3, rel=0.06)
+    assert losses.within_group_std(between, 8).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_auc_is_the_probability_of_the_right_order(gen):
@@ -155,16 +155,16 @@ def test_auc_is_the_probability_of_the_right_order(gen):
 def test_policy_gradient_is_reinforce_at_ratio_one_and_stops_outside_the_clip_range():
     old = torch.zeros(3)
     new = torch.tensor([0.0, 0.5, -0.5]).requires_grad_()
-    losses.policy(new, old, torch.tensor([2.0, 2.0, -2.0]), 0.1).sum().backward()
+    losses.ppo_clip(new, old, torch.tensor([2.0, 2.0, -2.0]), 0.1).sum().backward()
     torch.testing.assert_close(new.grad, torch.tensor([-2.0, 0.0, 0.0]))
 
 
 def test_critic_losses_are_the_cross_entropies(gen):
     a, b = torch.randn(4, generator=gen()), torch.randn(4, generator=gen(1))
     expected = -torch.sigmoid(a).log() - (1 - torch.sigmoid(b)).log()
-    torch.testing.assert_close(losses.critic(a, b), expected)
-    torch.testing.assert_close(losses.realism(b), -torch.sigmoid(b).log())
-    torch.testing.assert_close(losses.mismatch(b), -(1 - torch.sigmoid(b)).log())
+    torch.testing.assert_close(losses.gan_discriminator(a, b), expected)
+    torch.testing.assert_close(losses.gan_generator(b), -torch.sigmoid(b).log())
+    torch.testing.assert_close(losses.gan_mismatched_caption(b), -(1 - torch.sigmoid(b)).log())
 
 
 def test_a_split_of_the_samples_draws_the_same_numbers():
@@ -184,7 +184,7 @@ def test_streams_differ_by_name_step_seed_and_sample():
 def test_rollout_with_an_exact_velocity_reaches_the_data(gen):
     world, c = Mixture(), torch.arange(4000) % 2
     noise = torch.randn(30, 4000, 2, generator=gen())
-    for x0 in (rollout(world, c, noise, flow.grid(30), cps(0.5)).x[-1], sample_ode(world, c, noise[0], flow.grid(30))):
+    for x0 in (rollout(world, c, noise, flow.grid(30), cps(0.5)).x[-1], sample_euler(world, c, noise[0], flow.grid(30))):
         truth = world.sample(c, gen(1))
         torch.testing.assert_close(x0[c == 0].abs().mean(0), truth[c == 0].abs().mean(0), atol=0.08, rtol=0)
 
@@ -207,8 +207,8 @@ def test_one_step_has_no_action(gen):
 
 
 def test_a_path_walked_in_parts_is_the_path():
-    from advdmd.kernels import cps
     from advdmd.rollout import rollout
+    from advdmd.transitions import cps
 
     velocity = lambda x, t, cond: x * t[:, None] + cond  # noqa: E731
     cond, noise, grid = torch.randn(7, 3), torch.randn(4, 7, 3), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])

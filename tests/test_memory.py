@@ -2,59 +2,59 @@
 
 import pytest
 
-from advdmd.memory import advice, need, roles
-from advdmd.recipes.find import resolve
-from advdmd.recipes.real import RECIPES, preset_of
+from advdmd.distillation.memory import estimate, fit_advice, num_trainable
+from advdmd.recipes.published import RECIPES, preset_from_name
+from advdmd.recipes.registry import resolve
 
 
 @pytest.mark.parametrize(
     ("name", "billions"), [("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430)]
 )
 def test_parameters_are_the_published_models(name, billions):
-    found = need(resolve(f"{name}-advdmd-4step-80gb")[1])
+    found = estimate(resolve(f"{name}-advdmd-4step-80gb")[1])
     assert found.base / 1e9 == pytest.approx(billions, abs=6e-4)
     assert found.parts["frozen base"] == 2 * found.base
 
 
 def test_every_recipe_fits_the_cards_it_is_named_after():
     for name in RECIPES:
-        r, fit = resolve(name)[1], preset_of(name)
+        r, fit = resolve(name)[1], preset_from_name(name)
         assert name.endswith(f"-{fit.cards}x{fit.card}gb" if fit.cards > 1 else f"-{fit.card}gb")
-        assert advice(r, need(r, fit.side, fit.cards), fit.card).startswith("fits"), name
+        assert fit_advice(r, estimate(r, fit.side, fit.cards), fit.card).startswith("fits"), name
         r.check_shares(fit.cards)
-    assert preset_of("mini-sd35-advdmd") is None
+    assert preset_from_name("mini-sd35-advdmd") is None
 
 
 def test_whole_networks_are_shared_by_the_cards():
     r = resolve("sd35-large-advdmd-4step-8x80gb")[1]
-    one, many = need(r, cards=1), need(r, cards=8)
+    one, many = estimate(r, cards=1), estimate(r, cards=8)
     for part in ("trained weights", "gradients", "Adam", "average"):
         assert many.parts[part] == one.parts[part] / 8
     # One card has nobody to share with: all of it is float32.
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
     assert many.parts["activations"] == one.parts["activations"] / 2
-    assert advice(r, one, 80).endswith("lora_rank=32 shard=false (adapters on one base), more cards")
+    assert fit_advice(r, one, 80).endswith("lora_rank=32 shard=false (adapters on one base), more cards")
 
 
 def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
-    from advdmd.models.lora import Role, Roles
+    from advdmd.models.lora import LoraModel, SharedBase
 
     r = resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tiny_folder}", "lora_rank=4"])[1]
-    made = Role(Roles(backbone.net, ["student"], 4, backbone.lora_targets), "student")
-    assert need(r).adapter == sum(p.numel() for p in made.parameters())
-    assert roles(r) == 3
+    made = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    assert estimate(r).adapter == sum(p.numel() for p in made.parameters())
+    assert num_trainable(r) == 3
 
 
 def test_a_card_that_is_too_small_gets_a_way_out():
     r = resolve("sd35-large-advdmd-4step-80gb")[1]
-    assert "algorithm.micro=1" in advice(r, need(r), 24)
+    assert "algorithm.micro=1" in fit_advice(r, estimate(r), 24)
     large = resolve("qwen-image-advdmd-4step-80gb")[1]
-    assert "base_bits=4" in advice(large, need(large), 24)
-    assert "the frozen base alone takes 11 GB" in advice(large, need(large), 8), "in the fewest bits"
+    assert "base_bits=4" in fit_advice(large, estimate(large), 24)
+    assert "the frozen base alone takes 11 GB" in fit_advice(large, estimate(large), 8), "in the fewest bits"
     few = resolve("qwen-image-advdmd-4step-24gb")[1]
-    assert "the frozen base alone takes 11 GB" in advice(few, need(few), 8)
+    assert "the frozen base alone takes 11 GB" in fit_advice(few, estimate(few), 8)
     whole = resolve("sd35-medium-advdmd-4step-24gb", ["dtype=float32", "lora_rank=0"])[1]
-    assert "lora_rank=32" in advice(whole, need(whole), 24)
+    assert "lora_rank=32" in fit_advice(whole, estimate(whole), 24)
 
 
 def test_a_transformer_that_is_not_counted_is_named(tmp_path):
@@ -62,12 +62,12 @@ def test_a_transformer_that_is_not_counted_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "transformer/config.json").write_text('{"_class_name": "ZImageTransformer2DModel"}')
     with pytest.raises(ValueError, match="has a ZImageTransformer2DModel: memory is counted for SD3Transformer2DModel and"):
-        need(resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tmp_path}"])[1])
+        estimate(resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tmp_path}"])[1])
 
 
 def test_few_bits_are_counted_in_the_blocks_alone():
     r = resolve("qwen-image-advdmd-4step-80gb")[1]
-    whole, few = need(r), need(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake.bits=8"])[1])
+    whole, few = estimate(r), estimate(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake.bits=8"])[1])
     assert 0.51 / 2 < few.parts["frozen base"] / whole.parts["frozen base"] < 0.53 / 2
     eight, thirty_two = 2, 2  # optimizers: fake score and trunk; the student's two turns
     assert few.parts["Adam"] / whole.parts["Adam"] == (eight * 8 + thirty_two * 32) / (4 * 32)
@@ -75,7 +75,7 @@ def test_few_bits_are_counted_in_the_blocks_alone():
 
 def test_a_float32_base_is_merged_anew_for_every_network_of_a_graph():
     def held(*words):
-        return need(resolve("sd35-medium-advdmd-4step-80gb", words)[1]).parts["activations"]
+        return estimate(resolve("sd35-medium-advdmd-4step-80gb", words)[1]).parts["activations"]
 
     assert held("dtype=float32") == 2 * held(), "checkpointing keeps a block's at a time"
     assert held("dtype=float32", "checkpointing=false") > 2 * held("checkpointing=false") + 1e10

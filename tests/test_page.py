@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from advdmd import chart, health, page
+from advdmd.monitoring import charts, health, html_report
 
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = [RESULTS / "h2/advdmd-0", RESULTS / "h2/dmd2-0"]
@@ -16,7 +16,7 @@ RUNS = [RESULTS / "h2/advdmd-0", RESULTS / "h2/dmd2-0"]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     scores = [RESULTS / f"h2/{name}/mini-geneval-test.json" for name in ("teacher", "advdmd-0", "dmd2-0")]
-    return page.write(RUNS, scores, tmp_path_factory.mktemp("page") / "deep/report.html").read_text()
+    return html_report.write_report(RUNS, scores, tmp_path_factory.mktemp("page") / "deep/report.html").read_text()
 
 
 def test_the_page_needs_nothing_from_anywhere(report):
@@ -37,24 +37,24 @@ def test_the_page_says_what_the_runs_and_scores_say(report):
     assert report.count("healthy") == 2
     assert "algorithm.gan: " in report  # the recipes' differences
     logged = {k for r in RUNS for m in health.read(r) for k in m}
-    for panel in health.PANELS:
+    for panel in health.DIAGNOSTICS:
         assert (f"<h3>{panel.key}</h3>" in report) == (panel.key in logged)
     assert report.count('class="band"') >= 10
 
 
 def test_the_main_jobs_folder_is_a_run_too(tmp_path):
-    told = page.write([RESULTS / "mini"], [], tmp_path / "a.html").read_text()
+    told = html_report.write_report([RESULTS / "mini"], [], tmp_path / "a.html").read_text()
     assert 'alt="comparison"' in told
     assert "AdvDMD, 4 steps" in told
     shutil.copytree(RESULTS / "mini", tmp_path / "job/run")
-    assert "580 of 580 iterations" in page.write([tmp_path / "job"], [], tmp_path / "b.html").read_text()
+    assert "580 of 580 iterations" in html_report.write_report([tmp_path / "job"], [], tmp_path / "b.html").read_text()
 
 
 def test_runs_with_another_teacher_get_no_ranges(tmp_path):
     shutil.copytree(RUNS[0], tmp_path / "run")
     text = (tmp_path / "run/recipe.yaml").read_text()
     (tmp_path / "run/recipe.yaml").write_text(text.replace("teacher: mini-sd3\n", "teacher: some/model\n"))
-    told = page.write([tmp_path / "run"], [], tmp_path / "a.html").read_text()
+    told = html_report.write_report([tmp_path / "run"], [], tmp_path / "a.html").read_text()
     assert "no ranges for this teacher" in told
     assert 'class="band"' not in told
 
@@ -70,13 +70,13 @@ def test_runs_with_another_teacher_get_no_ranges(tmp_path):
 )
 def test_what_cannot_be_shown_is_refused_before_anything_is_written(tmp_path, runs, scores, said):
     with pytest.raises(ValueError, match=said):
-        page.write(runs, scores, tmp_path / "a.html")
+        html_report.write_report(runs, scores, tmp_path / "a.html")
     assert not (tmp_path / "a.html").exists()
 
 
 def test_runs_are_named_by_what_tells_them_apart():
-    assert page.labels([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
-    assert page.labels([Path("/a/x")]) == ["x"]
+    assert html_report.labels([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
+    assert html_report.labels([Path("/a/x")]) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_runs_are_named_by_what_tells_them_apart():
     [(0, 1, [0, 0.5, 1]), (-0.3, 0.31, [-0.2, 0, 0.2]), (3, 2400, [1000, 2000]), (0.441, 0.448, [0.442, 0.444, 0.446, 0.448])],
 )
 def test_ticks_are_round_and_inside(low, high, found):
-    assert chart.ticks(low, high) == pytest.approx(found)
+    assert charts.ticks(low, high) == pytest.approx(found)
 
 
 def test_a_chart_shows_every_curve_and_skips_what_is_no_number():
     many = (list(range(1000)), [float(i % 7) for i in range(1000)])
-    drawn = chart.lines([many, ([5], [1.0]), ([], [])], band=(2, 99))
+    drawn = charts.line_chart([many, ([5], [1.0]), ([], [])], band=(2, 99))
     assert drawn.count("<path class=") - drawn.count('"grid"') == 1
     assert 'class="c1"' in drawn
-    assert len(re.search(r'class="c0" d="M([^"]*)"', drawn)[1].split()) == 2 * len(chart.thin(many)[0]) <= 2 * chart.POINTS
-    assert chart.thin(([1, 2, 3], [1.0, float("nan"), 3.0])) == ([1, 3], [1.0, 3.0])
-    assert chart.lines([([], [])]) == ""
+    assert len(re.search(r'class="c0" d="M([^"]*)"', drawn)[1].split()) == 2 * len(charts.thin(many)[0]) <= 2 * charts.POINTS
+    assert charts.thin(([1, 2, 3], [1.0, float("nan"), 3.0])) == ([1, 3], [1.0, 3.0])
+    assert charts.line_chart([([], [])]) == ""

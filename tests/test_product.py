@@ -17,14 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
-from advdmd import exam, health, pretrain, run
-from advdmd.cli import main
-from advdmd.evaluate import evaluate, score
-from advdmd.evaluation.shapes import Checker, Shapes
-from advdmd.models import load
-from advdmd.models.sampler import Sampling
-from advdmd.recipe import differences, dump, override, parse_overrides
-from advdmd.recipes.find import known, resolve
+from advdmd.cli.main import main
+from advdmd.commands import pretrain, train
+from advdmd.commands.evaluate import evaluate, score
+from advdmd.distillation import validation
+from advdmd.mini.suites import CheckerJudge, MiniSuite
+from advdmd.models import loading
+from advdmd.models.sampler import SamplerConfig
+from advdmd.monitoring import health
+from advdmd.monitoring.reward_hacking import reward_hacking_step
+from advdmd.recipes.overrides import diff, dump, override, parse_overrides
+from advdmd.recipes.registry import known_recipes, resolve
 
 SMALL = [
     "iterations=4", "algorithm.warmup=1", "algorithm.ramp=2", "algorithm.group=4", "prompts_per_step=2",
@@ -56,14 +59,14 @@ def started(*words):
 @pytest.fixture(scope="module")
 def trained(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adv"
-    run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), folder)
+    train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), folder)
     return folder
 
 
 def test_a_run_logs_what_the_panels_ask_for(trained):
     """All but what needs exams; by the run's last step both turns have moved."""
     logged = set().union(*(json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()))
-    assert {p.key for p in health.PANELS} - logged == {"exam/diversity"}
+    assert {p.key for p in health.DIAGNOSTICS} - logged == {"exam/diversity"}
 
 
 def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, trained, tmp_path):
@@ -71,15 +74,15 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
     from safetensors.torch import load_file, save_file
 
     name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2"])
-    student = run.train(name, r, tmp_path / "a")
+    student = train.train(name, r, tmp_path / "a")
     metrics = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     scores = [m["exam/strict"] for m in metrics]
     assert [m["exam/forwards"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
     found = {"step": scores.index(max(scores)) + 1, "strict": pytest.approx(max(scores), rel=1e-5), "last": 4}
-    best = exam.best(tmp_path / "a")
+    best = validation.read_best(tmp_path / "a")
     assert best == found | {"sha256": best["sha256"], "file": best["file"]}
     assert [f.name for f in (tmp_path / "a").glob("best*.safetensors")] == [best["file"]], "and no other is kept"
-    sent_by = (load.weights_file(f) for f in (student, trained / "student"))
+    sent_by = (loading.weights_file(f) for f in (student, trained / "student"))
     kept, sent, last = (load_file(f) for f in (tmp_path / "a" / best["file"], *sent_by))
     assert all(torch.equal(kept[k], sent[k]) for k in kept)
     assert not all(torch.equal(kept[k], last[k]) for k in kept)
@@ -90,46 +93,46 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
     for damaged in (good[:-1] + bytes([good[-1] ^ 1]), good[:100]):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"best-\d+\.safetensors is damaged .*delete best.json"):
-            exam.load_best(tmp_path / "a", torch.nn.Linear(1, 1))
+            validation.load_best(tmp_path / "a", torch.nn.Linear(1, 1))
 
     net = torch.nn.Linear(1, 1)  # a run of before, whose record names neither file nor hash
     save_file(net.state_dict(), tmp_path / "best.safetensors")
     (tmp_path / "best.json").write_text('{"step": 3, "strict": 0.5, "last": 4}')
-    assert exam.load_best(tmp_path, net) == 3
+    assert validation.load_best(tmp_path, net) == 3
 
 
 def test_overwriting_loses_what_runs_write_and_nothing_else(tiny_folder, tmp_path):
     r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "iterations=1"])
-    run.train(*r, tmp_path / "r")
+    train.train(*r, tmp_path / "r")
     for ours in ("best-0000001.safetensors", "best.json", ".left"):
         (tmp_path / "r" / ours).write_text("{}")
-    run.train(*r, tmp_path / "r", overwrite=True)
+    train.train(*r, tmp_path / "r", overwrite=True)
     assert not (tmp_path / "r/best.json").exists()
     (tmp_path / "r/best_of_my_pictures.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds what no run of ours wrote \(best_of_my_pictures.txt\)"):
-        run.train(*r, tmp_path / "r", overwrite=True)
+        train.train(*r, tmp_path / "r", overwrite=True)
     assert (tmp_path / "r/best_of_my_pictures.txt").read_text() == "mine"
 
 
 def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_path):
     shutil.copytree(trained / "student", tmp_path / "student")
-    load.load(str(tmp_path / "student"))
-    file = load.weights_file(tmp_path / "student")
+    loading.load(str(tmp_path / "student"))
+    file = loading.weights_file(tmp_path / "student")
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"transformer is damaged \(its weights have not the hash in advdmd.json\): export"):
-        load.load(str(tmp_path / "student"))
+        loading.load(str(tmp_path / "student"))
 
 
 def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path):
     """The tiny teacher never improves: with a patience of one the second exam is the last, and the student is the first's."""
     words = [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2", "patience=1", "match.lr=1e-9"]
     name, r = resolve("mini-sd35-advdmd", words)
-    student = run.train(name, r, tmp_path)
+    student = train.train(name, r, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == exam.best(tmp_path)["step"] + 1 < 4
-    assert json.loads((student / "advdmd.json").read_text())["iterations"] == exam.best(tmp_path)["step"]
-    assert run.train(name, r, tmp_path) == student
+    assert len(lines) == validation.read_best(tmp_path)["step"] + 1 < 4
+    assert json.loads((student / "advdmd.json").read_text())["iterations"] == validation.read_best(tmp_path)["step"]
+    assert train.train(name, r, tmp_path) == student
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
     with pytest.raises(ValueError, match="patience=1: counts exams"):
         resolve("mini-sd35-advdmd", ["patience=1"])
@@ -139,13 +142,13 @@ def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
     def run_of(scores, rewards):
         return [{"step": i, "reward/end": r, "exam/strict": s} for i, (s, r) in enumerate(zip(scores, rewards))]
 
-    assert exam.parted(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 3, 4])) == 4
-    assert exam.parted(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the critic saw it too"
-    assert exam.parted(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad exam is chance"
-    assert exam.parted(run_of([0.3, 0.4], [0, 1])) is None
+    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 3, 4])) == 4
+    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the critic saw it too"
+    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad exam is chance"
+    assert reward_hacking_step(run_of([0.3, 0.4], [0, 1])) is None
     late = run_of([0.5, 0.45, 0.44, 0.43], [0, 1, 2, 3])
     del late[0]["reward/end"]
-    assert exam.parted(late) == 3, "paid only after the best exam"
+    assert reward_hacking_step(late) == 3, "paid only after the best exam"
 
 
 def test_overrides_are_typed_and_reach_every_level():
@@ -193,11 +196,11 @@ def test_unknown_recipes_list_the_known_ones():
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
-    for name in known():
+    for name in known_recipes():
         _, r = resolve(name, ["seed=3", "match.lr=1e-5"])
         (tmp_path / "r.yaml").write_text(dump(name, r))
         assert resolve(str(tmp_path / "r.yaml")) == (name, r)
-    assert differences(r, replace(r, seed=4)) == ["seed: 3 -> 4"]
+    assert diff(r, replace(r, seed=4)) == ["seed: 3 -> 4"]
 
 
 @pytest.mark.parametrize("text", ["", "- a", "seed: 3", "recipe: [", "recipe: mini-sd35-advdmd\nsede: 3"])
@@ -212,7 +215,7 @@ def test_bad_recipe_files_are_refused(tmp_path, text):
 
 def test_overrides_parse_as_yaml():
     assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=true", "e=x=y"]) == {"a.b": "1e-3", "c": [1, 2], "d": True, "e": "x=y"}
-    assert override(Sampling(steps=4), {"guidance": "2"}).guidance == 2.0
+    assert override(SamplerConfig(steps=4), {"guidance": "2"}).guidance == 2.0
 
 
 def test_a_run_leaves_recipe_metrics_samples_and_student(trained):
@@ -228,32 +231,32 @@ def test_a_run_leaves_recipe_metrics_samples_and_student(trained):
 
 def test_a_finished_run_is_resumed_at_no_cost_and_another_recipe_is_refused_with_the_difference(trained, tiny_folder):
     before = (trained / "metrics.jsonl").read_text()
-    run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), trained)
+    train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), trained)
     assert (trained / "metrics.jsonl").read_text() == before
     with pytest.raises(ValueError, match=r"seed: 0 -> 1.*--overwrite"):
-        run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "seed=1"]), trained)
+        train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "seed=1"]), trained)
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path, tiny_folder):
     (tmp_path / "precious").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="another --out"):
-            run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), tmp_path, overwrite)
+            train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), tmp_path, overwrite)
     assert (tmp_path / "precious").read_text() == "x"
 
 
 def test_export_equals_the_student_of_the_run(trained, tmp_path):
-    folder = run.export_run(trained, tmp_path / "out")
+    folder = train.export_run(trained, tmp_path / "out")
     shift = resolve(str(trained / "recipe.yaml"))[1].algorithm.shift
-    assert load.load(str(folder))[1] == Sampling(steps=4, shift=shift, eta=1.0)
-    ours, theirs = (load.load(str(f))[0].net.state_dict() for f in (folder, trained / "student"))
+    assert loading.load(str(folder))[1] == SamplerConfig(steps=4, shift=shift, eta=1.0)
+    ours, theirs = (loading.load(str(f))[0].net.state_dict() for f in (folder, trained / "student"))
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
     with pytest.raises(ValueError, match="not empty"):
-        run.export_run(trained, tmp_path / "out")
+        train.export_run(trained, tmp_path / "out")
     said = [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
     assert said == []  # a published student does not tell where on its maker's disk the teacher lay
     with pytest.raises(ValueError, match="not a training run"):
-        run.export_run(tmp_path, tmp_path / "out2")
+        train.export_run(tmp_path, tmp_path / "out2")
 
 
 FRESH = """
@@ -281,10 +284,10 @@ def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_
     )
     assert done.returncode == 0, done.stderr
     from advdmd import flow
-    from advdmd.kernels import cps
     from advdmd.rollout import rollout
+    from advdmd.transitions import cps
 
-    backbone, how = load.load(str(trained / "student"))
+    backbone, how = loading.load(str(trained / "student"))
     cond = backbone.embed(backbone.tokenize(["a picture of a red circle"]))
     for n in (4, 2):
         first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -301,18 +304,18 @@ def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift(backbone)
 
 def test_students_that_stock_schedulers_cannot_run_are_sampled_here_but_not_exported(tiny_folder, tmp_path):
     words = [*SMALL, f"teacher={tiny_folder}", "algorithm.eta=0.9", "iterations=1"]
-    student = run.train(*resolve("mini-sd35-advdmd", words), tmp_path / "run")
-    assert load.load(str(student))[1].eta == 0.9
+    student = train.train(*resolve("mini-sd35-advdmd", words), tmp_path / "run")
+    assert loading.load(str(student))[1].eta == 0.9
     assert "stock schedulers cannot" in (student / "README.md").read_text()
     with pytest.raises(ValueError, match=r"eta=0\.9"):
-        run.export_run(tmp_path / "run", tmp_path / "out")
+        train.export_run(tmp_path / "run", tmp_path / "out")
 
 
 def test_export_never_replaces_what_it_did_not_write(trained, tmp_path):
     (tmp_path / "x").write_text("precious")
     for out in (tmp_path, trained):
         with pytest.raises(ValueError, match="not empty"):
-            run.export_run(trained, out, overwrite=True)
+            train.export_run(trained, out, overwrite=True)
     assert (tmp_path / "x").read_text() == "precious"
     assert (trained / "checkpoints").is_dir()
 
@@ -324,7 +327,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(trained, tmp_path):
     (copy / "recipe.yaml").write_text(text)
     shutil.rmtree(copy / "student")
     with pytest.raises(ValueError, match="checkpoint of another recipe"):
-        run.train(*resolve(str(copy / "recipe.yaml"), ["iterations=4"]), copy)
+        train.train(*resolve(str(copy / "recipe.yaml"), ["iterations=4"]), copy)
 
 
 def test_broken_pipelines_are_refused_in_one_line(tiny_folder, tmp_path):
@@ -334,19 +337,19 @@ def test_broken_pipelines_are_refused_in_one_line(tiny_folder, tmp_path):
         shutil.copytree(tiny_folder, folder)
         break_it(folder)
         with pytest.raises(ValueError, match="broken"):
-            load.load(str(folder))
+            loading.load(str(folder))
 
 
 def test_new_weights_in_an_old_evaluation_folder_are_noticed(tiny_folder, trained, tmp_path):
-    suite = Shapes("mini-dpg", 2, 2)
-    evaluate(str(tiny_folder), suite, tmp_path / "e", Sampling(steps=1))
+    suite = MiniSuite("mini-dpg", 2, 2)
+    evaluate(str(tiny_folder), suite, tmp_path / "e", SamplerConfig(steps=1))
     with pytest.raises(ValueError, match="weights differ"):
-        evaluate(str(trained / "student"), suite, tmp_path / "e", Sampling(steps=1))
+        evaluate(str(trained / "student"), suite, tmp_path / "e", SamplerConfig(steps=1))
 
 
 def test_prompts_that_would_be_cut_are_refused(tiny_folder, tmp_path):
     with pytest.raises(ValueError, match="longer than the 23 words"):
-        run.paint(str(tiny_folder), ["a picture of " + "a circle and " * 12 + "a circle"], tmp_path)
+        train.paint(str(tiny_folder), ["a picture of " + "a circle and " * 12 + "a circle"], tmp_path)
 
 
 def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
@@ -357,12 +360,12 @@ def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
         pretrain.pretrain("mini-sd35-again", tmp_path / "t", tmp_path / "t/pipeline", None, 1)
     for stage in ("mini-sd35-again", "mini-sd35-deep", "mini-sd3"):
         pretrain.pretrain(stage, tmp_path / stage, tmp_path / "t/pipeline", None, 1)
-        assert load.load(str(tmp_path / stage / "pipeline"))[0].t5_length == 0
+        assert loading.load(str(tmp_path / stage / "pipeline"))[0].t5_length == 0
         assert list((tmp_path / stage / "samples").glob("*.png"))
     pretrain.pretrain("qwen-autoencoder", tmp_path / "qae", None, None, 1)
     pretrain.pretrain("mini-qwen", tmp_path / "q", tmp_path / "qae/vae", None, 1)
     pretrain.pretrain("mini-qwen-again", tmp_path / "q2", tmp_path / "q/pipeline", None, 1)
-    assert load.load(str(tmp_path / "q2/pipeline"))[0].latent_shape == (4, 8, 8)
+    assert loading.load(str(tmp_path / "q2/pipeline"))[0].latent_shape == (4, 8, 8)
     for stage, start in (("mini-qwen-again", "t/pipeline"), ("mini-sd3", "q/pipeline"), ("mini-qwen", "ae/vae")):
         with pytest.raises(ValueError, match=r"not a .*needs --start"):
             pretrain.pretrain(stage, tmp_path / "wrong", tmp_path / start, None, 1)
@@ -391,25 +394,25 @@ def test_a_stage_that_was_stopped_goes_on_with_its_own_words(tmp_path, monkeypat
 
 
 def small_stage(name):
-    from advdmd.models import mini
+    from advdmd.mini import pipelines
     from advdmd.recipes.mini import STAGES
 
-    size = mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
+    size = pipelines.MiniConfig(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8))
     return replace(STAGES[name](), size=size, steps=3, pool=8, batch=4, save_every=2)
 
 
 def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tmp_path):
-    suite = Shapes("mini-geneval", 6, 3)
+    suite = MiniSuite("mini-geneval", 6, 3)
     a = evaluate(str(trained / "student"), suite, tmp_path / "a")
     assert a["images"] == 36
     assert a["nfe"] == 4
     assert set(a["strict"]) == {"overall", *suite.tasks}
-    again = score(suite, tmp_path / "a", Checker())
+    again = score(suite, tmp_path / "a", CheckerJudge())
     assert again == a
     done = started("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "| **overall** |" in done.stdout
-    evaluate(str(tiny_folder), suite, tmp_path / "b2", Sampling(steps=2))
+    evaluate(str(tiny_folder), suite, tmp_path / "b2", SamplerConfig(steps=2))
     done = cli(
         "compare", tmp_path / "a", tmp_path / "a", "--against", tmp_path / "b2", "--out", tmp_path / "c.json", "--commit", "x"
     )
@@ -423,7 +426,7 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
 
 
 def test_the_main_job_writes_table_grid_and_pipeline(tiny_folder, tmp_path):
-    out = run.mini(tmp_path / "m", [*SMALL, f"teacher={tiny_folder}"], images=4)
+    out = train.mini(tmp_path / "m", [*SMALL, f"teacher={tiny_folder}"], images=4)
     assert "AdvDMD, 4 steps" in out["table"]
     for name in ("table.md", "table.json", "comparison.png", "run/student/model_index.json"):
         assert (tmp_path / "m" / name).is_file()
@@ -483,7 +486,7 @@ def test_show_prints_the_recipe_and_its_cost():
     done = cli("show", "mini-sd35-advdmd", "algorithm.steps=2")
     assert "steps: 2" in done.stdout
     assert "forwards per sample" in done.stdout
-    assert cli("show").stdout.split() == list(known())
+    assert cli("show").stdout.split() == list(known_recipes())
 
 
 def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_card_its_preset_is_named_after():
@@ -515,7 +518,7 @@ def test_a_run_recorded_before_an_option_existed_goes_on(trained, tiny_folder):
     assert older != text
     try:
         record.write_text(older)
-        assert run.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), trained) == trained / "student"
+        assert train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), trained) == trained / "student"
         assert record.read_text() == older
     finally:
         record.write_text(text)

@@ -1,7 +1,7 @@
 """A real StableDiffusion3Pipeline with all three text encoders, as small as it gets."""
 
-from advdmd.models import mini
-from advdmd.world.caption import VOCABULARY
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
 from tests.conftest import TINY
 
 
@@ -12,7 +12,7 @@ def sd3_with_t5():
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -2.0) for w in VOCABULARY)]
     tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
-    small = mini.sd3(VOCABULARY, TINY, sd35=True)
+    small = pipelines.sd3(VOCABULARY, TINY, sd35=True)
     torch.manual_seed(5)
     width = small.transformer.config.joint_attention_dim
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2)

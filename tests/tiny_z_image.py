@@ -2,7 +2,7 @@
 
 import torch
 
-from advdmd.models import mini
+from advdmd.mini import pipelines
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -15,7 +15,7 @@ def z_image(corpus, size, seed=0):
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(seed)
-    tokenizer = mini.qwen_tokenizer(corpus, "user\n{}\nassistant\n")
+    tokenizer = pipelines.qwen_tokenizer(corpus, "user\n{}\nassistant\n")
     tokenizer.chat_template = CHAT
     text = Qwen3Model(
         Qwen3Config(
@@ -30,7 +30,7 @@ def z_image(corpus, size, seed=0):
         )
     )
     net = ZImageTransformer2DModel(
-        in_channels=mini.CHANNELS,
+        in_channels=pipelines.CHANNELS,
         dim=size.width,
         n_layers=size.layers,
         n_refiner_layers=1,
@@ -46,4 +46,4 @@ def z_image(corpus, size, seed=0):
         if p.ndim > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return ZImagePipeline(scheduler, mini.autoencoder(size), text.eval(), tokenizer, net.eval())
+    return ZImagePipeline(scheduler, pipelines.autoencoder(size), text.eval(), tokenizer, net.eval())

@@ -6,8 +6,9 @@ import math
 import torch
 from torch import nn
 
-from advdmd.algorithms.base import Cast
-from advdmd.train.learner import Learner, Optim
+from advdmd.algorithms.base import DistillationModels
+from advdmd.training.learner import Learner
+from advdmd.training.optimizer import OptimizerConfig
 from advdmd.types import Batch
 
 
@@ -93,17 +94,17 @@ def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=
     torch.manual_seed(seed)
     student, both = copy.deepcopy(net), Both(copy.deepcopy(net), Net(1))
     turns = {
-        "match": (Optim(lr=lr, decay=decay), [(student.parameters(), 1.0)]),
-        "policy": (Optim(lr=policy_lr, decay=decay), [(student.parameters(), 1.0)]),
+        "match": (OptimizerConfig(lr=lr, decay=decay), [(student.parameters(), 1.0)]),
+        "policy": (OptimizerConfig(lr=policy_lr, decay=decay), [(student.parameters(), 1.0)]),
     }
-    return Cast(
+    return DistillationModels(
         teacher=teacher,
         student=Learner("student", student, student, turns, ema=0.99),
         fake=Learner(
             "fake",
             both,
             lambda x, t, c, k: both.score(x, t, c),
-            {"main": (Optim(lr=fake_lr, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])},
+            {"main": (OptimizerConfig(lr=fake_lr, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])},
         ),
         critic=ToyCritic(both.critic),
         auc=torch.full((steps,), 0.5),

@@ -1,3 +1,3 @@
-from advdmd.cli import main
+from advdmd.cli.main import main
 
 main()

@@ -23,7 +23,7 @@ STALE = 600.0  # seconds after which a half-written file of a process that is go
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Whatever a library says of a full disk is an OSError that names the file; what it says of other files stays as it is."""
     try:
         yield
@@ -71,7 +71,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
-        with told(path):
+        with name_file_in_errors(path):
             write(temporary)
             _sync(temporary)
             os.replace(temporary, path)
@@ -88,7 +88,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         old.rename(path)  # a stop between the two renames below
     for leftover in (making, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    with told(path):
+    with name_file_in_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(making)

@@ -10,7 +10,7 @@ def mean_flat(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def velocity(v: Tensor, x0: Tensor, e: Tensor) -> Tensor:
+def flow_matching(v: Tensor, x0: Tensor, e: Tensor) -> Tensor:
     """Flow matching (Lipman et al. 2022): mean |v - (e - x0)|^2. -> [N]"""
     return mean_flat((v.float() - (e - x0).float()).square())
 
@@ -27,22 +27,22 @@ def dmd(x0: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
     return 0.5 * mean_flat((x0 - target).square())
 
 
-def critic(real: Tensor, fake: Tensor) -> Tensor:
+def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """Non-saturating GAN loss on raw logits: softplus(-D(real)) + softplus(D(fake)); at its optimum D is a log-ratio."""
     return F.softplus(-real.float()) + F.softplus(fake.float())
 
 
-def mismatch(wrong: Tensor) -> Tensor:
+def gan_mismatched_caption(wrong: Tensor) -> Tensor:
     """A real image under a wrong caption is a fake (matching-aware discriminator, Reed et al. 2016). -> [N]"""
     return F.softplus(wrong.float())
 
 
-def realism(fake: Tensor) -> Tensor:
+def gan_generator(fake: Tensor) -> Tensor:
     """The generator's side of the GAN: softplus(-D(fake)) (DMD2, 2405.14867, Eq. 4). -> [N]"""
     return F.softplus(-fake.float())
 
 
-def advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
+def group_advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
     """Group-relative advantage: reward minus its group's mean, over the std of *all* groups, clipped to +-limit.
 
     reward [K, P * group], groups contiguous -> same shape. A std per group would blow a group without a signal up to
@@ -56,19 +56,19 @@ def advantage(reward: Tensor, group: int, limit: float = 5.0) -> Tensor:
     return (centred / centred.std(-1, keepdim=True).clamp(min=1e-6)).clamp(-limit, limit)
 
 
-def group_spread(x: Tensor, group: int) -> Tensor:
+def within_group_std(x: Tensor, group: int) -> Tensor:
     """How far apart images of one prompt are: the standard deviation within groups of `group`, mean over all dimensions.
     0: a prompt gives one image. [N, ...] -> []"""
     grouped = x.float().reshape(-1, group, *x.shape[1:])
     return grouped.std(1).mean()
 
 
-def gate(auc: Tensor, low: float = 0.55, width: float = 0.10) -> Tensor:
+def auc_gate(auc: Tensor, low: float = 0.55, width: float = 0.10) -> Tensor:
     """How far a critic may be believed, in [0, 1]: clip((AUC - low) / width, 0, 1). A multiplier, never a branch."""
     return ((auc - low) / width).clamp(0, 1)
 
 
-def policy(close: Tensor, close_old: Tensor, gain: Tensor, clip: float) -> Tensor:
+def ppo_clip(close: Tensor, close_old: Tensor, gain: Tensor, clip: float) -> Tensor:
     """PPO's clipped surrogate (Schulman et al. 2017, Eq. 7) on closeness (kernels.Gaussian.closeness). All [N] -> [N]"""
     ratio = (close.float() - close_old.float()).exp()
     return -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advdmd.types import ALONE, Team
+from advdmd.types import ONE_RANK, Ranks
 
 
 def generator(*key: object) -> torch.Generator:
@@ -16,7 +16,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
-def home(drawn: Tensor) -> Tensor:
+def to_default_device(drawn: Tensor) -> Tensor:
     """What was drawn, which happens on the CPU so that all machines draw the same, where tensors are made by default."""
     return drawn.to(torch.get_default_device())
 
@@ -24,7 +24,7 @@ def home(drawn: Tensor) -> Tensor:
 class Rng:
     """Named streams for the samples of one step. Two draws of one name are equal; use a new name for a new draw."""
 
-    def __init__(self, seed: int, step: int, samples: Sequence[int], team: Team = ALONE):
+    def __init__(self, seed: int, step: int, samples: Sequence[int], team: Ranks = ONE_RANK):
         self.seed, self.step, self.samples, self.team = seed, step, tuple(samples), team
 
     def _drawn(self, name: str, fill: Callable[..., Any], *at: int, shape: Sequence[int] = (), dtype: Any = None) -> Tensor:
@@ -32,7 +32,7 @@ class Rng:
         out = torch.empty(len(self.samples), *shape, dtype=dtype, device="cpu")
         for row, sample in zip(out.unbind(), self.samples, strict=True):
             fill(row, *at, generator=generator(self.seed, self.step, sample, name))
-        return home(out)
+        return to_default_device(out)
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """[N, *shape] standard normal."""
@@ -55,5 +55,5 @@ class Rng:
         out: list[tuple[Tensor, int]] = []
         for m in order.chunk(n):
             most = int(torch.bincount(m // here).max())
-            out.append((home(m[m // here == self.team.rank] % here), -(-most // micro)))
+            out.append((to_default_device(m[m // here == self.team.rank] % here), -(-most // micro)))
         return out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Log = dict[str, float]
+Metrics = dict[str, float]
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def _alone(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Team:
+class Ranks:
     """The processes that share a step's samples, each an equal run of them in order of rank; one process is a team too."""
 
     rank: int = 0
@@ -30,7 +30,7 @@ class Team:
         return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
 
-ALONE = Team()
+ONE_RANK = Ranks()
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Cond(_Columns):
         return replace(self, embeds=F.pad(self.embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
 
-def joined(conds: Sequence[Any]) -> Any:
+def cat_conds(conds: Sequence[Any]) -> Any:
     """Batches of conditions as one; a toy world's are plain tensors [N, ...]."""
     return torch.cat(list(conds)) if isinstance(conds[0], Tensor) else type(conds[0]).cat(conds)
 
 
-def differ(a: Any, b: Any) -> Tensor:
+def conds_differ(a: Any, b: Any) -> Tensor:
     """[N] 1 where two conditions differ, 0 where they are the same; a toy world's conditions are plain tensors [N, ...]."""
     a, b = (c.embeds if isinstance(c, Cond) else c for c in (a, b))
     return (a != b).reshape(len(a), -1).any(1).float()

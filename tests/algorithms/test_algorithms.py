@@ -8,16 +8,22 @@ import pytest
 import torch
 
 from advdmd import flow, losses
-from advdmd.algorithms.advdmd import AdvDMD, Turn
+from advdmd.algorithms.advdmd import AdvDMD, Updates
 from advdmd.algorithms.dmd2 import DMD2
-from advdmd.algorithms.objectives import match_teacher, pay, prefer_paid_hops, tell_apart, track_student
-from advdmd.kernels import Gaussian, cps, renoise
-from advdmd.players import make_cast
-from advdmd.recipe import Recipe
+from advdmd.algorithms.objectives import (
+    discriminator_logits,
+    discriminator_rewards,
+    distribution_matching_loss,
+    fake_score_loss,
+    policy_loss,
+)
+from advdmd.distillation.build import build_models
 from advdmd.recipes.mini import RECIPES
+from advdmd.recipes.recipe import Recipe
 from advdmd.rng import Rng
-from advdmd.rollout import rollout, sample_ode
-from advdmd.train.learner import Optim
+from advdmd.rollout import rollout, sample_euler
+from advdmd.training.optimizer import OptimizerConfig
+from advdmd.transitions import Gaussian, cps, renoise
 from advdmd.types import Batch
 from tests.toy import Mixture, Net, flat, play, pretrained, toy_deal
 from tests.toy import make_cast as toy_cast
@@ -27,7 +33,7 @@ ADV = {"warmup": 0, "ramp": 0, "match_every": 1, "gated": False}
 
 def cast_for(r, backbone):
     with torch.no_grad():
-        return make_cast(r, backbone, backbone.embed(backbone.tokenize([""])))
+        return build_models(r, backbone, backbone.embed(backbone.tokenize([""])))
 
 
 def tiny_recipe(folder, algorithm, **changes):
@@ -46,7 +52,7 @@ def test_ratio_is_one_before_any_update(eta):
     world = Mixture()
     cast, c = toy_cast(world, Net(2), 4), torch.arange(16) % 2
     path = rollout(cast.student, c, torch.randn(4, 16, 2), flow.grid(4, 3.0), cps(eta))
-    loss, off = prefer_paid_hops(cast, path, c, torch.ones(3, 16), cps(eta), 1e-3)
+    loss, off = policy_loss(cast, path, c, torch.ones(3, 16), cps(eta), 1e-3)
     assert off == 0
     torch.testing.assert_close(loss, -torch.ones(16))
 
@@ -123,7 +129,7 @@ def test_policy_gradient_of_a_linear_reward_is_autograd_in_expectation(gen):
     mean, w = torch.zeros(d, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
     hop = Gaussian(mean.expand(n, d), torch.full((n, 1), std))
     x = (mean + std * torch.randn(n, d, generator=gen())).detach()
-    (losses.policy(hop.closeness(x), hop.closeness(x).detach(), x @ w, 1e9).mean()).backward()
+    (losses.ppo_clip(hop.closeness(x), hop.closeness(x).detach(), x @ w, 1e9).mean()).backward()
     expected = -w * 2 * std**2 / d
     torch.testing.assert_close(mean.grad, expected, atol=0.02, rtol=0)
 
@@ -144,7 +150,7 @@ def test_from_one_start_what_the_next_hop_saw_is_the_gradient_times_its_response
     hop = Gaussian(mean.expand(n, d), torch.full((n, 1), s))
     torch.testing.assert_close(hop.closeness(actions[0]), old[0])
     reward = path.x[-1] @ w
-    losses.policy(hop.closeness(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
+    losses.ppo_clip(hop.closeness(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
     torch.testing.assert_close(mean.grad, -2 / d * (1 - s) * s**2 * W @ W.T @ w, atol=0.005, rtol=0)
 
 
@@ -152,7 +158,9 @@ def test_distribution_matching_is_still_when_the_fake_score_equals_the_teacher()
     net = pretrained(Mixture(), steps=20)
     cast = toy_cast(net, net, 4)
     x, t, c = torch.randn(8, 2), torch.full((8,), 0.75), torch.zeros(8, dtype=torch.long)
-    loss = match_teacher(cast, x, t, c, torch.rand(8), torch.randn(8, 2), torch.zeros(8, dtype=torch.long), torch.rand(8))
+    loss = distribution_matching_loss(
+        cast, x, t, c, torch.rand(8), torch.randn(8, 2), torch.zeros(8, dtype=torch.long), torch.rand(8)
+    )
     grads = torch.autograd.grad(loss.sum(), list(cast.student.net.parameters()), allow_unused=True)
     assert all(g is None or g.abs().max() < 1e-6 for g in grads)
 
@@ -187,7 +195,9 @@ def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder
 def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, backbone):
     cast, b = cast_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t = torch.full((8,), 0.75)
-    match_teacher(cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, t, gan=1.0).sum().backward()
+    distribution_matching_loss(
+        cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, t, gan=1.0
+    ).sum().backward()
     assert all(p.grad is None for p in cast.fake.net.parameters())
     assert any(p.grad is not None for p in cast.student.net.parameters())
     assert all(p.requires_grad for p in cast.fake.net.parameters())
@@ -197,7 +207,7 @@ def test_the_fake_score_is_told_the_hop_and_starts_as_if_it_were_not(tiny_folder
     cast, b = cast_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t, k = torch.full((8,), 0.5), torch.arange(8) % 4
     assert torch.equal(cast.fake(b.real, t, b.cond, k), backbone.velocity(backbone.net, b.real, t, b.cond))
-    track_student(cast, b.real, b.cond, t, torch.randn_like(b.real), k[:4].repeat(2)).sum().backward()
+    fake_score_loss(cast, b.real, b.cond, t, torch.randn_like(b.real), k[:4].repeat(2)).sum().backward()
     assert (cast.fake.net.exits.grad.abs().sum(1) > 0).all()
     without_pooled = cast.fake.net.told(replace(b.cond, pooled=None, embeds=b.cond.pooled[:, None].expand(-1, 3, -1)), k)
     assert without_pooled.embeds.shape == (8, 3, b.cond.pooled.shape[1])
@@ -208,7 +218,7 @@ def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
     cast, b = cast_for(tiny_recipe(tiny_folder, AdvDMD()), backbone), tiny_batch(backbone)
     start, e = torch.randn(3, *b.real.shape), torch.randn_like(b.real)
     path = rollout(cast.student, b.cond, start, flow.grid(3, 1.0), cps(1.0))
-    hops, end = pay(cast, path, b.cond, (0.02, 0.3), e, 5)
+    hops, end = discriminator_rewards(cast, path, b.cond, (0.02, 0.3), e, 5)
     alone = torch.stack([cast.critic(path.x[k], path.t[k].expand(8), b.cond) for k in (1, 2)])
     torch.testing.assert_close(hops, alone.detach())
     levels = [torch.full((8,), u) for u in (0.02, 0.3)]
@@ -218,7 +228,7 @@ def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
     t, wrong = torch.full((8,), 0.4), b.cond[torch.arange(8).flip(0)]
     image = flow.interpolate(b.real, e, t)
     for together in (False, True):
-        told = tell_apart(cast, b.real, path.x[1], b.cond, t, e, wrong, together)
+        told = discriminator_logits(cast, b.real, path.x[1], b.cond, t, e, wrong, together)
         for logits, x, cond in zip(told, (image, path.x[1], image), (b.cond, b.cond, wrong), strict=True):
             torch.testing.assert_close(logits, cast.critic(x, t, cond))
 
@@ -247,12 +257,12 @@ def test_a_trunk_of_the_critics_own_learns_with_its_heads(tiny_folder, backbone)
 
 
 def dict_critic(**kw):
-    from advdmd.models.critic import CriticConfig
+    from advdmd.models.discriminator import DiscriminatorConfig
 
-    return CriticConfig(**kw)
+    return DiscriminatorConfig(**kw)
 
 
-@pytest.mark.parametrize("turn", [Turn(True, True), Turn(False, True), Turn(True, False)])
+@pytest.mark.parametrize("turn", [Updates(True, True), Updates(False, True), Updates(True, False)])
 @pytest.mark.parametrize(("mismatch", "gan"), [(0.0, 0.0), (0.5, 0.0), (0.5, 5e-3)])
 def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, mismatch, gan):
     """Network passes with and without gradient of one AdvDMD iteration, per sample, against AdvDMD.forwards."""
@@ -263,7 +273,7 @@ def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, misma
     declared = algorithm.forwards(0, depth, backward=0.0)
     passes = sum(declared.values()) - bool(gan) * turn.match * depth  # the pass back through the trunk is no pass forward
     assert counted == pytest.approx(passes)
-    if turn == Turn(True, True) and not mismatch:
+    if turn == Updates(True, True) and not mismatch:
         parts = algorithm.forwards(0, depth)
         # The table for one shared rollout: 21 with all hops, and the critic's half-depth passes on top.
         assert parts["rollout"] + parts["policy"] + parts["match"] == 19
@@ -343,7 +353,7 @@ def test_the_schedule_defers_policy_turns_and_then_takes_one_every_iteration():
     assert 0 < early < late < 20
     assert all(t.policy for t in turns[50:])
     assert [t.match for t in turns[50:54]] == [True, False, True, False]
-    assert all(AdvDMD(steps=1).turn(i) == Turn(False, True) for i in (0, 500))
+    assert all(AdvDMD(steps=1).turn(i) == Updates(False, True) for i in (0, 500))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +415,7 @@ def test_a_student_passes_a_teacher_that_is_worse_than_the_data():
     g = torch.Generator().manual_seed(5)
     c = torch.arange(8000) % 2
     student = rollout(cast.student, c, torch.randn(4, 8000, 2, generator=g), flow.grid(4, 3.0), cps(1.0)).x[-1]
-    taught = sample_ode(teacher, c, torch.randn(8000, 2, generator=g), flow.grid(40, 3.0))
+    taught = sample_euler(teacher, c, torch.randn(8000, 2, generator=g), flow.grid(40, 3.0))
     assert kl_to_data(student, c, data) < kl_to_data(taught, c, data)
 
 
@@ -413,7 +423,7 @@ def test_recipes_of_the_miniature_are_valid_and_differ():
     made = {k: f() for k, f in RECIPES.items()}
     assert len(set(made.values())) == len(made)
     assert isinstance(made["mini-sd35-dmd2"].algorithm, DMD2)
-    assert isinstance(made["mini-sd35-advdmd"].match, Optim)
+    assert isinstance(made["mini-sd35-advdmd"].match, OptimizerConfig)
 
 
 def test_a_frozen_critic_stops_learning_after_the_warm_up_and_the_fake_score_does_not(tiny_folder, backbone):

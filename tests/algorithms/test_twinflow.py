@@ -5,16 +5,18 @@ import json
 import pytest
 import torch
 
-from advdmd import flow, run
-from advdmd.algorithms.twinflow import Twin, TwinFlow, enhancement, robust
-from advdmd.look import painter
-from advdmd.models import load, mini
-from advdmd.models.target_time import TargetTime, attach
-from advdmd.players import make_twin
-from advdmd.recipes.find import resolve
+from advdmd import flow
+from advdmd.algorithms.twinflow import TwinFlow, TwinFlowModels, barron_loss, guidance_strength
+from advdmd.commands import train
+from advdmd.distillation.build import build_twinflow
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import loading
+from advdmd.models.images import image_sampler
+from advdmd.models.target_time import TargetTime, attach_zero_target
+from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
 from advdmd.types import Batch
-from advdmd.world.caption import VOCABULARY
 from tests.conftest import TINY
 from tests.test_product import SMALL
 
@@ -22,10 +24,10 @@ from tests.test_product import SMALL
 @pytest.fixture(scope="module", params=["mini-sd3", "mini-sd35", "mini-qwen"])
 def any_backbone(request):
     if request.param == "mini-qwen":
-        pipe = mini.qwen_image(VOCABULARY, TINY)
+        pipe = pipelines.qwen_image(VOCABULARY, TINY)
     else:
-        pipe = mini.sd3(VOCABULARY, TINY, sd35=request.param == "mini-sd35")
-    backbone = load.as_backbone(pipe, {"t5_length": 0, "side": mini.LATENT})
+        pipe = pipelines.sd3(VOCABULARY, TINY, sd35=request.param == "mini-sd35")
+    backbone = loading.backbone_from_pipeline(pipe, {"t5_length": 0, "side": pipelines.LATENT})
     backbone.net.requires_grad_(False).eval()
     return backbone
 
@@ -64,7 +66,7 @@ def test_what_is_kept_for_sampling_is_the_network_toward_zero(any_backbone):
         assert torch.equal(want, any_backbone.velocity(net, x, t, cond))
     plain = net.net
     assert not torch.allclose(want, any_backbone.velocity(plain, x, t, cond))
-    attach(plain, net.standing(), any_backbone.time_scale)
+    attach_zero_target(plain, net.standing(), any_backbone.time_scale)
     torch.testing.assert_close(any_backbone.velocity(plain, x, t, cond), want)
 
 
@@ -88,7 +90,7 @@ def test_quarters_are_equal_and_have_their_times():
     ("steps", "gap", "want"), [(1, 0.6, [0.999, 0]), (2, 0.6, [0.999, 0.6, 0]), (4, 0.5, [0.999, 0.83267, 0.66633, 0.5, 0])]
 )
 def test_grids_are_those_of_its_repository(steps, gap, want):
-    assert flow.twin_grid(steps, gap).tolist() == pytest.approx(want, abs=1e-4)
+    assert flow.twinflow_grid(steps, gap).tolist() == pytest.approx(want, abs=1e-4)
 
 
 def test_the_target_of_an_exact_flow_is_that_flow():
@@ -101,7 +103,7 @@ def test_the_target_of_an_exact_flow_is_that_flow():
     r = torch.where(quarter == 3, t, torch.minimum(r, t))
     z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     x, v = flow.interpolate(x0.expand(400, 2), z, t.abs()), z - x0
-    cast = Twin(exact, exact, None)
+    cast = TwinFlowModels(exact, exact, None)
     target = algorithm.target(cast, v, x, t, r, v, torch.zeros(400), quarter)
     torch.testing.assert_close(target, v, atol=2e-4, rtol=0)
     off = algorithm.target(cast, v + 0.01, x, t, r, v, torch.zeros(400), quarter)
@@ -114,14 +116,14 @@ def test_the_enhanced_target_comes_to_rest_at_the_guidance_scale(scale):
     v, null, t, quarter = torch.tensor([[0.1, -0.2]]), torch.tensor([[0.05, 0.02]]), torch.tensor([0.5]), torch.tensor([1])
     F = v
     for _ in range(200):
-        cast = Twin(None, lambda x, t, r, c, now=F: torch.where(c[:, None] > 0, now, null), torch.zeros(1))
-        F = TwinFlow(guidance=enhancement(scale)).target(cast, F, torch.zeros(1, 2), t, t, v, torch.ones(1), quarter)
+        cast = TwinFlowModels(None, lambda x, t, r, c, now=F: torch.where(c[:, None] > 0, now, null), torch.zeros(1))
+        F = TwinFlow(guidance=guidance_strength(scale)).target(cast, F, torch.zeros(1, 2), t, t, v, torch.ones(1), quarter)
     torch.testing.assert_close(F, flow.guide(v, null, scale), atol=1e-5, rtol=1e-4)
 
 
 def test_an_error_weighs_like_its_root():
     """The robust loss grows like |error|, so that no sample outweighs the others by its square."""
-    small, large = robust(torch.full((1, 4), 0.1)), robust(torch.full((1, 4), 1.0))
+    small, large = barron_loss(torch.full((1, 4), 0.1)), barron_loss(torch.full((1, 4), 1.0))
     assert (large / small).item() == pytest.approx(10, rel=0.01)
 
 
@@ -133,7 +135,7 @@ def folder(tiny_folder, tmp_path):
 
 def test_forwards_are_as_counted(folder, backbone, monkeypatch):
     (_, r), _ = folder
-    twin, counts, velocity = make_twin(r, backbone, empty(backbone)), {"grad": 0, "none": 0}, backbone.velocity
+    twin, counts, velocity = build_twinflow(r, backbone, empty(backbone)), {"grad": 0, "none": 0}, backbone.velocity
 
     def counted(net, x, t, cond):
         counts["grad" if torch.is_grad_enabled() else "none"] += len(x)
@@ -150,15 +152,15 @@ def test_forwards_are_as_counted(folder, backbone, monkeypatch):
 
 def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tiny_folder):
     (name, r), out = folder
-    student = run.train(name, r, out)
+    student = train.train(name, r, out)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"twin/end", "twin/near", "twin/any", "twin/own", "twin/rectify"} <= set(metrics[0])
-    assert run.train(name, r, out) == student
-    backbone, how = load.load(str(student))
+    assert train.train(name, r, out) == student
+    backbone, how = loading.load(str(student))
     assert (how.steps, how.gap, how.nfe) == (2, 0.6, 2)
-    own = load.load(str(tiny_folder))[0]
-    twin = make_twin(r, own, empty(own))
-    from advdmd.train import checkpoint
+    own = loading.load(str(tiny_folder))[0]
+    twin = build_twinflow(r, own, empty(own))
+    from advdmd.training import checkpoint
 
     checkpoint.resume(out / "checkpoints", {"student": twin.student})
     with torch.no_grad():
@@ -168,8 +170,8 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
         with twin.student.averaging():
             assert torch.equal(mean, twin.student(x, t, t / 2, cond)), "the average is the one that was resumed"
     with twin.student.averaging() as net:
-        want = painter(own, net, how)(["a picture of a red circle"] * 2, [0, 1])
-    found = painter(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])
+        want = image_sampler(own, net, how)(["a picture of a red circle"] * 2, [0, 1])
+    found = image_sampler(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])
     assert (abs(want.astype(int) - found.astype(int)) <= 1).all()
     assert "stock pipelines cannot sample it" in (student / "README.md").read_text()
 
@@ -179,10 +181,10 @@ def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(
     import copy
 
     plain = copy.deepcopy(any_backbone.net)
-    backbone = load.as_backbone(any_backbone.pipe, {"t5_length": 0, "side": mini.LATENT})
+    backbone = loading.backbone_from_pipeline(any_backbone.pipe, {"t5_length": 0, "side": pipelines.LATENT})
     backbone.net = copy.deepcopy(plain)
     _, r = resolve("mini-sd35-twinflow", ["lora_rank=2", "algorithm.order=1"])
-    twin = make_twin(r, backbone, empty(backbone))
+    twin = build_twinflow(r, backbone, empty(backbone))
     with torch.no_grad():
         x, t, cond = inputs(backbone)
         assert torch.equal(twin.student(x, t, 0 * t, cond), backbone.velocity(plain, x, t, cond)), "adapters start at nothing"

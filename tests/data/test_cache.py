@@ -14,17 +14,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from advdmd import cli, memory, run
-from advdmd.data import buckets, cache
-from advdmd.data.deal import at_home, make_deal
-from advdmd.data.sources import Entry, _rows, load_image, read_entries, unique
-from advdmd.encode import encode
-from advdmd.look import watch
-from advdmd.models import load, mini
-from advdmd.models.sampler import Sampling
-from advdmd.recipes.find import resolve
+from advdmd.cli import main
+from advdmd.commands import train
+from advdmd.commands.encode import encode
+from advdmd.data import aspect_buckets, embedding_cache
+from advdmd.data.captioned_images import CaptionedImage, _rows, group_by_prompt, load_image, read_captioned_images
+from advdmd.data.loader import make_batch_fn, on_default_device
+from advdmd.distillation import memory
+from advdmd.distillation.sample_grids import save_sample_grid
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import fingerprints, loading
+from advdmd.models.sampler import SamplerConfig
+from advdmd.recipes.registry import resolve
 from advdmd.types import Cond
-from advdmd.world.caption import VOCABULARY
 from tests.conftest import TINY
 from tests.tiny_t5 import sd3_with_t5
 
@@ -65,7 +68,7 @@ def encoded(teacher, photos, tmp_path_factory):
 
 
 def test_embeddings_with_t5_are_the_stock_pipelines(teacher):
-    backbone, _ = load.load(str(teacher))
+    backbone, _ = loading.load(str(teacher))
     with torch.no_grad():
         cond = backbone.embed(backbone.tokenize(CAPTIONS[:2]))
         theirs, _, pooled, _ = backbone.pipe.encode_prompt(
@@ -77,13 +80,13 @@ def test_embeddings_with_t5_are_the_stock_pipelines(teacher):
 
 
 def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
-    backbone, _ = load.load(str(teacher))
-    found = cache.Cache(encoded)
+    backbone, _ = loading.load(str(teacher))
+    found = embedding_cache.EmbeddingCache(encoded)
     assert found.prompts == CAPTIONS
     assert [found.images(n) for n in range(5)] == [2, 1, 1, 1, 1]
     with torch.no_grad():
         cond = backbone.embed(backbone.tokenize([CAPTIONS[3], CAPTIONS[0]]))
-        image = torch.from_numpy(load_image(Entry("", photos / "5.png"), 32, 32))[None]
+        image = torch.from_numpy(load_image(CaptionedImage("", photos / "5.png"), 32, 32))[None]
         latent = backbone.encode(image)[0]
     assert torch.equal(found.cond([3, 0]).embeds, cond.embeds.bfloat16().float())
     assert torch.equal(found.cond([3, 0]).pooled, cond.pooled.bfloat16().float())
@@ -91,8 +94,8 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
 
 
 def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoch(encoded):
-    found = cache.Cache(encoded)
-    deal = make_deal(5, 2, 2, 0, found.cond, found.real)
+    found = embedding_cache.EmbeddingCache(encoded)
+    deal = make_batch_fn(5, 2, 2, 0, found.cond, found.real)
     first, ids = deal(0)
     again, _ = deal(0)
     assert torch.equal(first.real, again.real)
@@ -108,56 +111,56 @@ def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoc
 
 
 def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, encoded, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 2)
+    monkeypatch.setattr(embedding_cache, "SHARD", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert encode(photos, str(teacher), whole)
     assert not encode(photos, str(teacher), parts, shard=(0, 2))
     with pytest.raises(ValueError, match="not finished: run advdmd encode again"):
-        cache.Cache(parts)
+        embedding_cache.EmbeddingCache(parts)
     assert encode(photos, str(teacher), parts, shard=(1, 2))
     for k in range(3):
-        a, b = (load_file(cache.shard_path(f, k)) for f in (whole, parts))
+        a, b = (load_file(embedding_cache.shard_path(f, k)) for f in (whole, parts))
         assert all(torch.equal(a[x], b[x]) for x in a)
-    before = cache.shard_path(whole, 0).stat().st_mtime_ns
-    cache.shard_path(whole, 1).write_bytes(b"damaged")
+    before = embedding_cache.shard_path(whole, 0).stat().st_mtime_ns
+    embedding_cache.shard_path(whole, 1).write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"shard-000001.*damaged"):
-        cache.Cache(whole).cond([2])
+        embedding_cache.EmbeddingCache(whole).cond([2])
     assert encode(photos, str(teacher), whole)
-    assert cache.Cache(whole).cond([2]).embeds.shape[0] == 1
-    assert cache.shard_path(whole, 0).stat().st_mtime_ns == before
+    assert embedding_cache.EmbeddingCache(whole).cond([2]).embeds.shape[0] == 1
+    assert embedding_cache.shard_path(whole, 0).stat().st_mtime_ns == before
 
 
 def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 2)
+    monkeypatch.setattr(embedding_cache, "SHARD", 2)
     mine = shutil.copytree(photos, tmp_path / "photos")
     good = (mine / "2.png").read_bytes()
     (mine / "2.png").write_bytes(good[:50])
     with pytest.raises(ValueError, match=r"2\.png cannot be read"):
         encode(mine, str(teacher), tmp_path / "c")
-    first = cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns
+    first = embedding_cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns
     (mine / "2.png").write_bytes(good)
     assert encode(mine, str(teacher), tmp_path / "c")
-    assert cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns == first
+    assert embedding_cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns == first
 
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
     r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if not w.startswith(("algorithm.warmup", "algorithm.ramp"))])
-    run.train(*r, tmp_path / "run")
+    train.train(*r, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/student")
     shutil.rmtree(tmp_path / "c")
     lines = (mine / "metadata.jsonl").read_text().splitlines()
     (mine / "metadata.jsonl").write_text("\n".join(lines[1:-1]))
     assert encode(mine, str(teacher), tmp_path / "c")
     with pytest.raises(ValueError, match="checkpoint of another recipe"):
-        run.train(*r, tmp_path / "run")
+        train.train(*r, tmp_path / "run")
 
 
 def test_a_damaged_empty_prompt_is_named_and_written_again(teacher, photos, tmp_path):
     encode(photos, str(teacher), tmp_path)
-    cache.null_path(tmp_path).write_bytes(b"damaged")
+    embedding_cache.null_path(tmp_path).write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"null\.safetensors is missing or damaged"):
-        _ = cache.Cache(tmp_path).null
+        _ = embedding_cache.EmbeddingCache(tmp_path).null
     assert encode(photos, str(teacher), tmp_path)
-    assert len(cache.Cache(tmp_path).null) == 1
+    assert len(embedding_cache.EmbeddingCache(tmp_path).null) == 1
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_damaged_records_are_named(encoded, tmp_path, name, text):
     folder = shutil.copytree(encoded, tmp_path / "c")
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match="damaged"):
-        cache.Cache(folder)
+        embedding_cache.EmbeddingCache(folder)
 
 
 def test_reals_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path):
@@ -181,17 +184,17 @@ def test_reals_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path)
 
 
 def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, tmp_path):
-    found = cache.Cache(encoded)
-    found.expect(load.identity(teacher))
+    found = embedding_cache.EmbeddingCache(encoded)
+    found.expect(fingerprints.encoder_fingerprint(teacher))
     other = shutil.copytree(teacher, tmp_path / "other")
     note = json.loads((other / "advdmd.json").read_text())
     (other / "advdmd.json").write_text(json.dumps(note | {"t5_length": 7}))
     with pytest.raises(ValueError, match=r"another teacher \(t5_length differ\)"):
-        found.expect(load.identity(other))
+        found.expect(fingerprints.encoder_fingerprint(other))
     config = json.loads((other / "text_encoder/config.json").read_text())
     (other / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
     with pytest.raises(ValueError, match="t5_length, text_encoder differ"):
-        found.expect(load.identity(other))
+        found.expect(fingerprints.encoder_fingerprint(other))
     prompts = tmp_path / "p.txt"
     prompts.write_text("a picture of a red circle\n")
     with pytest.raises(ValueError, match=r"cache of something else \(content, reals differ\)"):
@@ -204,18 +207,18 @@ def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
     with pytest.raises(ValueError, match="--reals teacher"):
         encode(prompts, str(teacher), tmp_path / "c")
     assert encode(prompts, str(teacher), tmp_path / "c", reals="teacher", per_prompt=2)
-    found = cache.Cache(tmp_path / "c")
+    found = embedding_cache.EmbeddingCache(tmp_path / "c")
     assert found.manifest == {"format": 1, "prompts": 3, "images": 6, "prompts_without_image": 0}
     assert not torch.equal(found.real(0, 0), found.real(0, 1))
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
     capsys.readouterr()
-    run.train(*resolve("sd35-medium-advdmd-4step-24gb", words), tmp_path / "run")
+    train.train(*resolve("sd35-medium-advdmd-4step-24gb", words), tmp_path / "run")
     assert "expect it to come close to the teacher, not past it" in capsys.readouterr().err
 
 
 def test_another_resolution_reaches_latents_and_student(teacher, photos, tmp_path):
     assert encode(photos, str(teacher), tmp_path / "c", resolution=16)
-    assert cache.Cache(tmp_path / "c").real(0, 0).shape[-2:] == torch.Size([4, 4])
+    assert embedding_cache.EmbeddingCache(tmp_path / "c").real(0, 0).shape[-2:] == torch.Size([4, 4])
     with pytest.raises(ValueError, match="a multiple of 4"):
         encode(photos, str(teacher), tmp_path / "d", resolution=18)
 
@@ -233,9 +236,9 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
         Image.new("RGB", (h, w) if n == 2 else (w, h), (40 * n, 9, 9)).save(tmp_path / f"p/{n}.jpg", exif=camera)
         lines.append(json.dumps({"file_name": f"{n}.jpg", "text": caption}))
     (tmp_path / "p/metadata.jsonl").write_text("\n".join(lines))
-    assert buckets.sizes(32, 8) == [(24, 40), (32, 32), (40, 24)]
+    assert aspect_buckets.bucket_sizes(32, 8) == [(24, 40), (32, 32), (40, 24)]
     assert encode(tmp_path / "p", str(tmp_path / "t"), tmp_path / "c", resolution=32, by_shape=True)
-    found = buckets.Caches(tmp_path / "c")
+    found = aspect_buckets.BucketedCache(tmp_path / "c")
     got = {part.folder.name: (part.prompts, tuple(part.real(0, 0).shape)) for part in found.parts}
     assert got == {
         "24x40": ([CAPTIONS[0], CAPTIONS[4]], (4, 6, 10)),
@@ -244,7 +247,7 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
     }
     words = [f"teacher={tmp_path / 't'}", f"data.folder={tmp_path / 'c'}", *WORDS, "iterations=6"]
     name, r = resolve("sd35-medium-advdmd-4step-24gb", words)
-    _, data, _ = run.stage(r, found)
+    _, data, _ = train.stage(r, found)
     batches = [data.deal(k)[0] for k in range(60)]
     seen = [tuple(b.real.shape[-2:]) for b in batches]
     assert set(seen) == {(6, 10), (8, 8), (10, 6)}
@@ -252,15 +255,15 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
     of = {(6, 10): {0, 1}, (8, 8): {2, 3}, (10, 6): {4}}
     for batch, shape in zip(batches, seen, strict=True):
         assert set(batch.prompt.tolist()) <= of[shape], "prompts are counted through all shapes"
-    assert (run.train(name, r, tmp_path / "run") / "model_index.json").is_file()
+    assert (train.train(name, r, tmp_path / "run") / "model_index.json").is_file()
     shutil.rmtree(tmp_path / "c/40x24")
     with pytest.raises(ValueError, match="40x24' is not a cache"):
-        run.train(name, r, tmp_path / "again")
+        train.train(name, r, tmp_path / "again")
     plan = json.loads((tmp_path / "c/plan.json").read_text())
     for sizes in (5, "24x40", []):
         (tmp_path / "c/plan.json").write_text(json.dumps(plan | {"sizes": sizes}))
         with pytest.raises(ValueError, match=r"plan\.json is damaged"):
-            buckets.Caches(tmp_path / "c")
+            aspect_buckets.BucketedCache(tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", ["sd35-medium-advdmd-4step-24gb", "sd35-medium-dmd2-2step-24gb"])
@@ -269,7 +272,7 @@ def test_a_published_models_recipe_trains_adapters_from_a_cache_and_exports_for_
     if "dmd2" in name:
         words = [w for w in words if not w.startswith(("algorithm.warmup", "algorithm.ramp"))]
     r = resolve(name, words)
-    student = run.train(*r, tmp_path / "run")
+    student = train.train(*r, tmp_path / "run")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3
     saved = load_file(max((tmp_path / "run/checkpoints").glob("*.safetensors")))
@@ -306,7 +309,7 @@ def test_processes_that_torchrun_starts_share_the_work(teacher, encoded, photos,
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, says in (("1", "process 1 of 2 are done, others are missing"), ("0", "cache: ")):
         monkeypatch.setenv("RANK", rank)
-        cli.encode(photos, str(teacher), tmp_path / "c", device="cpu", threads=1)
+        main.encode(photos, str(teacher), tmp_path / "c", device="cpu", threads=1)
         assert says in capsys.readouterr().out
     for f in ("shard-000000.safetensors", "null.safetensors", "manifest.json"):
         assert (tmp_path / "c" / f).read_bytes() == (encoded / f).read_bytes()
@@ -318,22 +321,22 @@ def test_a_folder_that_another_process_claims_meanwhile_is_gone_on_in(tmp_path, 
     def late(path):  # what another process writes between two looks
         found = there(path)
         if path.name == "plan.json" and not found:
-            cache.write_text(path, json.dumps(plan))
+            embedding_cache.write_text(path, json.dumps(plan))
         return found
 
     (tmp_path / "c").mkdir()
     monkeypatch.setattr(Path, "is_file", late)
-    cache.claim(tmp_path / "c", plan)
+    embedding_cache.create_or_resume(tmp_path / "c", plan)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cache of something else"):
-        cache.claim(tmp_path / "c", plan | {"format": 2})
+        embedding_cache.create_or_resume(tmp_path / "c", plan | {"format": 2})
 
 
 @pytest.fixture(scope="module")
 def qwen(photos, tmp_path_factory):
     """A tiny real QwenImagePipeline and its cache."""
     folder = tmp_path_factory.mktemp("qwen")
-    mini.qwen_image(VOCABULARY, TINY).save_pretrained(folder / "t")
+    pipelines.qwen_image(VOCABULARY, TINY).save_pretrained(folder / "t")
     (folder / "t/advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "side": 8}))
     assert encode(photos, str(folder / "t"), folder / "c")
     return folder
@@ -348,17 +351,17 @@ def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, e
     words += ["algorithm.warmup=1", "algorithm.ramp=1"] if "advdmd" in name else []
     words += [] if name.endswith("8x80gb") else ["lora_rank=4"]
     where = (qwen / "t", qwen / "c") if name.startswith("qwen") else (teacher, encoded)
-    student = run.train(*resolve(name, [f"teacher={where[0]}", f"data.folder={where[1]}", *words]), tmp_path / "run")
-    assert load.load(str(student))[1].steps == int(name.split("step")[0][-1])
+    student = train.train(*resolve(name, [f"teacher={where[0]}", f"data.folder={where[1]}", *words]), tmp_path / "run")
+    assert loading.load(str(student))[1].steps == int(name.split("step")[0][-1])
     assert (student / "samples.png").is_file()
     assert (student / "comfyui_workflow.json").is_file() == ("twinflow" not in name), "what nobody could sample there"
 
 
 @pytest.mark.parametrize(("shown", "size"), [(1, (130, 130)), (4, (260, 260)), (5, (650, 130))])
 def test_large_pictures_are_few(qwen, tmp_path, shown, size):
-    backbone, _ = load.load(str(qwen / "t"), resolution=128)
+    backbone, _ = loading.load(str(qwen / "t"), resolution=128)
     cond, null = (backbone.embed(backbone.tokenize(p)) for p in (CAPTIONS[:shown], [""]))
-    watch(backbone, backbone.net, Sampling(steps=2, eta=1.0), cond, null, tmp_path, 7)
+    save_sample_grid(backbone, backbone.net, SamplerConfig(steps=2, eta=1.0), cond, null, tmp_path, 7)
     with Image.open(tmp_path / "samples/step-000007.png") as sheet:
         assert sheet.size == size
 
@@ -392,17 +395,17 @@ def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     words = ["teacher=someone/model@v1", f"data.folder={encoded}", *WORDS]
     name, r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if "warmup" not in w and "ramp" not in w])
-    assert memory.need(r).base > 0
+    assert memory.estimate(r).base > 0
     assert fetched == [["model_index.json"]]
-    student = run.train(name, r, tmp_path / "run")
+    student = train.train(name, r, tmp_path / "run")
     assert asked[-1][:2] == ("someone/model", "v1")
     assert fetched[-1] == [
         *("transformer/model.safetensors", "text_encoder_3/model.safetensors", "model_index.json"),
         *("tokenizer/chat_template.jinja", "tokenizer_3/spiece.model", "tokenizer/merges.txt"),
     ]
-    told = load.identity(teacher)
+    told = fingerprints.encoder_fingerprint(teacher)
     (tmp_path / "snapshots/0123456789abcdef/text_encoder/model.fp16.safetensors").write_bytes(b"what another program fetched")
-    assert load.identity(tmp_path / "snapshots/0123456789abcdef") == told
+    assert fingerprints.encoder_fingerprint(tmp_path / "snapshots/0123456789abcdef") == told
     assert "\nbase_model: someone/model\n" in (student / "README.md").read_text()
 
 
@@ -410,27 +413,27 @@ def test_a_cache_whose_prompts_were_read_otherwise_is_refused(qwen, tmp_path, mo
     """Template and length of text are the pipeline's code, not files of its folder."""
     words = [f"teacher={qwen / 't'}", f"data.folder={qwen / 'c'}", *WORDS]
     name, r = resolve("qwen-image-advdmd-4step-80gb", words)
-    before = load.load_pipeline
+    before = loading.load_pipeline
 
     def other(*args, **kw):
         pipe = before(*args, **kw)
         pipe.tokenizer_max_length -= 1
         return pipe
 
-    monkeypatch.setattr(load, "load_pipeline", other)
+    monkeypatch.setattr(loading, "load_pipeline", other)
     with pytest.raises(ValueError, match="another prompt template or length of text"):
-        run.train(name, r, tmp_path / "run")
+        train.train(name, r, tmp_path / "run")
 
 
 def test_a_run_on_a_cache_resumes_exactly(teacher, encoded, tmp_path):
     words = [f"teacher={teacher}", f"data.folder={encoded}", *WORDS]
     name, whole = resolve("sd35-medium-advdmd-2step-24gb", words)
-    run.train(name, whole, tmp_path / "whole")
+    train.train(name, whole, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for f in (tmp_path / "cut/checkpoints").glob("step-0000003*"):
         f.unlink()
     shutil.rmtree(tmp_path / "cut/student")
-    run.train(name, whole, tmp_path / "cut")
+    train.train(name, whole, tmp_path / "cut")
     a, b = (load_file(tmp_path / x / "checkpoints/step-0000003.safetensors") for x in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -438,7 +441,7 @@ def test_a_run_on_a_cache_resumes_exactly(teacher, encoded, tmp_path):
 def test_a_published_model_needs_a_cache_and_whole_networks_float32(teacher):
     name = "sd35-medium-advdmd-4step-24gb"
     with pytest.raises(ValueError, match="is not a cache: make one with advdmd encode"):
-        run.train(*resolve(name, [f"teacher={teacher}", "data.folder=nowhere"]), teacher / "x")
+        train.train(*resolve(name, [f"teacher={teacher}", "data.folder=nowhere"]), teacher / "x")
     with pytest.raises(ValueError, match="whole networks learn in float32"):
         resolve(name, ["lora_rank=0"])
     with pytest.raises(ValueError, match="exams are the miniature's"):
@@ -462,20 +465,22 @@ def png(size=(8, 6), mode="RGB", **how):
 
 def test_sources_of_every_form_say_the_same(tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n\n two stars \n")
-    assert read_entries(tmp_path / "p.txt") == [Entry("a red circle"), Entry("two stars")]
+    assert read_captioned_images(tmp_path / "p.txt") == [CaptionedImage("a red circle"), CaptionedImage("two stars")]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle"}\n{"caption": "two stars"}\n')
-    assert read_entries(tmp_path / "p.jsonl") == [Entry("a red circle"), Entry("two stars")]
+    assert read_captioned_images(tmp_path / "p.jsonl") == [CaptionedImage("a red circle"), CaptionedImage("two stars")]
     tar = tar_of(
         tmp_path / "d.tar",
         {"1.png": png(), "1.txt": b"a red circle", "2.jpg": b"", "2.json": b'{"caption": "two stars"}', "3.txt": b"alone"},
     )
-    found = read_entries(tar)
+    found = read_captioned_images(tar)
     assert [(e.prompt, e.place) for e in found] == [("a red circle", f"{tar}:1.png"), ("two stars", f"{tar}:2.jpg")]
     assert tar.read_bytes()[found[0].start :][: found[0].size] == png()
     assert load_image(found[0], 4, 4).shape == (3, 4, 4)
-    assert unique([Entry("a", tar, "1"), Entry("b"), Entry("a", tar, "2"), Entry("a", tar, "1")]) == (
+    assert group_by_prompt(
+        [CaptionedImage("a", tar, "1"), CaptionedImage("b"), CaptionedImage("a", tar, "2"), CaptionedImage("a", tar, "1")]
+    ) == (
         ["a", "b"],
-        [[Entry("a", tar, "1"), Entry("a", tar, "2")], []],
+        [[CaptionedImage("a", tar, "1"), CaptionedImage("a", tar, "2")], []],
     )
 
 
@@ -486,21 +491,21 @@ def test_a_saved_dataset_says_the_same_as_its_files(tmp_path):
     kinds = datasets.Features({"caption": datasets.Value("string"), "picture": datasets.Image()})
     rows = {"caption": ["a red circle", "two stars"], "picture": [str(tmp_path / f"{n}.png") for n in (0, 1)]}
     datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path / "saved")
-    found = read_entries(tmp_path / "saved")
+    found = read_captioned_images(tmp_path / "saved")
     assert [(e.prompt, e.place) for e in found] == [
         (p, f"{tmp_path / 'saved'}, row {n}") for n, p in enumerate(rows["caption"])
     ]
     for n, entry in enumerate(found):
-        assert (load_image(entry, 4, 4) == load_image(Entry("", tmp_path / f"{n}.png"), 4, 4)).all()
+        assert (load_image(entry, 4, 4) == load_image(CaptionedImage("", tmp_path / f"{n}.png"), 4, 4)).all()
     datasets.Dataset.from_dict({"text": ["a red circle"]}).save_to_disk(tmp_path / "bare")
-    assert read_entries(tmp_path / "bare") == [Entry("a red circle")]
+    assert read_captioned_images(tmp_path / "bare") == [CaptionedImage("a red circle")]
     datasets.Dataset.from_dict({"title": ["a red circle"]}).save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match="captions are looked for in a column text or prompt or caption"):
-        read_entries(tmp_path / "other")
+        read_captioned_images(tmp_path / "other")
     datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match="give the folder of one of them"):
-        read_entries(tmp_path / "splits")
-    assert read_entries(tmp_path / "splits/train") == [Entry("a")]
+        read_captioned_images(tmp_path / "splits")
+    assert read_captioned_images(tmp_path / "splits/train") == [CaptionedImage("a")]
     (tmp_path / "saved/state.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a dataset"):
         _rows.__wrapped__(tmp_path / "saved")
@@ -525,7 +530,7 @@ def test_bad_metadata_names_file_and_line(tmp_path, line, says):
     (tmp_path / "metadata.jsonl").write_text(line)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match=says):
-        read_entries(tmp_path)
+        read_captioned_images(tmp_path)
 
 
 def test_what_is_no_source_is_refused(tmp_path):
@@ -533,14 +538,14 @@ def test_what_is_no_source_is_refused(tmp_path):
         if path.suffix == ".csv":
             path.write_text("a")
         with pytest.raises(ValueError, match=says):
-            read_entries(path)
+            read_captioned_images(path)
     (tmp_path / "e.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no prompts"):
-        read_entries(tmp_path / "e.txt")
+        read_captioned_images(tmp_path / "e.txt")
     for data in (b"not a tar at all", b"\x1f\x8b\x08\x00", tar_of(tmp_path / "u.tar", {"1.png": png()}).read_bytes()[:600]):
         (tmp_path / "t.tar").write_bytes(data)
         with pytest.raises(ValueError, match=r"t\.tar"):
-            read_entries(tmp_path / "t.tar")
+            read_captioned_images(tmp_path / "t.tar")
 
 
 def test_a_tar_that_names_a_member_twice_or_a_folder_like_a_text_is_read_by_its_files(tmp_path):
@@ -553,7 +558,7 @@ def test_a_tar_that_names_a_member_twice_or_a_folder_like_a_text_is_read_by_its_
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/hostname"
             tar.addfile(info)
-    (entry,) = read_entries(tmp_path / "d.tar")
+    (entry,) = read_captioned_images(tmp_path / "d.tar")
     assert entry.prompt == "a red circle"
     assert load_image(entry, 4, 4).shape == (3, 4, 4)
 
@@ -567,7 +572,7 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
         ("moves.gif", "P", 0, None),
     ):
         Image.new(mode, (10, 8), color).save(tmp_path / name)
-        pixels = load_image(Entry("", tmp_path / name), 4, 6)
+        pixels = load_image(CaptionedImage("", tmp_path / name), 4, 6)
         assert pixels.shape == (3, 4, 6)
         assert value is None or np.allclose(pixels, value, atol=0.02), name
     turned = Image.new("RGB", (8, 4), "black")
@@ -575,19 +580,19 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert load_image(Entry("", tmp_path / "turned.png"), 4, 8)[0, 0, 0] < 0
+    assert load_image(CaptionedImage("", tmp_path / "turned.png"), 4, 8)[0, 0, 0] < 0
     (tmp_path / "broken.png").write_bytes(png()[:40])
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        load_image(Entry("", tmp_path / "broken.png"), 4, 4)
+        load_image(CaptionedImage("", tmp_path / "broken.png"), 4, 4)
 
 
 def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     cond = Cond(torch.randn(2, 5, 4), mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]))
-    cache.claim(tmp_path, {"resolution": 16, "teacher": {}})
-    cache.write_shard(tmp_path, 0, cond, [torch.zeros(1, 1, 2, 2)] * 2)
-    cache.write_null(tmp_path, cond[:1])
-    assert cache.finish(tmp_path, ["a", "b"])
-    found = cache.Cache(tmp_path)
+    embedding_cache.create_or_resume(tmp_path, {"resolution": 16, "teacher": {}})
+    embedding_cache.write_shard(tmp_path, 0, cond, [torch.zeros(1, 1, 2, 2)] * 2)
+    embedding_cache.write_null(tmp_path, cond[:1])
+    assert embedding_cache.finalize(tmp_path, ["a", "b"])
+    found = embedding_cache.EmbeddingCache(tmp_path)
     assert found.cond([0]).embeds.shape == (1, 2, 4)
     assert found.cond([0, 1]).mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
@@ -595,10 +600,10 @@ def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
 def test_a_run_on_another_device_gets_its_batches_there_and_leaves_the_default_as_it_was():
     """The device without memory stands for a card."""
     cond = lambda i: Cond(torch.zeros(len(i), 2, 3))  # noqa: E731
-    deal = make_deal(4, 2, 2, 0, cond, lambda p, k: torch.zeros(1, 2, 2))
-    with load.running_on("meta"):
-        batch, samples = at_home(deal)(0)
-        with load.running_on("cpu"):
+    deal = make_batch_fn(4, 2, 2, 0, cond, lambda p, k: torch.zeros(1, 2, 2))
+    with loading.default_device("meta"):
+        batch, samples = on_default_device(deal)(0)
+        with loading.default_device("cpu"):
             assert torch.get_default_device().type == "meta"
     assert {batch.real.device.type, batch.cond.embeds.device.type} == {"meta"}
     assert samples == deal(0)[1]

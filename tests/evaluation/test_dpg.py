@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advdmd.evaluation import vqa
-from advdmd.evaluation.benchmark import Dropped
-from advdmd.evaluation.dpg import DPG, Question, cascade, read
+from advdmd.evaluation.benchmark import ExcludedItem
+from advdmd.evaluation.dpg import DPG, Question, apply_dependencies, read_csv
+from advdmd.evaluation.judges import vqa
 from tests.evaluation import tiny
 
 
@@ -67,7 +67,7 @@ def test_cascade_agrees_with_reachability_on_random_graphs_in_any_order():
         parents = {i: tuple(p for p in range(1, i) if rng.random() < 0.3) for i in range(1, n + 1)}
         questions = [Question(int(i), "", parents[int(i)], "x") for i in rng.permutation(n) + 1]
         yes = {i: bool(rng.random() < 0.7) for i in parents}
-        assert cascade(questions, yes) == closure(parents, yes)
+        assert apply_dependencies(questions, yes) == closure(parents, yes)
 
 
 def test_official_arithmetic_has_the_published_scripts_defects(tmp_path):
@@ -88,7 +88,7 @@ def test_official_arithmetic_has_the_published_scripts_defects(tmp_path):
 
 def test_official_arithmetic_drops_a_first_prompt_whose_questions_hang_on_the_lost_row(csv):
     suite = DPG(csv, mode="official")
-    with pytest.raises(Dropped):
+    with pytest.raises(ExcludedItem):
         suite.verdict(suite.items()[0], said(q1=1, q2=1, q3=1, q4=1))
     assert suite.verdict(suite.items()[1], said(q1=1, q2=1, q3=1)).loose == 1
     for mode in ("fixed", "official"):  # an unanswered question is the judge's fault and leaves no mean silently
@@ -118,12 +118,12 @@ def test_bad_tables_are_refused_by_line_and_rule(name, tmp_path):
 def test_what_is_no_table_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("item_id,text\n1,2\n")
     with pytest.raises(ValueError, match="no column proposition_id"):
-        read(tmp_path / "a.csv")
+        read_csv(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"b\.csv"):
-        read(tmp_path / "b.csv")
+        read_csv(tmp_path / "b.csv")
     with pytest.raises(ValueError, match="not shipped"):
-        read(tmp_path / "none.csv")
+        read_csv(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="mode='best'"):
         DPG(str(tiny.save_dpg(tmp_path / "d.csv")), mode="best")  # type: ignore[arg-type]
 
@@ -165,17 +165,17 @@ for line in sys.stdin:
 def test_a_worker_in_another_interpreter_answers_line_by_line(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.replace("{answer}", '"Yes" if "red" in r["question"] and len(r["image"]) > 50 else "no"'))
-    judge = vqa.Asker("w", "f", vqa.Worker([sys.executable, str(script)]))
+    judge = vqa.VQAJudge("w", "f", vqa.JudgeProcess([sys.executable, str(script)]))
     judge.self_test()
     assert judge.answer(Image.new("RGB", (4, 4)), "is it blue?") == 0
     script.write_text("print('hello')")
     with pytest.raises(ValueError, match="gave no answer"):
-        vqa.Worker([sys.executable, str(script)])(Image.new("RGB", (4, 4)), "?")
+        vqa.JudgeProcess([sys.executable, str(script)])(Image.new("RGB", (4, 4)), "?")
     with pytest.raises(ValueError, match="does not start"):
-        vqa.Worker([str(tmp_path / "no-python")])(Image.new("RGB", (4, 4)), "?")
+        vqa.JudgeProcess([str(tmp_path / "no-python")])(Image.new("RGB", (4, 4)), "?")
     script.write_text(WORKER.replace("{answer}", '"no"'))
     with pytest.raises(ValueError, match="self-test"):
-        vqa.Asker("w", "f", vqa.Worker([sys.executable, str(script)])).self_test()
+        vqa.VQAJudge("w", "f", vqa.JudgeProcess([sys.executable, str(script)])).self_test()
 
 
 def test_mplugs_worker_says_what_it_lacks():

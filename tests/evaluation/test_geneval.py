@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from advdmd.evaluation import detector, mask2former
-from advdmd.evaluation.benchmark import Item
+from advdmd.evaluation.benchmark import SuiteItem
 from advdmd.evaluation.geneval import COCO, COLORS, RELATIONS, GenEval, metadata
+from advdmd.evaluation.judges import geneval_detector, mask2former
 from tests.evaluation import tiny
 
 
@@ -104,7 +104,7 @@ def test_converted_weights_give_the_same_outputs_and_a_wrong_permutation_does_no
     from transformers import Mask2FormerForUniversalSegmentation
 
     net, x = tiny.detector(), torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    theirs = mask2former.restored(net.state_dict())
+    theirs = mask2former.from_transformers(net.state_dict())
     assert all(k.startswith(("backbone.", "panoptic_head.")) for k in theirs)
 
     def outputs(state):
@@ -116,7 +116,7 @@ def test_converted_weights_give_the_same_outputs_and_a_wrong_permutation_does_no
 
     with torch.no_grad():
         want = net(x)
-    ours = mask2former.converted(theirs)
+    ours = mask2former.to_transformers(theirs)
     masks, classes = outputs(ours)
     assert torch.equal(masks, want.masks_queries_logits)
     assert torch.equal(classes, want.class_queries_logits)
@@ -124,12 +124,12 @@ def test_converted_weights_give_the_same_outputs_and_a_wrong_permutation_does_no
     assert not torch.equal(ours[f"{mask2former.SWIN}.encoder.layers.0.downsample.reduction.weight"], theirs[name])
     unordered = ours | {f"{mask2former.SWIN}.encoder.layers.0.downsample.reduction.weight": theirs[name]}
     assert not torch.allclose(outputs(unordered)[0], want.masks_queries_logits)
-    turned = mask2former.converted(theirs | {k: v.roll(len(v) // 3, 0) for k, v in theirs.items() if "in_proj" in k})
+    turned = mask2former.to_transformers(theirs | {k: v.roll(len(v) // 3, 0) for k, v in theirs.items() if "in_proj" in k})
     assert not torch.allclose(outputs(turned)[0], want.masks_queries_logits)
 
 
 def test_older_names_are_read_and_strange_ones_refused():
-    theirs = mask2former.restored(tiny.detector().state_dict())
+    theirs = mask2former.from_transformers(tiny.detector().state_dict())
     old = {
         k.replace(".cross_attn.attn.", ".attentions.0.attn.")
         .replace(".ffn.layers.", ".ffns.0.layers.")
@@ -138,11 +138,11 @@ def test_older_names_are_read_and_strange_ones_refused():
         for k, v in theirs.items()
     }
     assert set(old) != set(theirs)
-    a, b = mask2former.converted(old), mask2former.converted(theirs)
+    a, b = mask2former.to_transformers(old), mask2former.to_transformers(theirs)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(ValueError, match=r"roi_head.*no parameter of OpenMMLab's Mask2Former"):
-        mask2former.converted({"roi_head.weight": torch.zeros(1)})
+        mask2former.to_transformers({"roi_head.weight": torch.zeros(1)})
     net = tiny.detector()
     b.pop(next(iter(b)))
     with pytest.raises(ValueError, match="1 missing"):
@@ -169,13 +169,13 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
 
 def test_a_converted_folder_loads_as_genevals_own(tmp_path):
     net = tiny.detector()
-    torch.save({"state_dict": mask2former.restored(net.state_dict()), "meta": {"epoch": 1}}, tmp_path / "w.pth")
+    torch.save({"state_dict": mask2former.from_transformers(net.state_dict()), "meta": {"epoch": 1}}, tmp_path / "w.pth")
     folder = mask2former.convert(tmp_path / "w.pth", tmp_path / "det", tiny.detector_config())
     clip = tiny.save_clip(tmp_path / "clip")
-    judge = detector.load(folder, clip)
+    judge = geneval_detector.load_detector(folder, clip)
     assert "not comparable" not in judge.name
     net.save_pretrained(tmp_path / "other")
-    other = detector.load(tmp_path / "other", clip)
+    other = geneval_detector.load_detector(tmp_path / "other", clip)
     assert "not comparable" in other.name
     assert other.fingerprint != "" != judge.fingerprint
     image = (np.random.default_rng(0).random((16, 640, 3)) * 255).astype(np.uint8)
@@ -185,11 +185,13 @@ def test_a_converted_folder_loads_as_genevals_own(tmp_path):
 
 @pytest.mark.parametrize(("size", "want"), [((512, 512), (800, 800)), ((1024, 768), (1067, 800)), ((300, 900), (444, 1333))])
 def test_images_are_fitted_and_padded_as_the_detector_was_trained(size, want):
-    x, inner = detector.prepare(np.full((*size, 3), 124, np.uint8))
+    x, inner = geneval_detector.preprocess(np.full((*size, 3), 124, np.uint8))
     assert inner == want
     assert [n % 32 for n in x.shape[-2:]] == [0, 0]
     assert 0 <= x.shape[-2] - want[0] < 32
-    assert x[0, :, 0, 0].tolist() == pytest.approx([(124 - m) / s for m, s in zip(detector.MEAN, detector.STD)], abs=1e-5)
+    assert x[0, :, 0, 0].tolist() == pytest.approx(
+        [(124 - m) / s for m, s in zip(geneval_detector.MEAN, geneval_detector.STD)], abs=1e-5
+    )
     assert (x[0, :, want[0] :] == 0).all()
 
 
@@ -199,11 +201,11 @@ def slowly(classes, masks, padded, size, image):
     m = F.interpolate(masks[None], padded, mode="bilinear")[..., : size[0], : size[1]]
     m = F.interpolate(m, image, mode="bilinear")[0]
     out = []
-    for i in p.flatten().argsort(descending=True)[: detector.TOP].tolist():
+    for i in p.flatten().argsort(descending=True)[: geneval_detector.TOP].tolist():
         q, c = divmod(i, p.shape[1])
         inside = m[q] > 0
         s = (p[q, c] * (m[q].sigmoid() * inside).sum() / (inside.sum() + 1e-6)).item()
-        if s > detector.THRESHOLD:
+        if s > geneval_detector.THRESHOLD:
             ys, xs = np.nonzero(inside.numpy())
             out.append((c, s, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]))
     return sorted(out, key=lambda o: -o[1])
@@ -215,12 +217,12 @@ def test_dropping_early_loses_no_object():
         classes = torch.randn(20, 81, generator=g) * 4
         masks = F.interpolate(torch.randn(1, 20, 4, 4, generator=g) * 4, (16, 24), mode="bilinear")[0]
         args = (classes, masks, (64, 96), (60, 90), (40, 60))
-        want, found = slowly(*args), detector.find(*args)
+        want, found = slowly(*args), geneval_detector.instances_from_logits(*args)
         assert len(want) > 2
         assert found.labels.tolist() == [w[0] for w in want]
         assert found.confidence.tolist() == pytest.approx([w[1] for w in want], rel=1e-5)
         assert found.boxes.tolist() == [[float(v) for v in w[2]] for w in want]
-    none = detector.find(torch.zeros(20, 81), masks, *args[2:])
+    none = geneval_detector.instances_from_logits(torch.zeros(20, 81), masks, *args[2:])
     assert len(none.labels) == 0
     assert none.masks.shape == (0, 40, 60)
 
@@ -229,7 +231,7 @@ def test_a_crop_shows_the_object_on_grey():
     image, mask = np.full((20, 30, 3), 10, np.uint8), np.zeros((20, 30), bool)
     mask[5:10, 8:12] = True
     mask[5, 8] = False
-    found = np.asarray(detector.crop(image, mask, (8.0, 5.0, 12.0, 10.0)))
+    found = np.asarray(geneval_detector.crop(image, mask, (8.0, 5.0, 12.0, 10.0)))
     assert found.shape == (5, 4, 3)
     assert found[0, 0].tolist() == [0x99] * 3
     assert found[1, 1].tolist() == [10] * 3
@@ -237,15 +239,17 @@ def test_a_crop_shows_the_object_on_grey():
 
 def test_only_the_classes_whose_colour_is_asked_for_are_named_and_thresholds_hold():
     model, tokenizer = tiny.clip()
-    judge = detector.Detector(tiny.detector(), detector.Colours(model, tokenizer, tiny.image_processor()), "x", True)
+    judge = geneval_detector.GenEvalDetector(
+        tiny.detector(), geneval_detector.ClipColorClassifier(model, tokenizer, tiny.image_processor()), "x", True
+    )
     image = (np.random.default_rng(0).random((16, 640, 3)) * 255).astype(np.uint8)
     plain = GenEval().items()[0]
     objects = judge.look([plain], [image])[0]["objects"]
     assert objects
     assert all(o["confidence"] > 0.3 and "color" not in o for o in objects)
-    assert max(Counter(o["label"] for o in objects).values()) <= detector.MAX_OBJECTS
+    assert max(Counter(o["label"] for o in objects).values()) <= geneval_detector.MAX_OBJECTS
     label = objects[0]["label"]
-    asked = Item("x", "", "colors", {"tag": "colors", "include": [{"class": label, "count": 1, "color": "red"}]}, 1)
+    asked = SuiteItem("x", "", "colors", {"tag": "colors", "include": [{"class": label, "count": 1, "color": "red"}]}, 1)
     named = judge.look([asked], [image])[0]["objects"]
     assert all(("color" in o) == (o["label"] == label) for o in named)
     assert {o["color"] for o in named if "color" in o} <= set(COLORS)
@@ -253,11 +257,13 @@ def test_only_the_classes_whose_colour_is_asked_for_are_named_and_thresholds_hol
 
 def test_plain_gelu_is_refused_and_random_weights_fail_the_self_test(tmp_path):
     with pytest.raises(ValueError, match="quick_gelu"):
-        detector.load_colours(tiny.save_clip(tmp_path / "gelu", hidden_act="gelu"))
+        geneval_detector.load_color_classifier(tiny.save_clip(tmp_path / "gelu", hidden_act="gelu"))
     passed = []
     for seed in range(1, 9):
         model, tokenizer = tiny.clip(seed)
-        judge = detector.Detector(tiny.detector(), detector.Colours(model, tokenizer, tiny.image_processor()), "x", True)
+        judge = geneval_detector.GenEvalDetector(
+            tiny.detector(), geneval_detector.ClipColorClassifier(model, tokenizer, tiny.image_processor()), "x", True
+        )
         with suppress(ValueError):
             judge.self_test()
             passed.append(seed)
@@ -268,7 +274,7 @@ def test_pickled_or_partial_judges_are_refused(tmp_path):
     (tmp_path / "pickled").mkdir()
     torch.save({}, tmp_path / "pickled/pytorch_model.bin")
     with pytest.raises(ValueError, match="no safetensors"):
-        detector.load(tmp_path / "pickled", tmp_path)
+        geneval_detector.load_detector(tmp_path / "pickled", tmp_path)
     from safetensors.torch import load_file, save_file
 
     tiny.detector().save_pretrained(tmp_path / "det")
@@ -276,4 +282,4 @@ def test_pickled_or_partial_judges_are_refused(tmp_path):
     weights.pop("class_predictor.bias")
     save_file(weights, tmp_path / "det/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"missing_keys.*class_predictor\.bias"):
-        detector.load(tmp_path / "det", tiny.save_clip(tmp_path / "clip"))
+        geneval_detector.load_detector(tmp_path / "det", tiny.save_clip(tmp_path / "clip"))

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from advdmd import measure
+from advdmd.commands import metric
 from advdmd.evaluation.generate import generate
-from advdmd.evaluation.metrics import clip, distance, imagereward
-from advdmd.evaluation.metrics.named import load_scorer, parse_reward
-from advdmd.evaluation.shapes import Shapes
+from advdmd.evaluation.metrics import distances
+from advdmd.mini.suites import MiniSuite
+from advdmd.rewards import clip, imagereward
+from advdmd.rewards.registry import load_scorer, parse_reward
 from tests.evaluation import tiny
 from tests.evaluation.test_evaluation import paint_true
 
@@ -162,57 +163,57 @@ def test_imagereward_reads_its_published_names_and_rates_image_and_prompt(tmp_pa
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     rng = np.random.default_rng(0)
     x, y = rng.normal(0, 1, (200_000, 2)), rng.normal(0, 1, (200_000, 2)) * [2, 3] + [1, 0]
-    assert distance.frechet(x, y) == pytest.approx(1 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
-    assert distance.frechet(x, x) == pytest.approx(0, abs=1e-6)
+    assert distances.frechet(x, y) == pytest.approx(1 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.02)
+    assert distances.frechet(x, x) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="at least two"):
-        distance.frechet(x[:1], y)
+        distances.frechet(x[:1], y)
 
 
 def test_kernel_distance_is_unbiased():
     """Its mean over many small draws of one distribution is zero; a biased estimate's is not."""
     rng = np.random.default_rng(0)
-    draws = [distance.kernel(rng.normal(size=(8, 4)), rng.normal(size=(8, 4))) for _ in range(2000)]
+    draws = [distances.kernel(rng.normal(size=(8, 4)), rng.normal(size=(8, 4))) for _ in range(2000)]
     assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws))
     x, y = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)) + 1
     k = lambda a, b: (np.dot(a, b) / 3 + 1) ** 3  # noqa: E731
     pairs = lambda z: np.mean([k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j])  # noqa: E731
     want = pairs(x) + pairs(y) - 2 * np.mean([k(a, b) for a in x for b in y])
-    assert distance.kernel(x, y) == pytest.approx(want)
+    assert distances.kernel(x, y) == pytest.approx(want)
 
 
 def test_variety_is_within_prompts_only():
     f = np.eye(4)[[0, 1, 2, 2]]
-    assert distance.within_prompts(f, ["a", "a", "b", "b"]) == pytest.approx(0.5)
-    assert distance.within_prompts(np.eye(4)[[0, 0, 1, 1]], ["a", "a", "b", "b"]) == pytest.approx(0)
+    assert distances.within_prompts(f, ["a", "a", "b", "b"]) == pytest.approx(0.5)
+    assert distances.within_prompts(np.eye(4)[[0, 0, 1, 1]], ["a", "a", "b", "b"]) == pytest.approx(0)
     with pytest.raises(ValueError, match="no prompt has two images"):
-        distance.within_prompts(f, ["a", "b", "c", "d"])
+        distances.within_prompts(f, ["a", "b", "c", "d"])
 
 
 def test_a_metric_is_measured_over_a_suite_and_written_down(weights, tmp_path):
-    suite, folder = Shapes("mini-geneval", 4, 2), tmp_path / "drawn"
+    suite, folder = MiniSuite("mini-geneval", 4, 2), tmp_path / "drawn"
     generate(suite, paint_true(suite), folder, 0, {"model": {"name": "renderer", "rewards": {"pickscore": 0.5}}})
-    found = measure.measure(suite, folder, "clipscore", weights)
+    found = metric.compute_metric(suite, folder, "clipscore", weights)
     assert len(found["rows"]) == found["images"] == 24
     assert found["interval"][0] <= found["mean"] <= found["interval"][1]
     assert (folder / "metric-clipscore.json").is_file()
-    same = measure.measure(suite, folder, "frechet", weights, reference=folder / "images")
+    same = metric.compute_metric(suite, folder, "frechet", weights, reference=folder / "images")
     assert same["mean"] == pytest.approx(0, abs=1e-4)
     assert same["name"] == "frechet[tiny-clip]"
-    assert 0 < measure.measure(suite, folder, "diversity", weights)["mean"] < 2
+    assert 0 < metric.compute_metric(suite, folder, "diversity", weights)["mean"] < 2
     from safetensors.torch import save_file
 
     from advdmd.evaluation.metrics.inception import Inception
 
     save_file(Inception().state_dict(), tmp_path / "inception.safetensors")
-    fid = measure.measure(suite, folder, "fid", tmp_path / "inception.safetensors", reference=folder / "images")
+    fid = metric.compute_metric(suite, folder, "fid", tmp_path / "inception.safetensors", reference=folder / "images")
     assert (fid["name"], fid["reference_images"]) == ("fid", 24)
     assert fid["mean"] == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="trained with pickscore"):
-        measure.measure(suite, folder, "pickscore", weights)
-    assert "own training reward" in measure.measure(suite, folder, "pickscore", weights, trained_on=True)["name"]
+        metric.compute_metric(suite, folder, "pickscore", weights)
+    assert "own training reward" in metric.compute_metric(suite, folder, "pickscore", weights, trained_on=True)["name"]
     for bad, message in (({"metric": "psnr"}, "one of clipscore"), ({"metric": "kernel"}, "--reference goes with")):
         with pytest.raises(ValueError, match=message):
-            measure.measure(suite, folder, **{"weights": weights, **bad})
+            metric.compute_metric(suite, folder, **{"weights": weights, **bad})
 
 
 @pytest.mark.parametrize("text", ["pickscore:x", "0*pickscore:x", "-1*clipscore:x", "1*fid:x", "1*clipscore", "x*clipscore:y"])

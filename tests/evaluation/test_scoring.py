@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advdmd import evaluate
-from advdmd.evaluation import report, scoring
-from advdmd.evaluation.generate import generate, image_path, jobs
+from advdmd.commands import evaluate
+from advdmd.evaluation import judging, results, tables
+from advdmd.evaluation.generate import generate, image_jobs, image_path
 from advdmd.evaluation.geneval import GenEval
-from advdmd.evaluation.shapes import Checker, Shapes
+from advdmd.mini.suites import CheckerJudge, MiniSuite
 from tests.evaluation import tiny
 from tests.evaluation.test_evaluation import paint_true
 
-SUITE = Shapes("mini-geneval", 8, 4)
+SUITE = MiniSuite("mini-geneval", 8, 4)
 
 
 @pytest.fixture
@@ -37,21 +37,21 @@ def lines(folder):
 
 
 def test_two_shards_equal_one_run(drawn, tmp_path):
-    whole = evaluate.score(SUITE, drawn, Checker())
+    whole = evaluate.score(SUITE, drawn, CheckerJudge())
     records = {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())}
     for f in drawn.glob("perceptions-*"):
         f.unlink()
     with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other shards"):
-        evaluate.score(SUITE, drawn, Checker(), evaluate.Scored(shard=(0, 2)))
-    assert evaluate.score(SUITE, drawn, Checker(), evaluate.Scored(shard=(1, 2))) == whole
+        evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(shard=(0, 2)))
+    assert evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(shard=(1, 2))) == whole
     assert {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())} == records
     assert len(list(drawn.glob("perceptions-*.jsonl"))) == 2
-    assert len(lines(drawn)) == len(jobs(SUITE)) == whole["images"] == 48
+    assert len(lines(drawn)) == len(image_jobs(SUITE)) == whole["images"] == 48
     assert whole["strict"]["overall"]["mean"] == pytest.approx(1 - 6 / 48)
 
 
 def test_shards_part_the_items():
-    parts = [{i.id for i, _ in jobs(SUITE, (i, 3))} for i in range(3)]
+    parts = [{i.id for i, _ in image_jobs(SUITE, (i, 3))} for i in range(3)]
     assert set.union(*parts) == {i.id for i in SUITE.items()}
     assert sum(map(len, parts)) == len(SUITE.items())
 
@@ -85,35 +85,37 @@ def test_a_killed_run_goes_on_and_looks_at_nothing_twice(drawn):
     assert 5 <= before.count(b"\n") < 48
     with open(record, "ab") as f:
         f.write(b'{"item": "single_obj')
-    killed = evaluate.score(SUITE, drawn, Checker())
+    killed = evaluate.score(SUITE, drawn, CheckerJudge())
     found = lines(drawn)
     assert record.read_bytes().startswith(before)
     assert len(found) == len({(r["item"], r["k"]) for r in found}) == 48
     for f in drawn.glob("perceptions-*"):
         f.unlink()
-    assert evaluate.score(SUITE, drawn, Checker()) == killed
+    assert evaluate.score(SUITE, drawn, CheckerJudge()) == killed
 
 
 def test_an_image_drawn_again_is_looked_at_again(drawn):
-    low = evaluate.score(SUITE, drawn, Checker())["strict"]["overall"]["mean"]
-    images = dict(zip([(i.id, k) for i, k in jobs(SUITE)], paint_true(SUITE)([], [(0, i.id, k, 0) for i, k in jobs(SUITE)])))
-    for item, k in jobs(SUITE):
+    low = evaluate.score(SUITE, drawn, CheckerJudge())["strict"]["overall"]["mean"]
+    images = dict(
+        zip([(i.id, k) for i, k in image_jobs(SUITE)], paint_true(SUITE)([], [(0, i.id, k, 0) for i, k in image_jobs(SUITE)]))
+    )
+    for item, k in image_jobs(SUITE):
         Image.fromarray(images[item.id, k]).save(image_path(drawn, item, k))
-    assert evaluate.score(SUITE, drawn, Checker())["strict"]["overall"]["mean"] == 1 > low
+    assert evaluate.score(SUITE, drawn, CheckerJudge())["strict"]["overall"]["mean"] == 1 > low
     assert len(lines(drawn)) == 48 + 6
 
 
 def test_a_damaged_line_is_named(drawn):
-    evaluate.score(SUITE, drawn, Checker())
+    evaluate.score(SUITE, drawn, CheckerJudge())
     record = drawn / "perceptions-0of1.jsonl"
     text = record.read_bytes().split(b"\n")
     text[4] = text[4][:-9]
     record.write_bytes(b"\n".join(text))
     with pytest.raises(ValueError, match=r"perceptions-0of1\.jsonl, line 5 is damaged"):
-        evaluate.score(SUITE, drawn, Checker())
+        evaluate.score(SUITE, drawn, CheckerJudge())
 
 
-class Moody(Checker):
+class Moody(CheckerJudge):
     """A judge that fails on all-white images."""
 
     batch = 1
@@ -128,60 +130,60 @@ def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(dra
     with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was seen before is kept"):
         evaluate.score(SUITE, drawn, Moody())
     with pytest.raises(ValueError, match=r"only 42/48.*0 images missing, 6 failed.*out of memory"):
-        evaluate.score(SUITE, drawn, Moody(), evaluate.Scored(tolerant=True))
+        evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True))
     assert not (drawn / "table.md").exists()
-    summary = evaluate.score(SUITE, drawn, Moody(), evaluate.Scored(tolerant=True, allow_partial=True))
+    summary = evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))
     assert (summary["images"], summary["of"], summary["errors"]) == (42, 48, 6)
     assert "partial 42/48" in (drawn / "table.md").read_text()
-    assert evaluate.score(SUITE, drawn, Checker())["errors"] == 0, "a later run tries them again"
+    assert evaluate.score(SUITE, drawn, CheckerJudge())["errors"] == 0, "a later run tries them again"
 
 
 def test_a_broken_image_is_named_and_takes_no_other_of_its_batch_with_it(drawn):
     item = SUITE.items()[3]
     image_path(drawn, item, 0).write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match=rf"{item.id}/0\.png: checker: .*cannot be read as an image"):
-        evaluate.score(SUITE, drawn, Checker())
-    summary = evaluate.score(SUITE, drawn, Checker(), evaluate.Scored(tolerant=True, allow_partial=True))
+        evaluate.score(SUITE, drawn, CheckerJudge())
+    summary = evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))
     assert (summary["images"], summary["errors"]) == (47, 1)
 
 
 def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
-    a = evaluate.score(SUITE, drawn, Checker())
+    a = evaluate.score(SUITE, drawn, CheckerJudge())
     with pytest.raises(ValueError, match="different judges"):
-        report.markdown({"a": a, "b": a | {"judge": "another"}})
+        tables.markdown({"a": a, "b": a | {"judge": "another"}})
     other = json.loads((drawn / "scores.json").read_text()) | {"judge_hash": "other"}
     (tmp_path / "b.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"b\.json is damaged .what it says has another hash"):
-        report.compare([drawn], [tmp_path / "b.json"])
+        results.compare([drawn], [tmp_path / "b.json"])
     del other["sha256"]
     (tmp_path / "b.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different judges"):
-        report.compare([drawn], [tmp_path / "b.json"])
+        results.compare([drawn], [tmp_path / "b.json"])
 
 
 def test_a_model_is_not_scored_by_its_own_reward_unless_the_table_says_so(tmp_path):
     generate(SUITE, paint_true(SUITE), tmp_path, 3, {"model": {"rewards": {"checker": 0.5}}})
     with pytest.raises(ValueError, match="trained with checker as a reward"):
-        evaluate.score(SUITE, tmp_path, Checker())
-    summary = evaluate.score(SUITE, tmp_path, Checker(), evaluate.Scored(trained_on=True))
-    assert "| **trained on this judge** | yes |" in report.markdown({"x": summary})
+        evaluate.score(SUITE, tmp_path, CheckerJudge())
+    summary = evaluate.score(SUITE, tmp_path, CheckerJudge(), evaluate.ScoringOptions(trained_on=True))
+    assert "| **trained on this judge** | yes |" in tables.markdown({"x": summary})
 
 
 def test_scoring_again_forgets_nothing_of_the_model(drawn):
-    summary = evaluate.score(SUITE, drawn, Checker())
+    summary = evaluate.score(SUITE, drawn, CheckerJudge())
     assert (summary["nfe"], summary["model"]["name"], summary["seed"]) == (7, "renderer", 3)
 
 
 def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn, tmp_path):
-    evaluate.score(SUITE, drawn, Checker())
+    evaluate.score(SUITE, drawn, CheckerJudge())
     page = (drawn / "gallery.html").read_text()
     assert page.count("<article>") == 6
     assert "expected" in page
     assert "http" not in page.replace("http-equiv", "")
     other = tmp_path / "other"
     generate(SUITE, paint_true(SUITE), other, 3, {"model": {"name": "renderer"}, "nfe": 7})
-    evaluate.score(SUITE, other, Checker())
-    evaluate.side_by_side(drawn, other)
+    evaluate.score(SUITE, other, CheckerJudge())
+    evaluate.write_comparison_gallery(drawn, other)
     page = (drawn / "gallery.html").read_text()
     assert page.count("<figure>") == 12
     assert "<rect" in page
@@ -189,14 +191,14 @@ def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn
 
 
 def test_text_from_prompts_cannot_become_markup(tmp_path):
-    from advdmd.evaluation import gallery
+    from advdmd.evaluation import failure_gallery
 
     row = {"item": "x", "k": 0, "task": "t", "prompt": "<script>alert(1)</script>", "loose": 0, "strict": 0, "reason": "<em>"}
     row["details"] = {"objects": [{"label": "<i>", "box": [0, 0, 1, 1], "confidence": 1.0}]}
     path = tmp_path / "images/x/0.png"
     path.parent.mkdir(parents=True)
     Image.new("RGB", (600, 900)).save(path)
-    page = gallery.page([("<u>", tmp_path, [row])])
+    page = failure_gallery.failure_page([("<u>", tmp_path, [row])])
     assert not any(tag in page for tag in ("<script>", "<em>", "<i>", "<u>"))
     assert all(shown in page for shown in ("&lt;script&gt;", "&lt;em&gt;", "&lt;i&gt;", "&lt;u&gt;"))
 
@@ -208,7 +210,7 @@ def test_genevals_own_layout_is_read(tmp_path):
     (tmp_path / item.id / "samples").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(tmp_path / item.id / "samples/00000.png")
     assert image_path(tmp_path, item, 0).is_file()
-    assert scoring.read_image(image_path(tmp_path, item, 0)).shape == (30, 40, 3)
+    assert judging.read_image(image_path(tmp_path, item, 0)).shape == (30, 40, 3)
 
 
 def test_images_turned_by_exif_are_upright(tmp_path):
@@ -216,4 +218,4 @@ def test_images_turned_by_exif_are_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
-    assert scoring.read_image(tmp_path / "x.jpg").shape == (40, 30, 3)
+    assert judging.read_image(tmp_path / "x.jpg").shape == (40, 30, 3)

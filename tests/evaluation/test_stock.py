@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from advdmd import evaluate
-from advdmd.evaluation import vqa
+from advdmd.commands import evaluate
 from advdmd.evaluation.benchmark import suite_hash
 from advdmd.evaluation.dpg import DPG
-from advdmd.evaluation.generate import image_path, jobs
+from advdmd.evaluation.generate import image_jobs, image_path
 from advdmd.evaluation.geneval import GenEval
-from advdmd.evaluation.weights import load_tokenizer
-from advdmd.models import load
-from advdmd.models.hub import located
-from advdmd.models.stock import Stock, StockSampling
+from advdmd.evaluation.judges import vqa
+from advdmd.models import loading
+from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
+from advdmd.models.hub import download
+from advdmd.models.pretrained import load_tokenizer
 from tests.evaluation import tiny
 from tests.test_product import cli
 
@@ -33,17 +33,17 @@ def foreign(tiny_folder, tmp_path_factory):
 
 
 def test_settings_become_the_pipelines_own_arguments(foreign):
-    stock = Stock(str(foreign), StockSampling(steps=2, guidance=3.0, height=32, width=32))
+    stock = DiffusersModel(str(foreign), DiffusersSampling(steps=2, guidance=3.0, height=32, width=32))
     assert stock.told == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
     assert stock.nfe == 4
-    assert Stock(str(foreign), StockSampling(steps=3, guidance=1.0)).nfe == 3
-    assert Stock(str(foreign), StockSampling()).nfe == 56, "the pipeline's own 28 steps and guidance 7"
+    assert DiffusersModel(str(foreign), DiffusersSampling(steps=3, guidance=1.0)).nfe == 3
+    assert DiffusersModel(str(foreign), DiffusersSampling()).nfe == 56, "the pipeline's own 28 steps and guidance 7"
     a, b = (stock.paint(["a picture"], [("s", k)]) for k in (0, 1))
     assert a.shape == (1, 32, 32, 3)
     assert not np.array_equal(a, b)
     assert np.array_equal(stock.paint(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
     with pytest.raises(ValueError, match="steps=0"):
-        StockSampling(steps=0)
+        DiffusersSampling(steps=0)
 
 
 def test_a_name_may_pin_a_revision(monkeypatch):
@@ -60,10 +60,10 @@ def test_a_name_may_pin_a_revision(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     for name, revision in (("owner/name@v1", None), ("owner/name", "v2"), ("owner/name", None)):
         with pytest.raises(ValueError, match="no network here"):
-            Stock(name, StockSampling(), revision)
+            DiffusersModel(name, DiffusersSampling(), revision)
     for name in ("owner/name@v1", "owner/name"):
         with pytest.raises(ValueError, match="no network here"):
-            located(name)
+            download(name)
     assert [revision for _, revision in asked] == ["v1", "v2", None, "v1", None]
     assert {model for model, _ in asked} == {"owner/name"}
 
@@ -74,7 +74,10 @@ def test_pickled_weights_are_not_loaded(foreign, tmp_path):
     file = tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
-    for read in (lambda: Stock(str(tmp_path / "pipe"), StockSampling()), lambda: load.load_pipeline(tmp_path / "pipe")):
+    for read in (
+        lambda: DiffusersModel(str(tmp_path / "pipe"), DiffusersSampling()),
+        lambda: loading.load_pipeline(tmp_path / "pipe"),
+    ):
         with pytest.raises(ValueError, match="cannot be loaded"):
             read()
 
@@ -92,13 +95,13 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_pa
 
 def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded as a diffusers pipeline"):
-        Stock(str(tmp_path), StockSampling())
+        DiffusersModel(str(tmp_path), DiffusersSampling())
 
 
 def test_geneval_from_the_command_line_with_a_stock_pipeline(foreign, tmp_path):
     """One prompt of the 553: drawn, detected, named partial, resumed without drawing again, refused without the flag."""
     suite = GenEval(1)
-    n = next(n for n in range(400, 2000) if len(jobs(suite, (0, n))) == 1)
+    n = next(n for n in range(400, 2000) if len(image_jobs(suite, (0, n))) == 1)
     tiny.detector().save_pretrained(tmp_path / "det")
     tiny.save_clip(tmp_path / "clip", names=("red", "blue"))
     tiny.save_clip(tmp_path / "unable", names=("blue", "red"))
@@ -117,7 +120,7 @@ def test_geneval_from_the_command_line_with_a_stock_pipeline(foreign, tmp_path):
     done = cli(*args)
     assert done.returncode == 2, done.stdout
     assert "only 1/553 images have a verdict" in done.stderr
-    ((item, k),) = jobs(suite, (0, n))
+    ((item, k),) = image_jobs(suite, (0, n))
     when = image_path(tmp_path / "out", item, k).stat().st_mtime
     done = cli(*args, "--allow-partial")
     assert done.returncode == 0, done.stderr
@@ -132,7 +135,7 @@ def test_dpg_with_a_judge_gives_categories_and_its_name(tmp_path):
     """Every image red, so that the question about red holds; answers are kept and not asked for twice."""
     csv = tiny.save_dpg(tmp_path / "dpg.csv")
     suite, asked = DPG(str(csv), 2), []
-    for item, k in jobs(suite):
+    for item, k in image_jobs(suite):
         image_path(tmp_path, item, k).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(image_path(tmp_path, item, k))
 
@@ -140,7 +143,7 @@ def test_dpg_with_a_judge_gives_categories_and_its_name(tmp_path):
         asked.append(question)
         return float("blue" not in question and "barking" not in question)
 
-    judge = vqa.Asker("some-judge", "f1", answer)
+    judge = vqa.VQAJudge("some-judge", "f1", answer)
     summary = evaluate.score(suite, tmp_path, judge)
     assert summary["loose"]["overall"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
     assert summary["strict"]["overall"]["mean"] == 0.5
@@ -178,15 +181,15 @@ def test_wrong_suites_judges_and_shards_end_with_one_line(words, says, tmp_path,
 
 def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny_folder, tmp_path):
     """AdvDMD with and without a scorer: the first policy turn differs, the note of the student names it."""
-    from advdmd import run
-    from advdmd.recipes.find import resolve
+    from advdmd.commands import train
+    from advdmd.recipes.registry import resolve
     from tests.test_product import SMALL
 
     weights = tiny.save_clip(tmp_path / "clip")
     words = [*SMALL, f"teacher={tiny_folder}", "algorithm.warmup=0", "algorithm.gated=false", "iterations=1"]
     logs = {}
     for name, more in {"plain": [], "paid": [f"rewards=[2*clipscore:{weights}]"]}.items():
-        student = run.train(*resolve("mini-sd35-advdmd", [*words, *more]), tmp_path / name)
+        student = train.train(*resolve("mini-sd35-advdmd", [*words, *more]), tmp_path / name)
         logs[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())
         note = json.loads((student / "advdmd.json").read_text())
         assert note.get("rewards", {}) == ({"clipscore": 2.0} if more else {})

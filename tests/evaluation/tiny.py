@@ -6,9 +6,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from advdmd.evaluation import mask2former
 from advdmd.evaluation.geneval import COCO, COLORS
-from advdmd.models.mini import QWEN_TEMPLATE, clip_tokenizer, qwen_tokenizer
+from advdmd.evaluation.judges import mask2former
+from advdmd.mini.pipelines import QWEN_TEMPLATE, clip_tokenizer, qwen_tokenizer
 
 WORDS = sorted({w for c in COCO for w in c.split()} | set(COLORS) | {"a", "photo", "of", "object", "colored", "-"})
 
@@ -87,16 +87,16 @@ def image_processor():
 
 def tell_red_from_blue(model, tokenizer, names=("red", "blue")):
     """Bend the image projection so that the red and the blue square of the self-test land on these names."""
-    from advdmd.evaluation import detector
+    from advdmd.evaluation.judges import geneval_detector
 
-    colours = detector.Colours(model, tokenizer, image_processor())
+    colours = geneval_detector.ClipColorClassifier(model, tokenizer, image_processor())
     mask = np.zeros((128, 128), bool)
     mask[32:96, 32:96] = True
     crops = []
     for rgb in ((224, 31, 31), (31, 64, 230)):
         image = np.full((128, 128, 3), 200, np.uint8)
         image[mask] = rgb
-        crops.append(detector.crop(image, mask, (32, 32, 96, 96)))
+        crops.append(geneval_detector.crop(image, mask, (32, 32, 96, 96)))
     with torch.no_grad():
         pixels = image_processor()(crops, return_tensors="pt").pixel_values
         seen = model.vision_model(pixel_values=pixels).pooler_output

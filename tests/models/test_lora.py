@@ -6,12 +6,13 @@ import itertools
 import pytest
 import torch
 
-from advdmd.kernels import cps
-from advdmd.models import cast, load, mini
-from advdmd.models.critic import CriticConfig
-from advdmd.models.lora import Role, Roles, _Merged
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import loading, networks
+from advdmd.models.discriminator import DiscriminatorConfig
+from advdmd.models.lora import LoraModel, SharedBase, _MergedLoraLinear
 from advdmd.rollout import rollout
-from advdmd.world.caption import VOCABULARY
+from advdmd.transitions import cps
 from tests import tiny_z_image
 from tests.conftest import TINY
 
@@ -26,8 +27,8 @@ def scene(backbone):
         cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
     x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
     plain = copy.deepcopy(backbone.net)
-    roles = Roles(backbone.net, ["student", "fake"], RANK, backbone.lora_targets)
-    student, fake = Role(roles, "student"), Role(roles, "fake")
+    roles = SharedBase(backbone.net, ["student", "fake"], RANK, backbone.lora_targets)
+    student, fake = LoraModel(roles, "student"), LoraModel(roles, "fake")
     for p in (*student.parameters(), *fake.parameters()):
         p.data.normal_(0, 0.1)
     return backbone, plain, student, fake, (x, t, cond)
@@ -68,8 +69,10 @@ def test_the_fused_network_is_the_role(scene):
 def test_merged_products_have_the_gradients_of_the_sum_they_stand_for(gen):
     sizes = [(2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)]
     x, w, bias, a, b = (torch.randn(s, generator=gen(i), dtype=torch.float64) for i, s in enumerate(sizes))
-    torch.testing.assert_close(_Merged.apply(x, w, bias, a, b), x @ (w + b @ a).T + bias)
-    assert torch.autograd.gradcheck(lambda x, a, b: _Merged.apply(x, w, bias, a, b), [t.requires_grad_() for t in (x, a, b)])
+    torch.testing.assert_close(_MergedLoraLinear.apply(x, w, bias, a, b), x @ (w + b @ a).T + bias)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: _MergedLoraLinear.apply(x, w, bias, a, b), [t.requires_grad_() for t in (x, a, b)]
+    )
 
 
 @pytest.mark.parametrize(("spanning", "late"), list(itertools.product((False, True), (False, True))))
@@ -149,13 +152,15 @@ def test_the_teachers_gradient_in_its_input_is_the_bases_to_the_bit(scene):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("make", [lambda: mini.qwen_image(VOCABULARY, TINY), lambda: tiny_z_image.z_image(VOCABULARY, TINY)])
+@pytest.mark.parametrize(
+    "make", [lambda: pipelines.qwen_image(VOCABULARY, TINY), lambda: tiny_z_image.z_image(VOCABULARY, TINY)]
+)
 def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
-    backbone = load.as_backbone(make(), {"side": mini.LATENT})
+    backbone = loading.backbone_from_pipeline(make(), {"side": pipelines.LATENT})
     with torch.no_grad():
         cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two blue squares"]))
-    roles = Roles(backbone.net.eval(), ["student", "fake"], RANK, backbone.lora_targets)
-    student, fake = Role(roles, "student"), Role(roles, "fake")
+    roles = SharedBase(backbone.net.eval(), ["student", "fake"], RANK, backbone.lora_targets)
+    student, fake = LoraModel(roles, "student"), LoraModel(roles, "fake")
     torch.manual_seed(0)
     for p in (*student.parameters(), *fake.parameters()):
         p.data.normal_(0, 0.1)
@@ -163,7 +168,7 @@ def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
 
     def loss():
         v = backbone.velocity(student, x, t, cond)
-        with cast.frozen(fake):
+        with networks.no_param_grad(fake):
             return (backbone.velocity(fake, x - v, t, cond) * v).mean()
 
     plain = grads(loss, student, fake)
@@ -178,17 +183,17 @@ def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, 
     """Its trunk is frozen for that pass, also when the blocks run again, after the pass has ended early at the last tap."""
     found = []
     for checkpointing in (False, True):
-        backbone, _ = load.load(str(tiny_folder))
+        backbone, _ = loading.load(str(tiny_folder))
         torch.manual_seed(1)
         with torch.no_grad():
             cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
             null = backbone.embed(backbone.tokenize([""]))
-        config = CriticConfig(trunk="own", blocks=(0.5, 1.0), hidden=8)
-        student, fake = cast.distillation(backbone, config, 0, 2, null, rank, checkpointing)
+        config = DiscriminatorConfig(trunk="own", blocks=(0.5, 1.0), hidden=8)
+        student, fake = networks.build_student_and_fake_score(backbone, config, 0, 2, null, rank, checkpointing)
         torch.manual_seed(2)
         for p in (*student.parameters(), *fake.trunk.parameters()):
             p.data += 0.05 * torch.randn_like(p)
-        critic = cast.Critic(backbone, fake, config)
+        critic = networks.Discriminator(backbone, fake, config)
         x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
         loss = lambda: critic.follow(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
         mine, theirs = grads(loss, student, fake)
@@ -207,7 +212,9 @@ def test_shared_roles_are_separate_networks_with_an_adapter_each(scene):
         x0 = at[0] - backbone.velocity(a, *at)
         return (x0 * (x0 - backbone.velocity(b, x0, *at[1:])).detach()).sum()
 
-    alone = [Role(Roles(copy.deepcopy(plain), [name], RANK, backbone.lora_targets), name) for name in ("student", "fake")]
+    alone = [
+        LoraModel(SharedBase(copy.deepcopy(plain), [name], RANK, backbone.lora_targets), name) for name in ("student", "fake")
+    ]
     for role, lone in zip((student, fake), alone, strict=True):
         lone.load_state_dict(role.state_dict())
     (shared,), (separate,) = grads(lambda: loss(student, fake), student), grads(lambda: loss(*alone), alone[0])
@@ -226,8 +233,8 @@ def test_a_role_walks_a_path_like_any_student(scene):
 
 
 def test_adapters_learn_in_float32_on_a_bfloat16_base(tiny_folder):
-    backbone, _ = load.load(str(tiny_folder), dtype=torch.bfloat16)
-    role = Role(Roles(backbone.net, ["student"], RANK, backbone.lora_targets), "student")
+    backbone, _ = loading.load(str(tiny_folder), dtype=torch.bfloat16)
+    role = LoraModel(SharedBase(backbone.net, ["student"], RANK, backbone.lora_targets), "student")
     assert {p.dtype for p in role.parameters()} == {torch.float32}
     assert backbone.net.get_submodule("transformer_blocks.0.attn.to_q").base_layer.weight.dtype == torch.bfloat16
     with torch.no_grad():

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from advdmd import flow
-from advdmd.kernels import cps
-from advdmd.models import load, mini
-from advdmd.models.cast import Teacher, frozen
-from advdmd.models.critic import CriticConfig, Heads, scale_gradient
-from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import loading
+from advdmd.models.discriminator import DiscriminatorConfig, DiscriminatorHeads, scale_gradient
+from advdmd.models.networks import Teacher, no_param_grad
+from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.models.sd3 import SD3
 from advdmd.rollout import rollout
+from advdmd.transitions import cps
 from advdmd.types import Batch, Cond
-from advdmd.world.caption import VOCABULARY
 from tests.conftest import TINY
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
@@ -39,7 +40,7 @@ def test_every_word_is_one_token_and_the_end_id_is_not_two(backbone):
 
 def test_the_teachers_sampler_is_the_stock_pipeline_to_the_bit(backbone):
     noise = draw_noise([0, 1], backbone.latent_shape, 1)
-    ours = sample(backbone, backbone.net, PROMPTS, noise, Sampling(steps=4, guidance=3.0))
+    ours = sample(backbone, backbone.net, PROMPTS, noise, SamplerConfig(steps=4, guidance=3.0))
     with torch.no_grad():
         theirs = backbone.pipe(
             PROMPTS,
@@ -91,7 +92,7 @@ def test_latents_round_trip_through_the_configured_scale(backbone):
 
 
 def test_an_images_noise_does_not_depend_on_its_batch(backbone):
-    how, keys = Sampling(steps=2, eta=1.0), ["a", "b", "c"]
+    how, keys = SamplerConfig(steps=2, eta=1.0), ["a", "b", "c"]
     noise = draw_noise(keys, backbone.latent_shape, 2)
     assert torch.equal(noise[:, 1:2], draw_noise(["b"], backbone.latent_shape, 2))
     prompts = [PROMPTS[0]] * 3
@@ -104,16 +105,18 @@ def test_an_images_noise_does_not_depend_on_its_batch(backbone):
 )
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=r"steps|guidance|eta"):
-        Sampling(**bad)
+        SamplerConfig(**bad)
 
 
 def test_evaluations_count_guidance_twice():
-    assert (Sampling(steps=40, guidance=4.0).nfe, Sampling(steps=4, eta=1.0).nfe) == (80, 4)
+    assert (SamplerConfig(steps=40, guidance=4.0).nfe, SamplerConfig(steps=4, eta=1.0).nfe) == (80, 4)
 
 
 @pytest.mark.parametrize("sd35", [False, True])
 def test_both_generations_of_sd3_are_built_with_their_own_parts(sd35):
-    net = mini.sd3(VOCABULARY, mini.Size(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8)), sd35=sd35).transformer
+    net = pipelines.sd3(
+        VOCABULARY, pipelines.MiniConfig(width=32, layers=2, text_width=32, vae_channels=(4, 4, 8)), sd35=sd35
+    ).transformer
     names = [n for n, _ in net.named_parameters()]
     assert any("attn2" in n for n in names) == sd35
     assert any("norm_q" in n for n in names) == sd35
@@ -122,12 +125,12 @@ def test_both_generations_of_sd3_are_built_with_their_own_parts(sd35):
 def test_a_deeper_text_encoder_says_the_same_until_it_is_trained(backbone, tmp_path):
     ids = backbone.tokenize(["a picture of a red circle", ""])
     before = backbone.embed(ids)
-    mini.deepen(backbone.pipe)
+    pipelines.add_text_layer(backbone.pipe)
     after = backbone.embed(ids)
     assert torch.equal(before.embeds, after.embeds)
     assert torch.equal(before.pooled, after.pooled)
     backbone.pipe.save_pretrained(tmp_path)
-    assert torch.equal(SD3(load.load_pipeline(tmp_path), 0).embed(ids).embeds, after.embeds)
+    assert torch.equal(SD3(loading.load_pipeline(tmp_path), 0).embed(ids).embeds, after.embeds)
 
 
 def test_an_sd3_begins_near_the_sd35_it_is_made_from(backbone):
@@ -139,10 +142,10 @@ def test_an_sd3_begins_near_the_sd35_it_is_made_from(backbone):
             torch.nn.init.zeros_(block.attn2.to_out[0].bias)
     x, t, cond = torch.randn(4, *backbone.latent_shape), torch.rand(4), backbone.embed(backbone.tokenize(["a red circle"] * 4))
     expected = backbone.velocity(net, x, t, cond)
-    new = mini.as_sd3(backbone.pipe).transformer
+    new = pipelines.as_sd3(backbone.pipe).transformer
     assert new.config.qk_norm is None
     assert not any(b.use_dual_attention for b in new.transformer_blocks)
-    fresh = mini.sd3(VOCABULARY, TINY, sd35=False, seed=5).transformer
+    fresh = pipelines.sd3(VOCABULARY, TINY, sd35=False, seed=5).transformer
     off, far = ((backbone.velocity(n, x, t, cond) - expected).square().mean() for n in (new, fresh))
     assert off < 0.05 * far
 
@@ -150,31 +153,31 @@ def test_an_sd3_begins_near_the_sd35_it_is_made_from(backbone):
 @pytest.mark.parametrize("bad", [{"width": 40}, {"text_width": 0}, {"patch": 3}])
 def test_sizes_that_do_not_fit_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        mini.Size(**bad)
+        pipelines.MiniConfig(**bad)
 
 
 def test_what_is_not_a_pipeline_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a shipped model"):
-        load.load(str(tmp_path))
+        loading.load(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="FluxPipeline"):
-        load.load(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 def test_shipped_teachers_load_and_say_how_to_sample():
-    for name in load.SHIPPED:
-        backbone, how = load.load(name)
+    for name in loading.SHIPPED:
+        backbone, how = loading.load(name)
         assert backbone.latent_shape == (4, 8, 8)
         assert how.steps == 40
         assert how.guidance > 1
-        assert load.in_miniature(backbone)
-        total = sum(f.stat().st_size for f in load.folder_of(name).rglob("*") if f.is_file())
+        assert loading.is_mini_pipeline(backbone)
+        total = sum(f.stat().st_size for f in loading.pipeline_folder(name).rglob("*") if f.is_file())
         assert total < 10e6
 
 
 def test_taps_are_fractions_of_depth():
-    assert CriticConfig(blocks=(0.25, 0.5)).taps(4) == [0, 1]
-    assert CriticConfig(blocks=(0.5, 1.0)).taps(24) == [11, 23]
+    assert DiscriminatorConfig(blocks=(0.25, 0.5)).taps(4) == [0, 1]
+    assert DiscriminatorConfig(blocks=(0.5, 1.0)).taps(24) == [11, 23]
     for bad in (
         {"blocks": ()},
         {"blocks": (1.5,)},
@@ -184,12 +187,12 @@ def test_taps_are_fractions_of_depth():
         {"hidden": 0},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            CriticConfig(**bad)
+            DiscriminatorConfig(**bad)
 
 
 def test_heads_do_not_care_about_the_order_of_tokens():
     torch.manual_seed(0)
-    heads, f = Heads(8, [0, 1], 16), [torch.randn(3, 16, 8), torch.randn(3, 16, 8)]
+    heads, f = DiscriminatorHeads(8, [0, 1], 16), [torch.randn(3, 16, 8), torch.randn(3, 16, 8)]
     order = torch.randperm(16)
     torch.testing.assert_close(heads(f), heads([x[:, order] for x in f]))
     assert heads(f).shape == (3,)
@@ -201,7 +204,7 @@ def test_scaled_gradients_scale_and_frozen_parameters_thaw():
     assert (x.grad == 0.25).all()
     net = torch.nn.Linear(2, 2)
     net.bias.requires_grad_(False)
-    with frozen(net):
+    with no_param_grad(net):
         assert not any(p.requires_grad for p in net.parameters())
     assert net.weight.requires_grad
     assert not net.bias.requires_grad
@@ -216,7 +219,7 @@ def test_columns_index_and_join():
 
 
 def test_a_students_path_is_a_rollout(backbone):
-    noise, how = draw_noise([0], backbone.latent_shape, 4), Sampling(steps=4, eta=1.0)
+    noise, how = draw_noise([0], backbone.latent_shape, 4), SamplerConfig(steps=4, eta=1.0)
     cond = backbone.embed(backbone.tokenize(PROMPTS[:1]))
     path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(4, 3.0), cps(1.0))
     torch.testing.assert_close(sample(backbone, backbone.net, PROMPTS[:1], noise, how), backbone.decode(path.x[-1]))

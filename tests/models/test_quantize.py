@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 
+from advdmd.commands.train import train
 from advdmd.files import file_hash
-from advdmd.models import load, quantize
-from advdmd.models.lora import Role, Roles
-from advdmd.recipes.find import resolve
-from advdmd.run import train
-from advdmd.train.learner import Learner, Optim
+from advdmd.models import loading, quantization
+from advdmd.models.lora import LoraModel, SharedBase
+from advdmd.recipes.registry import resolve
+from advdmd.training.learner import Learner
+from advdmd.training.optimizer import OptimizerConfig
 
 WORDS = [
     "algorithm.group=2", "prompts_per_step=2", "algorithm.warmup=1", "algorithm.ramp=1", "data.prompts=4", "data.reals=1",
@@ -29,7 +30,7 @@ def scene(request, backbone):
         cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
     at = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8]), cond
     whole = copy.deepcopy(backbone.net)
-    quantize.quantize(backbone.blocks(backbone.net), bits, torch.float32, "cpu")
+    quantization.quantize(backbone.blocks(backbone.net), bits, torch.float32, "cpu")
     return backbone, whole, far, at
 
 
@@ -38,15 +39,15 @@ def test_a_base_of_few_bits_is_close_to_the_whole_one(scene):
     with torch.no_grad():
         exact, close = backbone.velocity(whole, *at), backbone.velocity(backbone.net, *at)
     assert 0 < (close - exact).norm() / exact.norm() < far
-    weights = [quantize.weight(m) for m in backbone.net.modules()]
+    weights = [quantization.dequantize(m) for m in backbone.net.modules()]
     assert sum(w is not None for w in weights) > 20
-    assert all(quantize.weight(m) is None for m in whole.modules())
+    assert all(quantization.dequantize(m) is None for m in whole.modules())
 
 
 def test_adapters_on_it_learn_and_fuse_as_on_the_numbers_it_stands_for(scene):
     """The reference is a plain network of those numbers. 8-bit products round activations too, hence its tolerance."""
     backbone, whole, far, at = scene
-    student = Role(Roles(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    student = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
     torch.manual_seed(1)
     for p in student.parameters():
         p.data.normal_(0, 0.1)
@@ -69,16 +70,16 @@ def test_adapters_on_it_learn_and_fuse_as_on_the_numbers_it_stands_for(scene):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_was_bfloat16_is_bfloat16_again(tiny_folder, bits):
-    backbone = load.load(str(tiny_folder), dtype=torch.bfloat16)[0]
-    quantize.quantize(backbone.blocks(backbone.net), bits, torch.bfloat16, "cpu")
-    role = Role(Roles(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    backbone = loading.load(str(tiny_folder), dtype=torch.bfloat16)[0]
+    quantization.quantize(backbone.blocks(backbone.net), bits, torch.bfloat16, "cpu")
+    role = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
     assert {v.dtype for v in role.fused().values()} == {torch.bfloat16}
 
 
 def learner(bits):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Linear(80, 4))  # one large enough for bytes, and small ones
-    return Learner("net", net, net, {"main": (Optim(lr=1e-2, bits=bits), [(net.parameters(), 1.0)])})
+    return Learner("net", net, net, {"main": (OptimizerConfig(lr=1e-2, bits=bits), [(net.parameters(), 1.0)])})
 
 
 def descend(one, steps, gen):
@@ -111,12 +112,12 @@ def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp
     name, r = resolve("mini-sd35-advdmd", [*WORDS, f"base_bits={bits}", f"teacher={tiny_folder}", "iterations=4"])
     run = tmp_path / "run"
     student = train(name, r, run)
-    once = file_hash(load.weights_file(student))
+    once = file_hash(loading.weights_file(student))
     shutil.rmtree(student)
     for file in (run / "checkpoints").glob("*4.*"):  # as if it had been stopped between 2 and 4
         file.unlink()
-    assert file_hash(load.weights_file(train(name, r, run))) == once
-    assert load.load(str(student))[0].net.dtype == torch.float32
+    assert file_hash(loading.weights_file(train(name, r, run))) == once
+    assert loading.load(str(student))[0].net.dtype == torch.float32
     assert f"the base in {bits} bits" in (student / "README.md").read_text()
 
 

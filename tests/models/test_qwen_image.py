@@ -6,16 +6,18 @@ import json
 import pytest
 import torch
 
-from advdmd import flow, run
-from advdmd.kernels import renoise
-from advdmd.models import load, mini
-from advdmd.models.cast import Teacher
-from advdmd.models.qwen_image import PREFIX, QwenImage, pack, see_images, unpack
-from advdmd.models.sampler import Sampling, draw_noise, sample
-from advdmd.recipes.find import resolve
+from advdmd import flow
+from advdmd.commands import train
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import loading
+from advdmd.models.networks import Teacher
+from advdmd.models.qwen_image import TEMPLATE_TOKENS, QwenImage, pack, unpack, use_2d_convs
+from advdmd.models.sampler import SamplerConfig, draw_noise, sample
+from advdmd.recipes.registry import resolve
 from advdmd.rollout import rollout
+from advdmd.transitions import renoise
 from advdmd.types import Cond
-from advdmd.world.caption import VOCABULARY
 from tests.conftest import TINY
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
@@ -25,7 +27,7 @@ PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue sta
 def folder(tmp_path_factory):
     """A real QwenImagePipeline folder with random weights."""
     folder = tmp_path_factory.mktemp("teacher") / "tiny-qwen"
-    mini.qwen_image(VOCABULARY, TINY).save_pretrained(folder)
+    pipelines.qwen_image(VOCABULARY, TINY).save_pretrained(folder)
     note = {"name": "tiny-qwen", "sampling": {"steps": 4, "guidance": 2.0}, "side": 8}
     (folder / "advdmd.json").write_text(json.dumps(note))
     return folder
@@ -33,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def qwen(folder):
-    return load.load(str(folder))[0]
+    return loading.load(str(folder))[0]
 
 
 def test_embeddings_and_masks_are_the_stock_pipelines(qwen):
@@ -50,14 +52,16 @@ def test_every_word_is_one_token_and_the_dropped_head_is_34(qwen):
     for word in VOCABULARY:
         for said in (f" {word}", word.capitalize(), f" {word.capitalize()}"):
             assert len(tokenizer(said).input_ids) == 1, said
-    assert qwen.pipe.prompt_template_encode == mini.QWEN_TEMPLATE
+    assert qwen.pipe.prompt_template_encode == pipelines.QWEN_TEMPLATE
     assert (
-        len(tokenizer(mini.QWEN_TEMPLATE.partition("{}")[0]).input_ids) == PREFIX == qwen.pipe.prompt_template_encode_start_idx
+        len(tokenizer(pipelines.QWEN_TEMPLATE.partition("{}")[0]).input_ids)
+        == TEMPLATE_TOKENS
+        == qwen.pipe.prompt_template_encode_start_idx
     )
 
 
 def test_a_tokenizer_that_splits_the_template_otherwise_is_refused(qwen):
-    qwen.pipe.tokenizer = mini.qwen_tokenizer(VOCABULARY, "{}")
+    qwen.pipe.tokenizer = pipelines.qwen_tokenizer(VOCABULARY, "{}")
     with pytest.raises(ValueError, match="drops 34"):
         QwenImage(qwen.pipe, 8)
 
@@ -94,7 +98,7 @@ def test_times_are_cast_as_the_pipeline_casts_them(qwen):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_teachers_sampler_is_the_stock_pipeline(qwen, guidance):
     noise = draw_noise([0, 1], qwen.latent_shape, 1)
-    ours = sample(qwen, qwen.net, PROMPTS, noise, Sampling(steps=4, guidance=guidance))
+    ours = sample(qwen, qwen.net, PROMPTS, noise, SamplerConfig(steps=4, guidance=guidance))
     theirs = qwen.pipe(
         PROMPTS,
         negative_prompt="" if guidance > 1 else None,
@@ -138,8 +142,8 @@ def test_latents_round_trip_through_the_configured_statistics(qwen):
 
 def test_an_image_is_a_video_of_one_frame(qwen):
     torch.manual_seed(0)
-    stock = mini.qwen_autoencoder(TINY)
-    quick = see_images(copy.deepcopy(stock))
+    stock = pipelines.qwen_autoencoder(TINY)
+    quick = use_2d_convs(copy.deepcopy(stock))
     again = copy.deepcopy(quick)  # a copy uses its own weights
     for p in quick.parameters():
         p.data.zero_()
@@ -163,12 +167,12 @@ def test_features_are_image_tokens(qwen):
 def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(recipe, folder, tmp_path):
     words = ["iterations=2", "algorithm.steps=2", "algorithm.group=2", "prompts_per_step=2", "data.prompts=6", "data.reals=1"]
     words += ["algorithm.warmup=0", "algorithm.ramp=0"] if recipe.endswith("advdmd") else []
-    student = run.train(*resolve(recipe, [*words, f"teacher={folder}"]), tmp_path / "run")
+    student = train.train(*resolve(recipe, [*words, f"teacher={folder}"]), tmp_path / "run")
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    backbone, how = load.load(str(student))
+    backbone, how = loading.load(str(student))
     cond = backbone.embed(backbone.tokenize(PROMPTS[:1]))
     first = torch.randn(1, 4, 8, 8)
     torch.manual_seed(11)
@@ -188,9 +192,9 @@ def test_a_scheduler_that_shifts_by_image_size_has_the_static_shift_of_that_size
     config = json.loads((copy / "scheduler/scheduler_config.json").read_text())
     config |= {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift": 1.0}
     (copy / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"shift_terminal": None}))
-    assert load.load(str(copy))[1].steps == 4, "its own note goes before"
+    assert loading.load(str(copy))[1].steps == 4, "its own note goes before"
     (copy / "advdmd.json").write_text(json.dumps({"side": 8}))
-    backbone, how = load.load(str(copy))
+    backbone, how = loading.load(str(copy))
     scheduler = backbone.pipe.scheduler
     mu = calculate_shift(16, base_seq_len=scheduler.config.base_image_seq_len, max_seq_len=8192, base_shift=0.5, max_shift=0.9)
     scheduler.set_timesteps(sigmas=flow.grid(how.steps)[:-1].numpy(), mu=mu)

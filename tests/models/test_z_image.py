@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 
-from advdmd import flow, run
-from advdmd.kernels import renoise
-from advdmd.models import load
-from advdmd.models.sampler import Sampling, draw_noise, sample
+from advdmd import flow
+from advdmd.commands import train
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import loading
+from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.models.z_image import ZImage
-from advdmd.recipes.find import resolve
+from advdmd.recipes.registry import resolve
 from advdmd.rollout import rollout
+from advdmd.transitions import renoise
 from advdmd.types import Cond
-from advdmd.world.caption import VOCABULARY
 from tests.conftest import TINY
 from tests.tiny_z_image import z_image
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def z(folder):
-    return load.load(str(folder))[0]
+    return loading.load(str(folder))[0]
 
 
 def test_embeddings_are_the_stock_pipelines_at_each_captions_own_length(z):
@@ -49,7 +50,7 @@ def test_embeddings_are_the_stock_pipelines_at_each_captions_own_length(z):
 def test_the_teachers_sampler_is_the_stock_pipeline(z, guidance):
     """A wrong sign, a time from the wrong end or another guidance convention would all differ."""
     noise = draw_noise([0, 1], z.latent_shape, 1)
-    ours = sample(z, z.net, PROMPTS, noise, Sampling(steps=4, guidance=guidance))
+    ours = sample(z, z.net, PROMPTS, noise, SamplerConfig(steps=4, guidance=guidance))
     size = {"height": 8 * z.pipe.vae_scale_factor, "width": 8 * z.pipe.vae_scale_factor}
     theirs = z.pipe(
         list(PROMPTS), guidance_scale=guidance - 1, num_inference_steps=4, latents=noise[0], output_type="pt", **size
@@ -105,12 +106,12 @@ def test_latents_round_trip(z):
 def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     tiny = ["iterations=3", "algorithm.steps=2", "algorithm.group=2", "prompts_per_step=2", "data.prompts=6", "data.reals=1"]
     tiny += ["algorithm.warmup=1", "algorithm.ramp=0", f"teacher={folder}"]
-    student = run.train(*resolve("mini-sd35-advdmd", [*tiny, *words]), tmp_path / "run")
+    student = train.train(*resolve("mini-sd35-advdmd", [*tiny, *words]), tmp_path / "run")
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    backbone, how = load.load(str(student))
+    backbone, how = loading.load(str(student))
     told = json.loads((student / "advdmd.json").read_text())["stock_call"]
     assert told["num_inference_steps"] == 2
     first = torch.randn(1, 4, 8, 8)
@@ -127,7 +128,7 @@ def test_what_it_cannot_do_is_refused(z, folder, tmp_path):
     with pytest.raises(ValueError, match="side=7: Z-Image reads latents two by two"):
         ZImage(z.pipe, 7)
     with pytest.raises(ValueError, match="no second time embedding for a ZImageTransformer2DModel"):
-        run.train(
+        train.train(
             *resolve("mini-sd35-twinflow", ["data.prompts=6", "data.reals=1", "prompts_per_step=2", f"teacher={folder}"]),
             tmp_path,
         )

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from advdmd import run
-from advdmd.data import cache
-from advdmd.recipes.find import resolve
-from advdmd.train import checkpoint
+from advdmd.commands import train as command
+from advdmd.data import embedding_cache
+from advdmd.recipes.registry import resolve
+from advdmd.training import checkpoint
 from advdmd.types import Cond
 
 WORDS = [
@@ -24,7 +24,7 @@ WORDS = [
 
 
 def train(teacher, out, *words):
-    return run.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={teacher}", *words]), out)
+    return command.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={teacher}", *words]), out)
 
 
 def weights(folder):
@@ -60,9 +60,9 @@ def poison(monkeypatch, where, bad, calls):
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
     """Whether a loss or a reward: step and player are named, and no player has moved since its last good step."""
-    from advdmd.algorithms import advdmd, turns
+    from advdmd.algorithms import advdmd, updates
 
-    poison(monkeypatch, (turns if name in ("track_student", "match_teacher") else advdmd, name), bad, calls)
+    poison(monkeypatch, (updates if name in ("track_student", "match_teacher") else advdmd, name), bad, calls)
     moved = []
     true = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: moved.append(self) or true(self, *a, **k))
@@ -71,7 +71,7 @@ def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, t
     for player in moved:
         for group in player.param_groups:
             assert all(torch.isfinite(p).all() for p in group["params"])
-    assert checkpoint.newest(tmp_path / "r/checkpoints") is not None
+    assert checkpoint.latest(tmp_path / "r/checkpoints") is not None
 
 
 def test_a_gradient_that_is_none_stops_the_run_too(tiny_folder, tmp_path, monkeypatch):
@@ -92,25 +92,25 @@ def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_
     good = Cond(torch.ones(2, 3, 4), pooled=torch.ones(2, 4))
     latents = [torch.ones(1, 4, 8, 8), torch.ones(1, 4, 8, 8)]
     with pytest.raises(FloatingPointError, match="latents of these prompts are not finite"):
-        cache.write_shard(tmp_path, 0, good, [latents[0], latents[1] / 0])
+        embedding_cache.write_shard(tmp_path, 0, good, [latents[0], latents[1] / 0])
     assert not list(tmp_path.iterdir())
     with pytest.raises(FloatingPointError, match=r"null.safetensors: pooled of the empty prompt are not finite"):
-        cache.write_null(tmp_path, Cond(good.embeds[:1], pooled=good.pooled[:1] / 0))
+        embedding_cache.write_null(tmp_path, Cond(good.embeds[:1], pooled=good.pooled[:1] / 0))
     assert not list(tmp_path.iterdir())
-    cache.write_null(tmp_path, good[:1])
-    cache.write_shard(tmp_path, 0, good, latents)
-    tensors = load_file(cache.shard_path(tmp_path, 0))
+    embedding_cache.write_null(tmp_path, good[:1])
+    embedding_cache.write_shard(tmp_path, 0, good, latents)
+    tensors = load_file(embedding_cache.shard_path(tmp_path, 0))
     tensors["latents"][1, 0, 0, 0] = float("nan")
-    cache._write(cache.shard_path(tmp_path, 0), tensors, images=[1, 1])
-    cache.write_text(tmp_path / "plan.json", '{"resolution": 32, "teacher": {}}')
-    assert cache.finish(tmp_path, ["a circle", "a square"])
-    kept = cache.Cache(tmp_path)
+    embedding_cache._write(embedding_cache.shard_path(tmp_path, 0), tensors, images=[1, 1])
+    embedding_cache.write_text(tmp_path / "plan.json", '{"resolution": 32, "teacher": {}}')
+    assert embedding_cache.finalize(tmp_path, ["a circle", "a square"])
+    kept = embedding_cache.EmbeddingCache(tmp_path)
     assert kept.real(0, 0).isfinite().all()
     with pytest.raises(FloatingPointError, match=r"shard-000000.safetensors: what is kept of prompt 1 \('a square'\)"):
         kept.real(1, 0)
-    cache._write(cache.null_path(tmp_path), {"embeds": torch.full((1, 3, 4), float("nan")).bfloat16()})
+    embedding_cache._write(embedding_cache.null_path(tmp_path), {"embeds": torch.full((1, 3, 4), float("nan")).bfloat16()})
     with pytest.raises(FloatingPointError, match=r"null.safetensors: embeds of the empty prompt are not finite"):
-        _ = cache.Cache(tmp_path).null
+        _ = embedding_cache.EmbeddingCache(tmp_path).null
 
 
 def test_what_clipping_would_hide_of_twinflows_target_stops_the_run(tiny_folder, tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_what_clipping_would_hide_of_twinflows_target_stops_the_run(tiny_folder,
     poison(monkeypatch, (twinflow.TwinFlow, "integrate"), float("inf"), 3)
     words = [w for w in WORDS if "warmup" not in w and "ramp" not in w and "gated" not in w]
     with pytest.raises(FloatingPointError, match=r"step 2, student: a target is not finite"):
-        run.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
+        train.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
 
 
 def test_a_file_that_grows_too_large_ends_the_run_with_one_line(tiny_folder, tmp_path):
@@ -164,7 +164,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_roo
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         assert "No space left" in done.stderr
-        kept = checkpoint.newest(small / "r/checkpoints")
+        kept = checkpoint.latest(small / "r/checkpoints")
         assert kept is not None
         assert 2 <= kept[1]["step"] < 6
         shutil.copytree(small / "r", tmp_path / "r")
@@ -176,12 +176,12 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_when_there_is_roo
 
 
 def test_no_secret_of_the_environment_reaches_what_a_run_writes(tiny_folder, tmp_path, monkeypatch, capfd):
-    from advdmd import page
+    from advdmd.monitoring import html_report
 
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "hunter2-sentinel")
     train(tiny_folder, tmp_path / "r", "iterations=2", "look_every=2")
-    page.write([tmp_path / "r"], [], tmp_path / "report.html")
+    html_report.write_report([tmp_path / "r"], [], tmp_path / "report.html")
     said = "".join(capfd.readouterr())
     assert "hunter2" not in said
     files = [f for f in tmp_path.rglob("*") if f.is_file()]

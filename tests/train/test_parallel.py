@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from advdmd import run
-from advdmd.recipes.find import resolve
+from advdmd.commands import train
+from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
-from advdmd.train import checkpoint, parallel
-from advdmd.types import Team
+from advdmd.training import checkpoint, distributed
+from advdmd.types import Ranks
 
 COMMON = [
     "iterations=4", "algorithm.group=2", "prompts_per_step=4", "data.prompts=8", "data.reals=2", "save_every=2", "look_every=0",
@@ -56,7 +56,7 @@ def together(n, do):
 
 
 def ran_alone(folder, teacher, words, recipe="mini-sd35-advdmd"):
-    run.train(*resolve(recipe, [f"teacher={teacher}", *words]), folder)
+    train.train(*resolve(recipe, [f"teacher={teacher}", *words]), folder)
     return folder
 
 
@@ -146,7 +146,7 @@ def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
 
 def test_minibatches_are_the_steps_however_it_is_shared():
     whole = Rng(1, 2, range(8)).minibatches("order", 3, 2)
-    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Team(rank=r, size=2)).minibatches("order", 3, 2) for r in (0, 1)]
+    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Ranks(rank=r, size=2)).minibatches("order", 3, 2) for r in (0, 1)]
     for (m, passes), (a, mine), (b, theirs) in zip(whole, *parts, strict=True):
         assert passes == -(-len(m) // 2)
         assert mine == theirs == -(-max(len(a), len(b)) // 2), "all make as many"
@@ -233,7 +233,7 @@ def test_a_damaged_share_is_passed_over(spread, tmp_path, capsys):
     folder = shutil.copytree(spread, tmp_path / "run") / "checkpoints"
     share = max(folder.glob("step-0000004.safetensors/*.safetensors"))
     share.write_bytes(share.read_bytes()[:-1] + b"?")
-    assert checkpoint.newest(folder)[1]["step"] == 2
+    assert checkpoint.latest(folder)[1]["step"] == 2
     assert "damaged" in capsys.readouterr().out
 
 
@@ -241,10 +241,10 @@ def test_processes_that_see_different_checkpoints_are_told_so(spread, tmp_path):
     folders = [shutil.copytree(spread / "checkpoints", tmp_path / str(rank)) for rank in (0, 1)]
 
     def look(rank):
-        with parallel.processes():
-            assert checkpoint.newest(folders[0])[1]["step"] == 4
+        with distributed.init_distributed():
+            assert checkpoint.latest(folders[0])[1]["step"] == 4
             with pytest.raises(ValueError, match="all of them need one disk"):
-                checkpoint.newest(folders[rank])
+                checkpoint.latest(folders[rank])
 
     max(folders[1].glob("step-*.json")).unlink()
     together(2, look)

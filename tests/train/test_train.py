@@ -10,20 +10,22 @@ import torch
 from torch import nn
 
 from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.commands.train import train
 from advdmd.files import write_atomically, write_text
-from advdmd.recipes.find import resolve
-from advdmd.run import train
-from advdmd.train import book, checkpoint, loop
-from advdmd.train.book import Book, Progress, duration
-from advdmd.train.learner import Learner, Optim
-from advdmd.train.meter import Meter
+from advdmd.progress import Progress, duration
+from advdmd.recipes.registry import resolve
+from advdmd.training import checkpoint, logger, trainer
+from advdmd.training.efficiency import EfficiencyMeter
+from advdmd.training.learner import Learner
+from advdmd.training.logger import MetricsLogger
+from advdmd.training.optimizer import OptimizerConfig
 from tests.toy import Mixture, Net, flat, make_cast, toy_deal
 
 
 def learner(ema=0.9, **optim):
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
-    return Learner("net", net, net, {"main": (Optim(**({"lr": 0.1} | optim)), [(net.parameters(), 1.0)])}, ema=ema)
+    return Learner("net", net, net, {"main": (OptimizerConfig(**({"lr": 0.1} | optim)), [(net.parameters(), 1.0)])}, ema=ema)
 
 
 def test_losses_that_arrive_in_parts_move_as_one(gen):
@@ -57,7 +59,7 @@ def test_a_gradient_that_is_not_finite_stops_too():
 def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch, clip):
     torch.manual_seed(0)
     net, x = nn.Linear(3, 1), torch.randn(8, 3)
-    one = Learner("net", net, net, {"main": (Optim(lr=0.1, clip=clip), [(list(net.parameters()), 1.0)])})
+    one = Learner("net", net, net, {"main": (OptimizerConfig(lr=0.1, clip=clip), [(list(net.parameters()), 1.0)])})
     given = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: given.extend(p.grad.clone() for p in net.parameters()))
     wanted = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
@@ -68,17 +70,17 @@ def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch,
 
 
 def test_rates_follow_the_schedule():
-    assert Optim(lr=1.0, warmup=4).rate(0) == 0.25
-    assert Optim(lr=1.0, warmup=4).rate(10) == 1.0
-    assert Optim(lr=1.0, decay=10).rate(0) == 1.0
-    assert Optim(lr=1.0, decay=10).rate(10) == pytest.approx(0.02)
-    assert Optim(lr=1.0, decay=10).rate(99) == pytest.approx(0.02)
+    assert OptimizerConfig(lr=1.0, warmup=4).rate(0) == 0.25
+    assert OptimizerConfig(lr=1.0, warmup=4).rate(10) == 1.0
+    assert OptimizerConfig(lr=1.0, decay=10).rate(0) == 1.0
+    assert OptimizerConfig(lr=1.0, decay=10).rate(10) == pytest.approx(0.02)
+    assert OptimizerConfig(lr=1.0, decay=10).rate(99) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("bad", [{"lr": 0.0}, {"betas": (1.0, 0.9)}, {"clip": 0.0}, {"warmup": -1}])
 def test_bad_optimizer_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Optim(**({"lr": 0.1} | bad))
+        OptimizerConfig(**({"lr": 0.1} | bad))
 
 
 def test_the_average_follows_with_a_warm_start():
@@ -92,7 +94,7 @@ def test_the_average_follows_with_a_warm_start():
 def test_two_turns_of_a_player_say_whether_they_agree():
     torch.manual_seed(0)
     net = nn.Linear(3, 1, bias=False)
-    optim = Optim(lr=0.01, clip=1e9)
+    optim = OptimizerConfig(lr=0.01, clip=1e9)
     one = Learner("net", net, net, {k: (optim, [(list(net.parameters()), 1.0)]) for k in ("match", "policy")})
     x = torch.eye(3)
     assert "net/cosine" not in one.descend([one(x[:1])[:, 0]], turn="match")  # the other has not moved yet
@@ -110,8 +112,8 @@ def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
     def take(seconds):
         clock[0] += seconds
 
-    monkeypatch.setattr("advdmd.train.meter._now", lambda: clock[0])
-    meter = Meter(lambda: take(0.02), 4, lambda step: 3.0 + step, batch=8)
+    monkeypatch.setattr("advdmd.training.efficiency._now", lambda: clock[0])
+    meter = EfficiencyMeter(lambda: take(0.02), 4, lambda step: 3.0 + step, batch=8)
     for step in range(3):
         meter.start(step)
         take((3 + step) * 2 * 0.02 * 1.25)  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
@@ -140,7 +142,7 @@ def run(folder, steps, cast=None, algorithm=None, **kw):
     cast = cast or make_cast(Mixture(), seeded_net(), 4)
     algorithm = algorithm or AdvDMD(warmup=1, ramp=2, micro=512)
     settings = {"seed": 0, "steps": steps, "save_every": 2, "extra": {"auc": cast.auc}} | kw
-    loop.run(algorithm, cast, toy_deal(Mixture()), folder, **settings)
+    trainer.train(algorithm, cast, toy_deal(Mixture()), folder, **settings)
     return cast
 
 
@@ -185,7 +187,7 @@ def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, caps
 
 
 def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(book, "LINES", 4)
+    monkeypatch.setattr(logger, "LINES", 4)
     run(tmp_path, 12, exam=lambda step: {"exam/strict": 0.5}, exam_every=5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 4, 8, 9, 11], "one in three, those with an exam, and the last"
@@ -206,11 +208,11 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     said = []
-    path, record = checkpoint.newest(folder, said.append)
+    path, record = checkpoint.latest(folder, said.append)
     assert record["step"] == 2
     assert "step-0000004" in said[0]
     path.unlink()
-    assert checkpoint.newest(folder, said.append) is None
+    assert checkpoint.latest(folder, said.append) is None
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         checkpoint.resume(folder, {})
     assert "cannot be read" in said[-1]
@@ -264,7 +266,7 @@ def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, stop in ((0, 4), (2, 5)):  # stopped after step 3, but the last checkpoint was at 2
-        book = Book(tmp_path, "run", 5, start, track=("tensorboard",))
+        book = MetricsLogger(tmp_path, "run", 5, start, track=("tensorboard",))
         for step in range(start, stop):
             book.write(step, {"fake/loss": 10.0 * start + step})
         book.close()
@@ -291,7 +293,7 @@ def test_nothing_of_a_trackers_is_imported_unless_asked():
 
 def test_a_torn_last_line_of_the_metrics_is_forgotten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a')
-    book = Book(tmp_path, "x", 3, start=1)
+    book = MetricsLogger(tmp_path, "x", 3, start=1)
     book.write(1, {"a": 2.0})
     book.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [

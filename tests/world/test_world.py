@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from advdmd.data.shapes import DENSE, held_out, make_pool, words
-from advdmd.world import caption, checker
-from advdmd.world.render import coverage, render, to_uint8
-from advdmd.world.scene import (
+from advdmd.mini.dataset import DENSE, caption_for, held_out, make_dataset
+from advdmd.mini.world import caption, checker
+from advdmd.mini.world.render import coverage, render, to_uint8
+from advdmd.mini.world.scene import (
     COLORS,
     EXTENTS,
     FULL,
@@ -24,10 +24,10 @@ from advdmd.world.scene import (
     TASKS,
     Group,
     Scene,
+    SceneObject,
     Spec,
-    Thing,
     World,
-    draw,
+    draw_scene,
     random_spec,
     specs,
 )
@@ -39,7 +39,7 @@ N = 10_000
 def scenes():
     rng = np.random.default_rng(20261122)
     streams = [specs(t, rng, pairs=None) for t in (*TASKS, DENSE)]
-    return [draw(next(streams[i % 7]), rng, pairs=True) for i in range(N)]
+    return [draw_scene(next(streams[i % 7]), rng, pairs=True) for i in range(N)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def images(scenes):
 
 
 def exact(scenes, images):
-    return np.mean([checker.same_scene(a, b) for a, b in zip(checker.look(images), scenes)])
+    return np.mean([checker.same_scene(a, b) for a, b in zip(checker.read_scene(images), scenes)])
 
 
 def test_the_checker_reads_ten_thousand_scenes_exactly(scenes, images):
@@ -95,7 +95,7 @@ def test_every_mutation_of_a_scene_is_noticed(scenes):
 
 def test_shapes_are_drawn_with_the_area_and_extent_they_claim():
     for shape in SHAPES:
-        thing = Thing(shape, "red", "large", 16, 16, 10, COLORS["red"])
+        thing = SceneObject(shape, "red", "large", 16, 16, 10, COLORS["red"])
         cover = coverage([thing])[0]
         assert 0.89 <= np.sqrt(cover.sum() / np.pi) / 10 <= 1.01, shape
         ys, xs = np.nonzero(cover > 0.5)
@@ -121,7 +121,7 @@ def test_scenes_keep_their_margins_gaps_and_relations(scenes):
 def test_a_stated_relation_is_never_borderline():
     rng = np.random.default_rng(2)
     for spec, _ in zip(specs("position", rng), range(100)):
-        a, b = draw(spec, rng).things
+        a, b = draw_scene(spec, rng).things
         d = np.array([a.x - b.x, a.y - b.y])
         along = np.abs(d).max()
         assert along >= 9
@@ -130,16 +130,16 @@ def test_a_stated_relation_is_never_borderline():
 
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="5 objects"):
-        draw(Spec((Group("circle", 5),)), np.random.default_rng(0))
+        draw_scene(Spec((Group("circle", 5),)), np.random.default_rng(0))
     bars = Spec((Group("bar", 2, size="large"), Group("star", 2, size="large")), (0, "left of", 1))
     with pytest.raises(ValueError, match="no room"):
-        draw(bars, np.random.default_rng(0), attempts=5)
+        draw_scene(bars, np.random.default_rng(0), attempts=5)
 
 
 def test_drawing_is_a_function_of_its_seed():
     spec = random_spec(DENSE, np.random.default_rng(3))
-    assert draw(spec, np.random.default_rng(4)) == draw(spec, np.random.default_rng(4))
-    assert draw(spec, np.random.default_rng(4)) != draw(spec, np.random.default_rng(5))
+    assert draw_scene(spec, np.random.default_rng(4)) == draw_scene(spec, np.random.default_rng(4))
+    assert draw_scene(spec, np.random.default_rng(4)) != draw_scene(spec, np.random.default_rng(5))
 
 
 @pytest.mark.parametrize("world", [FULL, HALF])
@@ -158,24 +158,24 @@ def test_a_world_of_unknown_words_is_refused():
 
 
 def test_training_never_shows_a_held_out_prompt_or_pair():
-    pool = make_pool(400, seed=0)
-    for seen in checker.look(pool.images[:, 0]):
+    pool = make_dataset(400, seed=0)
+    for seen in checker.read_scene(pool.images[:, 0]):
         assert not {(b.shape, b.color) for b in seen.blobs} & FULL.held_out_pairs
     for i, prompt in enumerate(pool.prompts):
         assert not held_out(TASKS[i // 2 % 6] if i % 2 else DENSE, prompt)
 
 
 def test_a_pool_is_a_function_of_its_seed_and_its_images_match_their_prompts():
-    a, b = make_pool(30, seed=1, reals=2), make_pool(30, seed=1, reals=2)
+    a, b = make_dataset(30, seed=1, reals=2), make_dataset(30, seed=1, reals=2)
     assert a.prompts == b.prompts
     assert (a.images == b.images).all()
     assert (a.images[:, 0] != a.images[:, 1]).any(axis=(1, 2, 3)).mean() > 0.9
     with pytest.raises(ValueError, match="pool of 0"):
-        make_pool(0, seed=1)
+        make_dataset(0, seed=1)
 
 
 def test_a_pool_is_the_same_whatever_the_number_of_processes_that_draw_it():
-    a, b = make_pool(257, seed=1), make_pool(257, seed=1, workers=2)
+    a, b = make_dataset(257, seed=1), make_dataset(257, seed=1, workers=2)
     assert a.prompts == b.prompts
     assert (a.images == b.images).all()
 
@@ -184,7 +184,7 @@ def test_captions_use_known_words_only_and_fit_the_tokenizer():
     rng, longest = np.random.default_rng(0), 0
     for task in (*TASKS, DENSE):
         for spec, _ in zip(specs(task, rng, pairs=None), range(150)):
-            text = words(task, spec)
+            text = caption_for(task, spec)
             caption.check_prompt(text)
             longest = max(longest, len(text.replace(".", " .").split()) + 2)
     assert longest <= 25
@@ -194,7 +194,7 @@ def test_a_prompt_is_read_back_as_what_it_asks_for():
     rng = np.random.default_rng(0)
     for task in (*TASKS, DENSE):
         for spec in itertools.islice(specs(task, rng, FULL, pairs=None), 200):
-            assert caption.parse(words(task, spec)) == spec, words(task, spec)
+            assert caption.parse(caption_for(task, spec)) == spec, caption_for(task, spec)
     assert caption.parse("A  red circle, ") == Spec((Group("circle", color="red"),))
 
 
@@ -234,10 +234,10 @@ def test_unknown_words_are_named_with_the_vocabulary(prompt, words):
 
 def test_the_checker_refuses_other_sizes_and_copes_with_nothing():
     with pytest.raises(ValueError, match="expected"):
-        checker.look(np.zeros((1, 16, 16, 3), np.uint8))
+        checker.read_scene(np.zeros((1, 16, 16, 3), np.uint8))
     blank = np.full((2, 32, 32, 3), 242, np.uint8)
-    assert checker.look(blank) == [checker.Seen("white", ()), checker.Seen("white", ())]
-    assert checker.look(np.full((1, 32, 32, 3), 200, np.uint8))[0].background is None
+    assert checker.read_scene(blank) == [checker.ObservedScene("white", ()), checker.ObservedScene("white", ())]
+    assert checker.read_scene(np.full((1, 32, 32, 3), 200, np.uint8))[0].background is None
 
 
 def test_unknown_tasks_are_refused():

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms import turns
-from advdmd.algorithms.base import Cast
-from advdmd.algorithms.objectives import pay, prefer_paid_hops, tell_apart
-from advdmd.kernels import cps
+from advdmd.algorithms import updates
+from advdmd.algorithms.base import DistillationModels
+from advdmd.algorithms.objectives import discriminator_logits, discriminator_rewards, policy_loss
 from advdmd.rng import Rng
-from advdmd.rollout import Path, rollout
-from advdmd.types import Batch, Log, differ
+from advdmd.rollout import Trajectory, rollout
+from advdmd.transitions import cps
+from advdmd.types import Batch, Metrics, conds_differ
 
-FINAL = (0.02, 0.3)  # noise levels at which the critic is shown final images
+FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the critic is shown final images
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means the path is not the policy's own
 
 
-class Turn(NamedTuple):
+class Updates(NamedTuple):
     """What an iteration does besides letting fake score and critic catch up."""
 
     policy: bool
@@ -92,15 +92,15 @@ class AdvDMD:
         if not 0 < low < high < 1:
             raise ValueError(f"AdvDMD(u_range={self.u_range}): needs 0 < low < high < 1")
 
-    def turn(self, step: int) -> Turn:
+    def turn(self, step: int) -> Updates:
         """The schedule of step 0, 1, ...: a function of the step alone, so that all ranks agree."""
         since = step - self.warmup
         if since < 0 or self.steps == 1:
-            return Turn(policy=False, match=True)
+            return Updates(policy=False, match=True)
         if since < self.ramp:
             every = round(8 * (2 / 8) ** (since / self.ramp))
-            return Turn(policy=since % every == 0, match=True)
-        return Turn(policy=True, match=since % self.match_every == 0)
+            return Updates(policy=since % every == 0, match=True)
+        return Updates(policy=True, match=since % self.match_every == 0)
 
     def critic_learns(self, step: int) -> bool:
         return self.online or step < self.warmup
@@ -121,7 +121,7 @@ class AdvDMD:
             "match": turn.match * self.match_turns * (grad + 2 + 1 + bool(self.gan) * 2 * depth),
         }
 
-    def iteration(self, cast: Cast, batch: Batch, step: int, rng: Rng) -> Log:
+    def iteration(self, cast: DistillationModels, batch: Batch, step: int, rng: Rng) -> Metrics:
         cond, real, turn = batch.cond, batch.real, self.turn(step)
         N, K, shape = len(real), self.steps, real.shape[1:]
         if N % self.group:
@@ -135,7 +135,7 @@ class AdvDMD:
 
         # The fake score and the critic catch up with where the student now is.
         log = self.catch_up(cast, path, batch, rng, self.critic_learns(step))
-        log["path/group_spread"] = losses.group_spread(path.x[-1], self.group).item()
+        log["path/group_spread"] = losses.within_group_std(path.x[-1], self.group).item()
 
         # Policy turn. First, while the path is still on-policy: every ratio starts at one.
         if turn.policy:
@@ -143,7 +143,7 @@ class AdvDMD:
             replay: list[Tensor] = []
 
             def prefer(i: Tensor) -> Tensor:
-                loss, off = prefer_paid_hops(
+                loss, off = policy_loss(
                     cast, path[i], cond[i], gain[:, i], kernel, self.clip_range(shape), self.action == "seen"
                 )
                 replay.append(off)
@@ -158,20 +158,20 @@ class AdvDMD:
         if turn.match:
 
             def landing(k: Tensor) -> Tensor:  # where the critic will meet what hop k saw
-                return torch.where(k + 1 < K, path.t[k + 1], rng.uniform("match.w", *FINAL))
+                return torch.where(k + 1 < K, path.t[k + 1], rng.uniform("match.w", *FINAL_NOISE_RANGE))
 
             how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan, "level": landing}
-            log |= turns.match(cast, path, cond, rng, **how)
+            log |= updates.update_student(cast, path, cond, rng, **how)
         return log
 
-    def catch_up(self, cast: Cast, path: Path, batch: Batch, rng: Rng, judging: bool) -> Log:
+    def catch_up(self, cast: DistillationModels, path: Trajectory, batch: Batch, rng: Rng, judging: bool) -> Metrics:
         """Fake score and, if `judging`, critic learn from the path; updates the running AUC per level."""
         (N, *shape), K, cond = batch.real.shape, path.hops, batch.cond
         x, t, k = self.critic_states(path, rng, shape)
         noise = rng.normal("critic.real", shape)
         # The same real image under another prompt of the step.
         wrong = cond[torch.arange(N).roll(self.group)] if batch.other is None else batch.other
-        other = differ(wrong, cond)  # two prompts of a batch may be the same words
+        other = conds_differ(wrong, cond)  # two prompts of a batch may be the same words
         real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
         shown = (torch.arange(N) % self.judge_every == 0) & judging
         together = 2 * self.micro >= 3 * N  # no larger a pass than the teacher's under guidance
@@ -183,15 +183,17 @@ class AdvDMD:
                 return loss
             i = i[seen] if here else i[:1]  # of several processes each makes a pass
             at = (batch.real[i], x[i], cond[i], t[i], noise[i], wrong[i] if self.mismatch else None)
-            real, fake, *under = tell_apart(cast, *at, together)
+            real, fake, *under = discriminator_logits(cast, *at, together)
             own = slice(min(n, here))
             real_logits[i[own]], fake_logits[i[own]] = real.detach().float()[own], fake.detach().float()[own]
-            told = losses.critic(real, fake)
+            told = losses.gan_discriminator(real, fake)
             if self.mismatch:
-                told = told + self.mismatch * other[i] * losses.mismatch(under[0])
+                told = told + self.mismatch * other[i] * losses.gan_mismatched_caption(under[0])
             return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told[:here])
 
-        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
+        log = updates.update_fake_score(
+            cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range
+        )
         if not judging:
             return log
         told = torch.stack([real_logits, fake_logits, shown.float(), k.float()])
@@ -207,16 +209,16 @@ class AdvDMD:
         log["critic/gap"] = (real_logits[shown].mean() - fake_logits[shown].mean()).item()
         return log
 
-    def critic_states(self, path: Path, rng: Rng, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def critic_states(self, path: Trajectory, rng: Rng, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """What the critic is shown: each sample at one level k of its path; the final image re-noised to a small u."""
         k = rng.index("critic.k", 1, path.hops + 1)
         x, t = path.at(k)
         end = k == path.hops
-        t = torch.where(end, rng.uniform("critic.u", *FINAL), t)
+        t = torch.where(end, rng.uniform("critic.u", *FINAL_NOISE_RANGE), t)
         seen = flow.interpolate(path.x[-1], rng.normal("critic.fake", shape), t)
         return torch.where(flow.bcast(end, x), seen, x), t, k
 
-    def advantages(self, cast: Cast, path: Path, batch: Batch, rng: Rng) -> tuple[Tensor, Log]:
+    def advantages(self, cast: DistillationModels, path: Trajectory, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
         """[K - 1, N] what each hop is worth, believed as far as the critic's AUC at its level allows.
 
         Further rewards of a recipe are paid for final images, to all hops: r = D + sum_i w_i r_i, each made comparable within
@@ -225,15 +227,15 @@ class AdvDMD:
         cond, K, shape = batch.cond, path.hops, path.x.shape[2:]
         leader = torch.arange(len(cond)) // self.group * self.group
         e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
-        hops, end = pay(cast, path, cond, self.final_levels, e, self.micro)
+        hops, end = discriminator_rewards(cast, path, cond, self.final_levels, e, self.micro)
         if not (hops.isfinite().all() and end.isfinite().all()):
             raise FloatingPointError("policy: a reward is not finite")
-        gate = losses.gate(cast.auc) if self.gated else torch.ones(K)
+        gate = losses.auc_gate(cast.auc) if self.gated else torch.ones(K)
         by_step = self.relative(cast, hops) * gate[:-1, None]
         by_end = self.relative(cast, end[None]) * gate[-1]
         gain = {"step": by_step, "final": by_end.expand_as(by_step), "both": 0.5 * (by_step + by_end)}[self.credit]
         spread = lambda r: r.unflatten(-1, (-1, self.group)).std(-1).mean().item()  # noqa: E731
-        paid: Log = {"reward/end": end.mean().item(), "reward/end_spread": spread(end)}
+        paid: Metrics = {"reward/end": end.mean().item(), "reward/end_spread": spread(end)}
         for i, r in enumerate(hops):
             paid |= {f"reward/{i + 1}": r.mean().item(), f"reward/{i + 1}_spread": spread(r)}
         for name, (weight, r) in (cast.bonus(path.x[-1], batch.prompt) if cast.bonus else {}).items():
@@ -242,10 +244,10 @@ class AdvDMD:
         paid["policy/zero_share"] = (gain.abs() < 1e-3).float().mean().item()
         return gain, paid
 
-    def relative(self, cast: Cast, rewards: Tensor) -> Tensor:
+    def relative(self, cast: DistillationModels, rewards: Tensor) -> Tensor:
         """[..., N] advantages of rewards [..., N], spread pooled over the groups of all processes."""
         n = rewards.shape[-1]
-        return losses.advantage(cast.team.gather(rewards), self.group)[..., cast.team.rank * n : (cast.team.rank + 1) * n]
+        return losses.group_advantage(cast.team.gather(rewards), self.group)[..., cast.team.rank * n : (cast.team.rank + 1) * n]
 
     def clip_range(self, shape: torch.Size) -> float:
         """The ratio's clip range for latents of this shape."""

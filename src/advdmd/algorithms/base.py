@@ -7,17 +7,17 @@ from torch import Tensor
 
 from advdmd.rng import Rng
 from advdmd.rollout import Velocity
-from advdmd.types import ALONE, Batch, Log, Team
+from advdmd.types import ONE_RANK, Batch, Metrics, Ranks
 
 
-class Player(Protocol):
+class Trainable(Protocol):
     """A network with a part in the game: call it for a velocity, or hand it losses to descend."""
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
-    def descend(self, losses: Iterable[Tensor], turn: str = "main") -> Log: ...
+    def descend(self, losses: Iterable[Tensor], turn: str = "main") -> Metrics: ...
 
 
-class Judge(Protocol):
+class Discriminator(Protocol):
     """The critic: a logit; `follow` also gives its gradient in x and none in any parameter."""
 
     def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
@@ -25,22 +25,22 @@ class Judge(Protocol):
 
 
 # (x0 [N, ...], prompt [N]) -> name of the reward -> its weight and what it pays [N]
-Bonus = Callable[[Tensor, Tensor | None], dict[str, tuple[float, Tensor]]]
+ExtraRewards = Callable[[Tensor, Tensor | None], dict[str, tuple[float, Tensor]]]
 
 
-class Cast(NamedTuple):
+class DistillationModels(NamedTuple):
     """The players of distillation. The critic's heads learn with the fake score, in one descent."""
 
     teacher: Velocity
     student: Any  # Player
     fake: Any  # Player, also told the hops k [N] at which the images were seen
-    critic: Judge
+    critic: Discriminator
     auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
-    bonus: Bonus | None = None  # further rewards of final images, if a recipe names some
-    team: Team = ALONE  # the processes that share a step's samples
+    bonus: ExtraRewards | None = None  # further rewards of final images, if a recipe names some
+    team: Ranks = ONE_RANK  # the processes that share a step's samples
 
 
 class Algorithm(Protocol):
     """A frozen dataclass whose fields are its hyperparameters."""
 
-    def iteration(self, cast: Any, batch: Batch, step: int, rng: Rng) -> Log: ...
+    def iteration(self, cast: Any, batch: Batch, step: int, rng: Rng) -> Metrics: ...

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms import turns
-from advdmd.algorithms.base import Cast
-from advdmd.algorithms.objectives import tell_apart
-from advdmd.kernels import renoise
+from advdmd.algorithms import updates
+from advdmd.algorithms.base import DistillationModels
+from advdmd.algorithms.objectives import discriminator_logits
 from advdmd.rng import Rng
 from advdmd.rollout import rollout
-from advdmd.types import Batch, Log
+from advdmd.transitions import renoise
+from advdmd.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class DMD2:
             * (grad + 2 + 1 + gan * 2 * depth),  # forward through the trunk, and back to x but not to its weights
         }
 
-    def iteration(self, cast: Cast, batch: Batch, step: int, rng: Rng) -> Log:
+    def iteration(self, cast: DistillationModels, batch: Batch, step: int, rng: Rng) -> Metrics:
         cond, real = batch.cond, batch.real
         (N, *shape), K = real.shape, self.steps
 
@@ -69,15 +69,17 @@ class DMD2:
         def judge(i: Tensor, n: int) -> Tensor:
             if not self.gan:
                 return torch.zeros(len(i))
-            real_, fake = tell_apart(cast, real[i], x[i], cond[i], t[i], seen[i])
+            real_, fake = discriminator_logits(cast, real[i], x[i], cond[i], t[i], seen[i])
             real_logits[i[:n]], fake_logits[i[:n]] = real_.detach().float()[:n], fake.detach().float()[:n]
-            return losses.critic(real_, fake)
+            return losses.gan_discriminator(real_, fake)
 
-        log = turns.catch_up(cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range)
+        log = updates.update_fake_score(
+            cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range
+        )
         real_logits, fake_logits = cast.team.gather(torch.stack([real_logits, fake_logits]))
         now = losses.auc(real_logits, fake_logits)
         cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
-        log["path/group_spread"] = losses.group_spread(path.x[-1], self.group).item()
+        log["path/group_spread"] = losses.within_group_std(path.x[-1], self.group).item()
         log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}
         how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan}
-        return log | turns.match(cast, path, cond, rng, **how)
+        return log | updates.update_student(cast, path, cond, rng, **how)

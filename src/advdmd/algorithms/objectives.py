@@ -7,19 +7,26 @@ import torch
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms.base import Cast
-from advdmd.kernels import Kernel
-from advdmd.rollout import Path, hop
-from advdmd.types import joined
+from advdmd.algorithms.base import DistillationModels
+from advdmd.rollout import Trajectory, step_distribution
+from advdmd.transitions import StepCoefficients
+from advdmd.types import cat_conds
 
 
-def track_student(cast: Cast, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
+def fake_score_loss(cast: DistillationModels, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
     """Flow matching on what the student saw at hops k keeps the fake score honest (DMD2, 2405.14867, Sec. 4.2)."""
-    return losses.velocity(cast.fake(flow.interpolate(x0, e, u), u, cond, k), x0, e)
+    return losses.flow_matching(cast.fake(flow.interpolate(x0, e, u), u, cond, k), x0, e)
 
 
-def tell_apart(
-    cast: Cast, real: Tensor, x: Tensor, cond: Any, t: Tensor, e: Tensor, wrong: Any = None, together: bool = False
+def discriminator_logits(
+    cast: DistillationModels,
+    real: Tensor,
+    x: Tensor,
+    cond: Any,
+    t: Tensor,
+    e: Tensor,
+    wrong: Any = None,
+    together: bool = False,
 ) -> list[Tensor]:
     """The critic's logits on real images and on the student's states x, both at noise level t, and on the same real images
     under `wrong` conditions if there are any: in a pass of their own, or, as small passes are dear, `together`."""
@@ -29,26 +36,28 @@ def tell_apart(
     for part in [seen] if together else [seen[:2], seen[2:]]:
         if part:
             images, conds = zip(*part, strict=True)
-            logits += cast.critic(torch.cat(images), t.repeat(len(part)), joined(conds)).chunk(len(part))
+            logits += cast.critic(torch.cat(images), t.repeat(len(part)), cat_conds(conds)).chunk(len(part))
     return logits
 
 
-def match_teacher(
-    cast: Cast, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor, w: Tensor, gan: float = 0.0
+def distribution_matching_loss(
+    cast: DistillationModels, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor, w: Tensor, gan: float = 0.0
 ) -> Tensor:
     """Distribution matching at u for the x0 the student sees from x at hops k (DMD2, 2405.14867, Eq. 2), plus gan x its
     realism re-noised to w (Eq. 4)."""
-    x0 = flow.clean(x, cast.student(x, t, cond), t)
+    x0 = flow.x0_from_velocity(x, cast.student(x, t, cond), t)
     x_u = flow.interpolate(x0, e, u)
     with torch.no_grad():
-        x0_teacher = flow.clean(x_u, cast.teacher(x_u, u, cond), u)
-        x0_fake = flow.clean(x_u, cast.fake(x_u, u, cond, k), u)
+        x0_teacher = flow.x0_from_velocity(x_u, cast.teacher(x_u, u, cond), u)
+        x0_fake = flow.x0_from_velocity(x_u, cast.fake(x_u, u, cond, k), u)
     loss = losses.dmd(x0, x0_teacher, x0_fake)
-    return loss + gan * losses.realism(cast.critic.follow(flow.interpolate(x0, e, w), w, cond)) if gan else loss
+    return loss + gan * losses.gan_generator(cast.critic.follow(flow.interpolate(x0, e, w), w, cond)) if gan else loss
 
 
 @torch.no_grad()
-def pay(cast: Cast, path: Path, cond: Any, levels: Sequence[float], e: Tensor, micro: int) -> tuple[Tensor, Tensor]:
+def discriminator_rewards(
+    cast: DistillationModels, path: Trajectory, cond: Any, levels: Sequence[float], e: Tensor, micro: int
+) -> tuple[Tensor, Tensor]:
     """[K - 1, N] a hop earns the critic's logit at the state it reached, [N] the final image its mean logit over a few low
     noise levels; `micro` states of whatever hop a pass."""
     n, low = len(cond), torch.tensor(levels)
@@ -58,8 +67,14 @@ def pay(cast: Cast, path: Path, cond: Any, levels: Sequence[float], e: Tensor, m
     return logits[: -len(low)], logits[-len(low) :].mean(0)
 
 
-def prefer_paid_hops(
-    cast: Cast, path: Path, cond: Any, gain: Tensor, kernel: Kernel, clip: float, seen: bool = False
+def policy_loss(
+    cast: DistillationModels,
+    path: Trajectory,
+    cond: Any,
+    gain: Tensor,
+    kernel: StepCoefficients,
+    clip: float,
+    seen: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Clipped policy gradient over the stochastic hops of a path (Flow-GRPO, 2505.05470, Eq. 5).
 
@@ -69,8 +84,8 @@ def prefer_paid_hops(
     total, off = torch.zeros(len(cond)), torch.zeros(())
     actions, close_old = path.sights(kernel) if seen else (path.x[1:-1], path.close)
     for k, action in enumerate(actions):
-        step, _ = hop(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel)
+        step, _ = step_distribution(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel)
         close = step.closeness(action)
-        total = total + losses.policy(close, close_old[k], gain[k], clip)
+        total = total + losses.ppo_clip(close, close_old[k], gain[k], clip)
         off = torch.maximum(off, ((close - close_old[k]).detach().exp() - 1).abs().max())
     return total / max(1, len(path.close)), off

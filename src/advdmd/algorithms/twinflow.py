@@ -10,12 +10,12 @@ from torch import Tensor
 
 from advdmd import flow, losses
 from advdmd.rng import Rng
-from advdmd.types import Batch, Cond, Log, joined
+from advdmd.types import Batch, Cond, Metrics, cat_conds
 
-BACK = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
+EPS = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
 
 
-class Twin(NamedTuple):
+class TwinFlowModels(NamedTuple):
     """The one player: its network F(x, t, r, c), the same with averaged weights, and the empty prompt."""
 
     student: Any
@@ -23,13 +23,13 @@ class Twin(NamedTuple):
     null: Any
 
 
-def robust(error: Tensor, c: float = 1e-3) -> Tensor:
+def barron_loss(error: Tensor, c: float = 1e-3) -> Tensor:
     """mse (mse / c^2 + 1)^(-1/2) / c with the factor detached (Barron's loss at alpha = 1). [N, ...] -> [N]"""
     mse = losses.mean_flat(error.float().square())
     return mse * ((mse / c**2 + 1) ** -0.5 / c).detach()
 
 
-def enhancement(scale: float) -> float:
+def guidance_strength(scale: float) -> float:
     """The strength w of the enhanced target that comes to guidance of `scale`: 1 - 1 / scale; 5 gives the paper's .8.
 
     The target v + w (F - F_null) is made with the network that learns it, so at rest F = v + w (F - F_null), which is
@@ -38,7 +38,7 @@ def enhancement(scale: float) -> float:
     return 1 - 1 / scale
 
 
-def repeated(cond: Any, n: int) -> Any:
+def expand_cond(cond: Any, n: int) -> Any:
     return cond[torch.zeros(n, dtype=torch.long)]
 
 
@@ -89,7 +89,7 @@ class TwinFlow:
         r = torch.where(quarter == 0, torch.zeros(n), t * (1 - far))
         return torch.where(quarter == 3, -t, t), torch.where(quarter == 3, -t, r), quarter
 
-    def iteration(self, cast: Twin, batch: Batch, step: int, rng: Rng) -> Log:
+    def iteration(self, cast: TwinFlowModels, batch: Batch, step: int, rng: Rng) -> Metrics:
         (N, *shape), cond = batch.real.shape, batch.cond
         t, r, quarter = self.times(rng, N)
         z, own, first = rng.normal("z", shape), (quarter == 3).nonzero()[:, 0], (quarter == 0).nonzero()[:, 0]
@@ -99,53 +99,55 @@ class TwinFlow:
         with torch.no_grad():
             start = rng.normal("fake", shape)[own]
             one, zero = torch.ones(len(own)), torch.zeros(len(own))
-            x0[own] = flow.clean(start, cast.student(start, one, zero, cond[own]), one)
+            x0[own] = flow.x0_from_velocity(start, cast.student(start, one, zero, cond[own]), one)
         x, v = flow.interpolate(x0, z, t.abs()), z - x0
 
         F = cast.student(x, t, r, cond)
         target = self.target(cast, F.detach(), x, t, r, v, cond, quarter)
         weight = torch.where(quarter == 3, torch.ones(N), torch.tan((1 - (t - r)) * math.pi / 2.5) + 1)
-        loss = weight * robust(F - target)
-        log: Log = {
+        loss = weight * barron_loss(F - target)
+        log: Metrics = {
             f"twin/{name}": loss.detach()[quarter == q].mean().item() for q, name in enumerate(("end", "near", "any", "own"))
         }
 
         # Where the two trajectories disagree at the image of one step, that image moves towards the data's.
         if self.rectify:
-            seen, again = flow.clean(x[first], F[first].detach(), t[first]), rng.normal("again", shape)[first]
+            seen, again = flow.x0_from_velocity(x[first], F[first].detach(), t[first]), rng.normal("again", shape)[first]
             u = rng.uniform("again.t")[first].clamp(1e-3, 1 - 1e-3)
             x_u = flow.interpolate(seen, again, u)
             with torch.no_grad():
                 s = torch.cat([-u, u])
                 theirs, ours = cast.student(torch.cat([x_u, x_u]), s, s, cond[first.repeat(2)]).chunk(2)
             g = (theirs - ours).clamp(-1, 1)
-            extra = self.rectify * robust(F[first] - (F[first].detach() - g))
+            extra = self.rectify * barron_loss(F[first] - (F[first].detach() - g))
             loss = loss.index_add(0, first, extra)
             log["twin/rectify"] = extra.detach().mean().item()
         return log | cast.student.descend([loss])
 
     @torch.no_grad()
-    def target(self, cast: Twin, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Cond, quarter: Tensor) -> Tensor:
+    def target(
+        self, cast: TwinFlowModels, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Cond, quarter: Tensor
+    ) -> Tensor:
         """What F(x, t, r) should be: the average velocity from r to t, by one short step along v and the averaged network
         for the rest, clipped to +-1 around F. The student's own samples and r = t keep v itself."""
         guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
         if self.guidance and len(guided):
             twice = guided.repeat(2)
-            both = joined([cond[guided], repeated(cast.null, len(guided))])
+            both = cat_conds([cond[guided], expand_cond(cast.null, len(guided))])
             mine, null = cast.average(x[twice], t[twice], t[twice], both).chunk(2)
             v = v.index_add(0, guided, self.guidance * (mine - null))
         far = (quarter < 3).nonzero()[:, 0]
         integral = torch.zeros_like(x)
-        integral[far] = self.integrate(cast, x[far] - BACK * v[far], (t[far] - BACK).maximum(r[far]), r[far], cond[far])
-        short = t < r + BACK
-        a = torch.where(short, torch.ones_like(t), (t - r) / BACK)
-        b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / BACK))  # nothing is left to integrate
+        integral[far] = self.integrate(cast, x[far] - EPS * v[far], (t[far] - EPS).maximum(r[far]), r[far], cond[far])
+        short = t < r + EPS
+        a = torch.where(short, torch.ones_like(t), (t - r) / EPS)
+        b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / EPS))  # nothing is left to integrate
         away = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
         if not away.isfinite().all():  # which clipping would hide
             raise FloatingPointError("student: a target is not finite")
         return F - away.clamp(-1, 1)
 
-    def integrate(self, cast: Twin, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
+    def integrate(self, cast: TwinFlowModels, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
         """The averaged network's displacement from t down to r, in `order` sub-steps of equal length."""
         dt, total = (t - r) / self.order, torch.zeros_like(x)
         for _ in range(self.order):

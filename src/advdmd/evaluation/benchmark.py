@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Perception = dict[str, Any]  # what was seen in one image, as JSON holds it
+Judgement = dict[str, Any]  # what was seen in one image, as JSON holds it
 
 
 @dataclass(frozen=True)
-class Item:
+class SuiteItem:
     """One prompt of a suite: its task, what a scorer needs to know, and how many images of it are drawn."""
 
     id: str
@@ -32,7 +32,7 @@ class Verdict:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Dropped(Exception):
+class ExcludedItem(Exception):
     """Raised by `verdict` where a published script's own arithmetic leaves a prompt out of its mean."""
 
 
@@ -43,12 +43,14 @@ class Benchmark(Protocol):
     def name(self) -> str: ...
     @property
     def split(self) -> str: ...
-    def items(self) -> Sequence[Item]: ...
-    def verdict(self, item: Item, perception: Perception) -> Verdict: ...  # pure: no model, no file
-    def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]: ...  # by kind, if it has kinds
+    def items(self) -> Sequence[SuiteItem]: ...
+    def verdict(self, item: SuiteItem, perception: Judgement) -> Verdict: ...  # pure: no model, no file
+    def breakdown(
+        self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]
+    ) -> dict[str, float]: ...  # by kind, if it has kinds
 
 
-class Perceiver(Protocol):
+class Judge(Protocol):
     """What looks at the images of a suite: the miniature's checker, a detector, a judge that answers questions.
 
     `name` goes beside every figure; `fingerprint` tells judges apart whose answers must not be mixed.
@@ -59,10 +61,10 @@ class Perceiver(Protocol):
     batch: int  # images it is shown at a time
 
     def self_test(self) -> None: ...  # raises ValueError if its answers cannot be trusted
-    def look(self, items: Sequence[Item], images: Sequence[np.ndarray]) -> list[Perception]: ...  # images [H, W, 3] uint8
+    def look(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]: ...  # images [H, W, 3] uint8
 
 
-def suite_hash(items: Sequence[Item]) -> str:
+def suite_hash(items: Sequence[SuiteItem]) -> str:
     """What tells two suites apart: their prompts, in order, and how many images of each."""
     said = [[i.id, i.task, i.prompt, i.n_images] for i in items]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

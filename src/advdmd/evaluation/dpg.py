@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from advdmd.evaluation.benchmark import Dropped, Item, Perception, Verdict
+from advdmd.evaluation.benchmark import ExcludedItem, Judgement, SuiteItem, Verdict
 from advdmd.files import file_hash
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -51,7 +51,7 @@ def _check(item: str, questions: Sequence[Question]) -> None:
         raise ValueError(f"{item}: questions depend on one another in a circle: {e.args[1]}") from None
 
 
-def read(path: Path) -> dict[str, tuple[str, list[Question]]]:
+def read_csv(path: Path) -> dict[str, tuple[str, list[Question]]]:
     """Item -> (prompt, questions) of a DPG-Bench CSV, one row a question. Raises ValueError naming the row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name DPG-Bench's dpg_bench.csv, which is not shipped here")
@@ -82,7 +82,7 @@ def read(path: Path) -> dict[str, tuple[str, list[Question]]]:
     return found
 
 
-def cascade(questions: Sequence[Question], yes: Mapping[int, bool]) -> dict[int, bool]:
+def apply_dependencies(questions: Sequence[Question], yes: Mapping[int, bool]) -> dict[int, bool]:
     """Answers after the dependency rule: a question with a failed parent fails, whatever the judge said, and so on down."""
     by_id, out = {q.id: q for q in questions}, {}
     for i in graphlib.TopologicalSorter({q.id: q.parents for q in questions}).static_order():
@@ -115,21 +115,21 @@ class DPG:
 
     @cached_property
     def table(self) -> dict[str, tuple[str, list[Question]]]:
-        return read(Path(self.csv))
+        return read_csv(Path(self.csv))
 
     @cached_property
     def csv_sha256(self) -> str:
         return file_hash(Path(self.csv))
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[SuiteItem]:
         about = {"csv": self.csv_sha256}
-        return [Item(k, text, "dense", about | {"questions": q}, self.images) for k, (text, q) in self.table.items()]
+        return [SuiteItem(k, text, "dense", about | {"questions": q}, self.images) for k, (text, q) in self.table.items()]
 
-    def _asked(self, item: Item) -> list[Question]:
+    def _asked(self, item: SuiteItem) -> list[Question]:
         questions = item.meta["questions"]
         return questions[1:] if self.mode == "official" and item.id == next(iter(self.table)) else questions
 
-    def verdict(self, item: Item, perception: Perception) -> Verdict:
+    def verdict(self, item: SuiteItem, perception: Judgement) -> Verdict:
         """`loose` is DPG's score, the share of questions that hold; `strict` wants all of them.
 
         Raises Dropped where the official arithmetic loses the prompt, KeyError if the judge left a question unanswered.
@@ -137,10 +137,10 @@ class DPG:
         asked, said = self._asked(item), {int(k): v for k, v in perception["answers"].items()}
         yes = {q.id: said[q.id] >= YES for q in asked}
         if self.mode == "fixed":
-            holds = cascade(asked, yes)
+            holds = apply_dependencies(asked, yes)
         else:  # in the file's order: a parent that stands later is looked at before its own parents are
             if any(p not in yes for q in asked for p in q.parents):
-                raise Dropped(item.id)
+                raise ExcludedItem(item.id)
             holds = dict(yes)
             for q in asked:
                 holds[q.id] = holds[q.id] and all(holds[p] for p in q.parents)
@@ -154,7 +154,7 @@ class DPG:
         details: dict[str, Any] = {"answers": perception["answers"], "kinds": kinds}
         return Verdict(score, float(not failed), "\n".join(failed), details)
 
-    def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
         """Mean over questions of each category, broad and narrow."""
         shown = list(zip(items, verdicts, strict=True))
         if self.mode == "official":

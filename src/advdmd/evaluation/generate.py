@@ -1,35 +1,34 @@
 """Prompts x seeds to PNG files and a manifest; what is already drawn is not drawn again."""
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 from PIL import Image
 
-from advdmd.evaluation.benchmark import Benchmark, Item
+from advdmd.evaluation.benchmark import Benchmark, SuiteItem
 from advdmd.files import read_object, write_image, write_text
+from advdmd.models.images import ImageSampler
 
-Shard = tuple[int, int]  # (i, n): process i of n
-Painter = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys) -> [N, H, W, 3] uint8
-DRAW_AGAIN = "delete the folder's manifest.json and images, and draw them again"
+Worker = tuple[int, int]  # (i, n): process i of n
+GENERATE_AGAIN = "delete the folder's manifest.json and images, and draw them again"
 
 
-def image_path(folder: Path, item: Item, k: int) -> Path:
+def image_path(folder: Path, item: SuiteItem, k: int) -> Path:
     """Where an image is: our own layout, or GenEval's (ITEM/samples/0000K.png) where a folder has that."""
     theirs = folder / item.id / "samples"
     return theirs / f"{k:05d}.png" if theirs.is_dir() else folder / "images" / item.id / f"{k}.png"
 
 
-def jobs(benchmark: Benchmark, shard: Shard = (0, 1)) -> list[tuple[Item, int]]:
+def image_jobs(benchmark: Benchmark, shard: Worker = (0, 1)) -> list[tuple[SuiteItem, int]]:
     """Every (item, image index) of a suite, in order; of shard (i, n) those whose item falls to process i of n."""
     mine = [i for i in benchmark.items() if crc32(i.id.encode()) % shard[1] == shard[0]]
     return [(item, k) for item in mine for k in range(item.n_images)]
 
 
 def generate(
-    benchmark: Benchmark, paint: Painter, folder: Path, seed: int, about: dict, batch: int = 512, shard: Shard = (0, 1)
+    benchmark: Benchmark, paint: ImageSampler, folder: Path, seed: int, about: dict, batch: int = 512, shard: Worker = (0, 1)
 ) -> None:
     """Draw what is missing of a suite's shard into `folder`; an image's noise is keyed by suite, item, index and seed.
 
@@ -37,12 +36,12 @@ def generate(
     """
     manifest = folder / "manifest.json"
     record = {"suite": benchmark.name, "seed": seed, **about}
-    if manifest.exists() and (found := read_object(manifest, way_out=DRAW_AGAIN)) != record:
+    if manifest.exists() and (found := read_object(manifest, way_out=GENERATE_AGAIN)) != record:
         changed = sorted(k for k in {*found, *record} if found.get(k) != record.get(k))
         raise ValueError(f"{folder} holds images of another run ({', '.join(changed)} differ): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(manifest, json.dumps(record, indent=1))
-    missing = [(item, k) for item, k in jobs(benchmark, shard) if not image_path(folder, item, k).exists()]
+    missing = [(item, k) for item, k in image_jobs(benchmark, shard) if not image_path(folder, item, k).exists()]
     for i in range(0, len(missing), batch):
         part = missing[i : i + batch]
         images = paint([item.prompt for item, _ in part], [(benchmark.name, item.id, k, seed) for item, k in part])
@@ -54,7 +53,7 @@ def generate(
 
 def read_images(benchmark: Benchmark, folder: Path) -> np.ndarray:
     """All images of a suite [N, H, W, 3]; raises ValueError if any is missing: a partial run has no score."""
-    wanted = jobs(benchmark)
+    wanted = image_jobs(benchmark)
     missing = [str(image_path(folder, item, k)) for item, k in wanted if not image_path(folder, item, k).exists()]
     if missing:
         done = len(wanted) - len(missing)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from advdmd.evaluation.benchmark import Item, Perception, Verdict
-from advdmd.evaluation.verdict import Detection, judge
+from advdmd.evaluation.benchmark import Judgement, SuiteItem, Verdict
+from advdmd.evaluation.geneval_rule import Detection, geneval_correct
 
 NAMES = (  # in COCO's order, three of them renamed
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
@@ -91,11 +91,11 @@ class GenEval:
         if self.images < 1:
             raise ValueError(f"images={self.images}: at least one of each prompt; the published protocol has 4")
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[SuiteItem]:
         found = [json.loads(line) for line in metadata()]
-        return [Item(f"{i:05d}", m["prompt"], m["tag"], m, self.images) for i, m in enumerate(found)]
+        return [SuiteItem(f"{i:05d}", m["prompt"], m["tag"], m, self.images) for i, m in enumerate(found)]
 
-    def verdict(self, item: Item, perception: Perception) -> Verdict:
+    def verdict(self, item: SuiteItem, perception: Judgement) -> Verdict:
         """`loose` is GenEval's own verdict; `strict` also wants exactly as many of each named class as were asked for."""
         sure = COUNTING_THRESHOLD if item.task == "counting" else THRESHOLD
         found = [
@@ -103,7 +103,7 @@ class GenEval:
             for o in perception["objects"]
             if o["confidence"] > sure
         ]
-        correct, reason = judge(item.meta, found)
+        correct, reason = geneval_correct(item.meta, found)
         wanted: dict[str, int] = {}
         for clause in item.meta["include"]:
             wanted[clause["class"]] = wanted.get(clause["class"], 0) + clause["count"]
@@ -111,5 +111,5 @@ class GenEval:
         stray = [f"expected exactly {n} {c}, found {counts[c]}" for c, n in wanted.items() if counts[c] != n]
         return Verdict(float(correct), float(correct and not stray), "\n".join(filter(None, [reason, *stray])), perception)
 
-    def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
         return {}

@@ -13,11 +13,11 @@ from advdmd.types import Cond
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-class _Enough(Exception):
+class _LastBlockDone(Exception):
     """Raised by the last hook of a pass that wants block outputs only: the rest of the network need not run."""
 
 
-def outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], object]) -> list[Any]:
+def block_outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], object]) -> list[Any]:
     """What the blocks `taps` of `net` put out while `run()` walks it; what lies behind the last of them is not run."""
     found: dict[int, Any] = {}
 
@@ -25,22 +25,22 @@ def outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], ru
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             found[i] = out
             if i == max(taps):
-                raise _Enough
+                raise _LastBlockDone
 
         return hook
 
     handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
     try:
-        with suppress(_Enough):
+        with suppress(_LastBlockDone):
             run()
     finally:
         for h in handles:
             h.remove()
-        _give_back(net)
+        _reshard(net)
     return [found[i] for i in taps]
 
 
-def _give_back(net: nn.Module) -> None:
+def _reshard(net: nn.Module) -> None:
     """What a pass that ended early has left gathered of a network that is spread over processes (train.parallel)."""
     from torch.distributed.fsdp import FSDPModule  # a second of import, for those who learn
 

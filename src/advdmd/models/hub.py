@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
-VARIANTS = ("*.fp16*", "*.bf16*", "*.fp8*")  # the same weights in another type, which nothing here reads
+SAFE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # no pickles, no code
+DTYPE_VARIANTS = ("*.fp16*", "*.bf16*", "*.fp8*")  # the same weights in another type, which nothing here reads
 
 
-def located(name: str | Path, which: Sequence[str] = FILES) -> Path:
+def download(name: str | Path, which: Sequence[str] = SAFE_FILES) -> Path:
     """A local folder, or those of its files that match `which` of OWNER/NAME or OWNER/NAME@REVISION from the hub.
 
     Raises ValueError if it is neither, or cannot be had.
@@ -24,7 +24,7 @@ def located(name: str | Path, which: Sequence[str] = FILES) -> Path:
     repo, _, revision = str(name).partition("@")
     try:
         return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(which), ignore_patterns=list(VARIANTS))
+            snapshot_download(repo, revision=revision or None, allow_patterns=list(which), ignore_patterns=list(DTYPE_VARIANTS))
         )
     except Exception as e:  # whatever an unreachable hub or an unknown repository makes the library raise
         raise ValueError(f"{name} is no local folder and cannot be had from the hub: {str(e).splitlines()[0]}") from None

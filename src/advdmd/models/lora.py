@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from advdmd.models import quantize
+from advdmd.models import quantization
 
 SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does not allow
 
 
-class _Merged(torch.autograd.Function):
+class _MergedLoraLinear(torch.autograd.Function):
     """x (W + B A)^T + bias, W frozen. The sum is made once a pass and kept for its backward, so a token pays for one product
     instead of three, two of them thin, which a network of tiny width feels most (benchmarks/iteration.py)."""
 
@@ -45,7 +45,9 @@ class _Merged(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b
 
 
-def _adapted(roles: "Roles", base: nn.Module, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], x: Tensor) -> Tensor:
+def _lora_forward(
+    roles: "SharedBase", base: nn.Module, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], x: Tensor
+) -> Tensor:
     """What peft's layer does without dropout and with a scale of 1, in the role of the moment. On a base of another type than
     the adapter the adapter's share is its own sum, or what is small in it would be rounded away beside the weight; it is in the
     type of what flows."""
@@ -57,12 +59,12 @@ def _adapted(roles: "Roles", base: nn.Module, pairs: Mapping[str, tuple[nn.Param
     if type(base) is nn.Linear and base.weight.dtype == x.dtype == a.dtype:
         if not torch.is_grad_enabled():
             return F.linear(x, torch.addmm(base.weight, b, a), base.bias)
-        return _Merged.apply(x, base.weight, base.bias, a, b)
+        return _MergedLoraLinear.apply(x, base.weight, base.bias, a, b)
     out = base(x)
     return out + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).to(out.dtype)
 
 
-class Roles:
+class SharedBase:
     """One network with an adapter for each of `names`; outside `playing` it is the untouched base, bit for bit.
 
     `targets`: endings of the names of the linear layers that get one. Alpha equals the rank, so the scale is 1 and an
@@ -84,7 +86,7 @@ class Roles:
         layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             pairs = {name: (layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names}
-            layer.forward = partial(_adapted, self, layer.base_layer, pairs)
+            layer.forward = partial(_lora_forward, self, layer.base_layer, pairs)
         for key, p in net.named_parameters():
             if "lora_" in key:  # peft made them of the base's type, in which small steps would be lost
                 p.data = p.data.float()
@@ -111,7 +113,7 @@ class Roles:
             learning = [] if self.now in self.still else mine.get(self.now, [])
             given = (*args, *kw.values())
             named = lambda *a: run(*a[: len(args)], **dict(zip(kw, a[len(args) :], strict=True)))  # noqa: E731
-            return _Again.apply(self, named, len(given), *given, *learning)
+            return _Recompute.apply(self, named, len(given), *given, *learning)
 
         for block in blocks:
             mine = {n: [p for k, p in block.named_parameters() if f".{n}." in k and "lora_" in k] for n in self.names}
@@ -123,7 +125,7 @@ class Roles:
         return {head: p for (head, found, _), p in marked if found and ".lora_" in head}
 
 
-class _Again(torch.autograd.Function):
+class _Recompute(torch.autograd.Function):
     """run(*given), of which only what was given is kept: it runs once more when gradients flow, in the role of the first time.
     The last of `given` are the adapter's parameters, which `run` does not take but which get their gradients here; tensors in
     tuples or dicts (rotary embeddings) are constants.
@@ -132,7 +134,7 @@ class _Again(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, roles: Roles, run: Callable[..., Any], n: int, *given: Any) -> Any:  # pyright: ignore
+    def forward(ctx: Any, roles: SharedBase, run: Callable[..., Any], n: int, *given: Any) -> Any:  # pyright: ignore
         ctx.set_materialize_grads(False)
         ctx.run, ctx.n, ctx.moment = run, n, partial(roles.playing, roles.now, roles.still)
         ctx.plain = [None if isinstance(x, Tensor) else x for x in given]
@@ -155,17 +157,17 @@ class _Again(torch.autograd.Function):
         return None, None, None, *(next(found) if a else None for a in asked)
 
 
-class Role(nn.Module):
+class LoraModel(nn.Module):
     """The base in one role: called like the transformer, but its parameters are the adapter's alone."""
 
-    def __init__(self, roles: Roles, name: str):
+    def __init__(self, roles: SharedBase, name: str):
         super().__init__()
         self._roles, self.name = (roles,), name  # in a tuple: the base is nobody's submodule
         for key, p in roles.parameters(name).items():
             self.register_parameter(key.replace(".", SEP), p)
 
     @property
-    def roles(self) -> Roles:
+    def roles(self) -> SharedBase:
         return self._roles[0]
 
     def forward(self, *args: Any, **kw: Any) -> Any:
@@ -187,7 +189,7 @@ class Role(nn.Module):
         plain = ((k.replace(".base_layer", ""), v) for k, v in net.state_dict().items() if ".lora_" not in k)
         state = {k: v.cpu() for k, v in plain if torch.is_tensor(v)}
         for name, layer in net.named_modules():
-            if (numbers := quantize.weight(layer)) is not None:
+            if (numbers := quantization.dequantize(layer)) is not None:
                 name = name.replace(".base_layer", "")
                 for k in layer.state_dict():
                     if k != "bias":
@@ -202,7 +204,7 @@ class Role(nn.Module):
         return state
 
 
-def checkpointed(net: nn.Module) -> None:
+def enable_gradient_checkpointing(net: nn.Module) -> None:
     """Have a diffusers transformer keep only what enters its blocks and run them again when gradients flow.
 
     A block runs again with the same parameters frozen as before (models.cast.frozen), or the graphs of the two passes would
@@ -213,7 +215,7 @@ def checkpointed(net: nn.Module) -> None:
         were = [p.requires_grad for p in block.parameters()]
 
         def again(*args: Any) -> Any:
-            with learning(block, were):
+            with set_requires_grad(block, were):
                 return block(*args)
 
         return checkpoint(again, *args, use_reentrant=False)
@@ -223,7 +225,7 @@ def checkpointed(net: nn.Module) -> None:
 
 
 @contextmanager
-def learning(net: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
+def set_requires_grad(net: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
     """Which of a network's parameters enter a graph built inside."""
     params = list(net.parameters())
     before = [p.requires_grad for p in params]

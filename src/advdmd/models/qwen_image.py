@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advdmd.models.backbone import ATTENTION, outputs
+from advdmd.models.backbone import ATTENTION, block_outputs
 from advdmd.types import Cond
 
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
-PREFIX = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
+TEMPLATE_TOKENS = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
 
 
 def pack(x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def _one_frame(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     return F.conv2d(x[:, :, 0], newest, self.bias, self.stride[1:], (top, side))[:, :, None]
 
 
-def see_images(vae: Any) -> Any:
+def use_2d_convs(vae: Any) -> Any:
     """Make a causal video codec quick at images, in place: of one frame its 3-d convolutions see two thirds of padding, so a
     2-d convolution with the newest slice of the kernel is the same sum in half of the time (the whole codec, tiny, CPU)."""
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
@@ -54,11 +54,13 @@ class QwenImage:
 
     def __init__(self, pipe: Any, side: int = 128):
         head = pipe.prompt_template_encode.partition("{}")[0]
-        if (found := len(pipe.tokenizer(head).input_ids)) != PREFIX:
-            raise ValueError(f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {PREFIX}")
+        if (found := len(pipe.tokenizer(head).input_ids)) != TEMPLATE_TOKENS:
+            raise ValueError(
+                f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {TEMPLATE_TOKENS}"
+            )
         if side < 2 or side % 2:
             raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
-        self.pipe, self.vae, self.note = pipe, see_images(pipe.vae), {"side": side}
+        self.pipe, self.vae, self.note = pipe, use_2d_convs(pipe.vae), {"side": side}
         self.net: Any = pipe.transformer
         self.dtype = self.net.dtype  # asked once: with adapters of another type the library's answer would change
         self.stock_load: dict[str, Any] = {}
@@ -85,7 +87,7 @@ class QwenImage:
         """[N, 2, L] token ids of the prompts in the pipeline's template, and their mask; padded to the longest."""
         tokenizer = self.pipe.tokenizer
         said = [self.pipe.prompt_template_encode.format(p) for p in prompts]
-        limit = self.pipe.tokenizer_max_length + PREFIX
+        limit = self.pipe.tokenizer_max_length + TEMPLATE_TOKENS
         out = tokenizer(said, max_length=limit, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
@@ -94,8 +96,8 @@ class QwenImage:
         masked behind the prompt. No pooled embedding."""
         ids = ids[..., : int(ids[:, 1].sum(1).max())]
         tokens, mask = ids[:, 0], ids[:, 1]
-        hidden = self.pipe.text_encoder.model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, PREFIX:]
-        mask = mask[:, PREFIX:]
+        hidden = self.pipe.text_encoder.model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, TEMPLATE_TOKENS:]
+        mask = mask[:, TEMPLATE_TOKENS:]
         return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +139,7 @@ class QwenImage:
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1].float() for out in outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in block_outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.kernels import cps
 from advdmd.models.backbone import Backbone
-from advdmd.models.cast import Teacher
-from advdmd.rng import generator, home
-from advdmd.rollout import rollout, sample_ode
+from advdmd.models.networks import Teacher
+from advdmd.rng import generator, to_default_device
+from advdmd.rollout import rollout, sample_euler
+from advdmd.transitions import cps
 from advdmd.types import Cond
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplerConfig:
     """How to sample: `eta` None is the ODE (a teacher, with `guidance`), else a student's noise share."""
 
     steps: int
@@ -37,7 +37,7 @@ class Sampling:
     @property
     def grid(self) -> Tensor:
         """[steps + 1] times from noise to data."""
-        return flow.grid(self.steps, self.shift) if self.gap is None else flow.twin_grid(self.steps, self.gap)
+        return flow.grid(self.steps, self.shift) if self.gap is None else flow.twinflow_grid(self.steps, self.gap)
 
     @property
     def nfe(self) -> int:
@@ -47,7 +47,9 @@ class Sampling:
 
 def draw_noise(keys: Sequence[object], shape: Sequence[int], hops: int) -> Tensor:
     """[hops, N, *shape]: every image has a stream of its own, so results do not depend on batches."""
-    return home(torch.stack([torch.randn(hops, *shape, generator=generator("image", k), device="cpu") for k in keys], 1))
+    return to_default_device(
+        torch.stack([torch.randn(hops, *shape, generator=generator("image", k), device="cpu") for k in keys], 1)
+    )
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def decode(backbone: Backbone, x0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def said(backbone: Backbone, prompts: Sequence[str], device: torch.device) -> Cond:
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.device) -> Cond:
     """Prompts encoded where the text encoders live, for a pass on a device."""
     with torch.device("cpu"):
         ids = backbone.tokenize(prompts)
@@ -66,11 +68,11 @@ def said(backbone: Backbone, prompts: Sequence[str], device: torch.device) -> Co
 
 
 @torch.no_grad()
-def walk(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, how: Sampling) -> Tensor:
+def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, how: SamplerConfig) -> Tensor:
     """Latents [N, ...] of conditions [N] from noise [>= hops, N, ...] (the ODE uses the first); null [1] is for guidance."""
     velocity, grid = Teacher(backbone, how.guidance, null, net), how.grid.to(noise.device)
     if how.eta is None:
-        return sample_ode(velocity, cond, noise[0], grid)
+        return sample_euler(velocity, cond, noise[0], grid)
     return rollout(velocity, cond, noise, grid, cps(how.eta)).x[-1]
 
 
@@ -80,15 +82,15 @@ def sample(
     net: nn.Module,
     prompts: Sequence[str],
     noise: Tensor,
-    how: Sampling,
+    how: SamplerConfig,
     batch: int = 128,
     say: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1]; noise [>= hops, N, ...] as from `draw_noise` (the ODE uses the first)."""
-    out, null = [], said(backbone, [""], noise.device)
+    out, null = [], encode_prompts(backbone, [""], noise.device)
     for i in torch.arange(len(prompts)).split(batch):
-        cond = said(backbone, [prompts[int(k)] for k in i], noise.device)
-        out.append(decode(backbone, walk(backbone, net, cond, null, noise[:, i], how)))
+        cond = encode_prompts(backbone, [prompts[int(k)] for k in i], noise.device)
+        out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], how)))
         if say:
             say(int(i[-1]) + 1)
     return torch.cat(out)

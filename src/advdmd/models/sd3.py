@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import ATTENTION, kl_decode, kl_encode, outputs
+from advdmd.models.backbone import ATTENTION, block_outputs, kl_decode, kl_encode
 from advdmd.types import Cond
 
 MLP = ("net.0.proj", "net.2")
@@ -101,7 +101,7 @@ class SD3:
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1].float() for out in outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in block_outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

@@ -70,6 +70,6 @@ class TargetTime(nn.Module):
         return self._target(torch.zeros(1))[0].clone()
 
 
-def attach(net: nn.Module, standing: Tensor, scale: float) -> None:
+def attach_zero_target(net: nn.Module, standing: Tensor, scale: float) -> None:
     """Make a plain transformer answer for r = 0 from now on, given what `standing` said."""
     _hooked(net, lambda timestep, out: out + (timestep / scale)[:, None].to(out.dtype) * standing.to(out))

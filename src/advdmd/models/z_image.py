@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import kl_decode, kl_encode, outputs
+from advdmd.models.backbone import block_outputs, kl_decode, kl_encode
 from advdmd.types import Cond
 
-LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
+TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
 
 
 class ZImage:
@@ -44,7 +44,7 @@ class ZImage:
         """[N, 2, L] token ids of the prompts as a user's message, and their mask; padded to the longest."""
         tokenizer, how = self.pipe.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
         said = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
-        out = tokenizer(said, max_length=LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
+        out = tokenizer(said, max_length=TEXT_LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def embed(self, ids: Tensor) -> Cond:
@@ -75,7 +75,9 @@ class ZImage:
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the layers `taps`, which have them before the caption's; later layers are not run."""
         tokens = x.shape[-2] * x.shape[-1] // 4
-        return [o[:, :tokens].float() for o in outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [
+            o[:, :tokens].float() for o in block_outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))
+        ]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("layers").children())

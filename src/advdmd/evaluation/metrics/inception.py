@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advdmd.evaluation.weights import tensors_of
 from advdmd.files import file_hash
+from advdmd.models.pretrained import load_tensors_only
 
 SIDE, WIDTH = 299, 2048
 average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
@@ -151,7 +151,7 @@ def load_inception(file: Path, device: str = "cpu") -> InceptionFeatures:
     """Raises ValueError if the file cannot be read as tensors, or does not fit; its classifier is left out."""
     from safetensors.torch import load_file
 
-    state = load_file(file) if file.suffix == ".safetensors" else tensors_of(file)
+    state = load_file(file) if file.suffix == ".safetensors" else load_tensors_only(file)
     net = Inception()
     wanted = {k: v for k, v in state.items() if not k.startswith("fc.")}
     missing, extra = net.load_state_dict(wanted, strict=False)

@@ -1,0 +1,140 @@
+"""The compare page: a teacher beside its students, the same prompt and noise, with what each cost and the verdict."""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from advdmd.mini.suites import MiniSuite, item_of
+from advdmd.mini.world.caption import check_prompt
+from advdmd.models import loading
+from advdmd.models.images import image_grid, image_sampler
+from advdmd.models.sampler import SamplerConfig
+
+MOST_STEPS, MOST_IMAGES, QUEUE, LONGEST = 50, 16, 8, 400  # what a visitor may ask for; characters of a prompt
+EXAMPLE = "a picture of a red circle left of a blue square"
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A pipeline that is shown, with its own way of sampling."""
+
+    label: str
+    backbone: Any
+    how: SamplerConfig
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it takes any number of steps, as the ODE does."""
+        return self.how.eta is None and self.how.gap is None
+
+    @classmethod
+    def read(cls, name: str) -> "DemoModel":
+        """Raises ValueError if it cannot be loaded."""
+        backbone, how = loading.load(name)
+        path = loading.pipeline_folder(name)
+        made_by = loading.read_metadata(path).get("recipe")
+        return cls(f"student of {made_by}" if made_by else f"teacher {path.name}", backbone, how)
+
+    def draw(self, prompt: str, seed: int, images: int, steps: int | None = None) -> tuple[np.ndarray, str]:
+        """Images [images, H, W, 3] and a line: steps, evaluations, seconds, verdict. A student keeps its own steps."""
+        how = replace(self.how, steps=steps) if steps and self.is_teacher else self.how
+        began = time.perf_counter()
+        drawn = image_sampler(self.backbone, self.backbone.net, how)(
+            [prompt] * images, [("demo", k, seed) for k in range(images)]
+        )
+        took = time.perf_counter() - began
+        line = f"**{self.label}**: {how.steps} steps, {how.nfe} evaluations an image, {took:.2f} s"
+        return drawn, f"{line}\n\n{self.verdict(prompt, drawn)}"
+
+    def verdict(self, prompt: str, images: np.ndarray) -> str:
+        """What the miniature's checker says, empty for other models."""
+        if not loading.is_mini_pipeline(self.backbone):
+            return ""
+        try:
+            item = item_of(prompt)
+        except ValueError:
+            return "no verdict: the prompt is not one of the checker's sentences"
+        found = MiniSuite("mini-dpg").judge([item] * len(images), images)
+        right = sum(v.strict == 1 for v in found)
+        wrong = next((v.reason.replace("\n", "; ") for v in found if v.strict < 1), "")
+        return f"{right} of {len(found)} right" + (f"; first miss: {wrong}" if wrong else "")
+
+
+def compare(
+    models: Sequence[DemoModel], prompt: str, steps: float, seed: float, images: float
+) -> list[tuple[Image.Image, str]]:
+    """A sheet and its line for each model. Raises ValueError on a prompt or a number outside of what is allowed."""
+    if len(prompt) > LONGEST:
+        raise ValueError(f"the prompt has {len(prompt)} characters: at most {LONGEST}")
+    if None in (steps, seed, images):
+        raise ValueError("steps, seed and images are numbers: one of them is empty")
+    for name, value, most in (("steps", steps, MOST_STEPS), ("images", images, MOST_IMAGES), ("seed", seed + 1, 2**31)):
+        if not (math.isfinite(value) and value == int(value) and 1 <= value <= most):
+            raise ValueError(f"{name}={value - (name == 'seed'):g}: a whole number from {int(name != 'seed')} to {most}")
+    if any(loading.is_mini_pipeline(m.backbone) for m in models):
+        check_prompt(prompt)
+    out = []
+    for m in models:
+        drawn, line = m.draw(prompt, int(seed), int(images), int(steps))
+        columns = math.ceil(math.sqrt(len(drawn)))
+        blank = np.full((-len(drawn) % columns, *drawn.shape[1:]), 255, np.uint8)
+        rows = np.concatenate([drawn, blank]).reshape(-1, columns, *drawn.shape[1:])
+        scale = max(1, 512 // (columns * drawn.shape[1]))
+        out.append((image_grid(list(rows), scale), line))
+    return out
+
+
+def page(models: Sequence[DemoModel]) -> Any:
+    """The page as a gradio Blocks. Raises ValueError where gradio is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        import gradio as gr
+    except ImportError:
+        raise ValueError("the compare page needs gradio: install advdmd with its extra, pip install -e '.[demo]'") from None
+
+    teacher = next((m for m in models if m.is_teacher), models[0])
+    with gr.Blocks(title="advdmd", analytics_enabled=False) as blocks:
+        gr.Markdown("# Teacher beside students\nThe same prompt and noise for all. Students take the steps they were made for.")
+        prompt = gr.Textbox(EXAMPLE, label="Prompt", max_length=LONGEST, elem_id="prompt")
+        with gr.Row():
+            steps = gr.Slider(1, MOST_STEPS, teacher.how.steps, step=1, label="Teacher's steps")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+            images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images, each with noise of its own")
+        button = gr.Button("Draw", variant="primary", elem_id="draw")
+        status = gr.Markdown(elem_id="status")
+        shown: list[Any] = []
+        with gr.Row():
+            for i in range(len(models)):
+                with gr.Column(min_width=260):
+                    shown.append(
+                        gr.Image(format="png", show_label=False, buttons=["download", "fullscreen"], elem_id=f"picture-{i}")
+                    )
+                    shown.append(gr.Markdown(elem_id=f"line-{i}"))
+
+        def draw(*asked: Any) -> list[Any]:
+            try:
+                found = compare(models, *asked)
+            except ValueError as e:
+                return [f"**{e}**", *[gr.skip()] * len(shown)]
+            return ["", *(x for pair in found for x in pair)]
+
+        for event in (button.click, prompt.submit):
+            event(draw, [prompt, steps, seed, images], [status, *shown], concurrency_limit=1, concurrency_id="draw")
+    return blocks.queue(max_size=QUEUE)
+
+
+def serve(names: Sequence[str], port: int, threads: int) -> None:
+    """Show the models on loopback until interrupted. Raises ValueError, before anything is served, on what cannot be loaded."""
+    torch.set_num_threads(threads)
+    blocks = page([DemoModel.read(n) for n in names])
+    import gradio as gr
+
+    plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no fonts from afar
+    blocks.launch(server_name="127.0.0.1", server_port=port, share=False, theme=plain, show_error=False)

@@ -1,0 +1,233 @@
+"""Prompts and captioned images as people have them: text files, folders with metadata.jsonl, webdataset tars, datasets."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTION_KEYS, FILE_KEYS = ("text", "prompt", "caption"), ("file_name", "image")
+SUPPORTED_SOURCES = (
+    "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset .tar or a folder of them, a saved dataset"
+)
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A prompt, and one image of it: a file, the bytes of `member` of a tar file, from `start` on, or of a dataset's `row`."""
+
+    prompt: str
+    image: Path | None = None
+    member: str = ""
+    start: int = 0
+    size: int = 0
+    row: int | None = None
+
+    @property
+    def place(self) -> str:
+        if self.row is not None:
+            return f"{self.image}, row {self.row}"
+        return f"{self.image}:{self.member}" if self.member else str(self.image)
+
+
+def read_captioned_images(source: Path) -> list[CaptionedImage]:
+    """Everything a source holds, in its order. Raises ValueError that names file and line of what cannot be used."""
+    if source.is_dir():
+        tars = sorted(source.glob("*.tar"))
+        if (source / "metadata.jsonl").is_file():
+            found = list(_jsonl(source / "metadata.jsonl"))
+        elif (source / "state.json").is_file() and (source / "dataset_info.json").is_file():
+            found = list(_dataset(source))
+        elif (source / "dataset_dict.json").is_file():
+            raise ValueError(f"{source} is a saved dataset of several splits: give the folder of one of them, such as train")
+        elif tars:
+            found = [e for tar in tars for e in _tar(tar)]
+        else:
+            raise ValueError(f"{source} holds neither metadata.jsonl nor .tar files: give {SUPPORTED_SOURCES}")
+    elif not source.is_file():
+        raise ValueError(f"{source}: no such file or folder; give {SUPPORTED_SOURCES}")
+    elif source.suffix == ".txt":
+        found = [CaptionedImage(line.strip()) for line in _text(source) if line.strip()]
+    elif source.suffix == ".jsonl":
+        found = list(_jsonl(source))
+    elif source.suffix == ".tar":
+        found = list(_tar(source))
+    else:
+        raise ValueError(f"{source}: give {SUPPORTED_SOURCES}")
+    if not found:
+        raise ValueError(f"{source} holds no prompts")
+    return found
+
+
+def _text(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e}") from None
+
+
+def _caption(row: Any, where: str) -> str:
+    said = next((row[k] for k in CAPTION_KEYS if isinstance(row, dict) and k in row), None)
+    if not isinstance(said, str) or not said.strip():
+        raise ValueError(f"{where}: needs an object with the caption under one of {', '.join(CAPTION_KEYS)}")
+    if any("\ud800" <= c <= "\udfff" for c in said):
+        raise ValueError(f"{where}: the caption holds half a character (a lone surrogate)")
+    return said.strip()
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: {e}") from None
+
+
+def _jsonl(path: Path) -> Iterator[CaptionedImage]:
+    root = path.parent.resolve()
+    for n, line in enumerate(_text(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {n}"
+        row = _json(line, where)
+        prompt, file = _caption(row, where), next((row[k] for k in FILE_KEYS if row.get(k)), None)
+        if file is None:
+            yield CaptionedImage(prompt)
+            continue
+        try:
+            image = (root / str(file)).resolve()
+        except (OSError, RuntimeError, ValueError) as e:  # a circle of links, a name that no file can have
+            raise ValueError(f"{where}: {str(file)!r}: {e}") from None
+        if not image.is_relative_to(root):
+            raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
+        if not image.is_file():
+            raise ValueError(f"{where}: there is no image {str(file)!r}")
+        yield CaptionedImage(prompt, image)
+
+
+def _tar(path: Path) -> Iterator[CaptionedImage]:
+    """Pairs KEY.jpg (or .png, .webp) and KEY.txt (or KEY.json with the caption); what lacks its other half is passed over.
+
+    Nothing is ever unpacked to disk. Compressed tars are refused: an image is read from where it lies.
+    """
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                if m.isreg() and not m.issparse():
+                    key, dot, kind = m.name.rpartition(".")
+                    parts.setdefault(key, {})[f"{dot}{kind.lower()}"] = m
+            for key, found in parts.items():
+                image = next((found[k] for k in IMAGE_SUFFIXES if k in found), None)
+                said = next((found[k] for k in (".txt", ".json") if k in found), None)
+                if image is None or said is None:
+                    continue
+                where = f"{path}, {key}"
+                file = tar.extractfile(said)
+                assert file is not None  # a regular file, as asked above
+                text = file.read().decode("utf-8-sig")
+                row = _json(text, where) if said is found.get(".json") else {"text": text}
+                yield CaptionedImage(_caption(row, where), path, image.name, image.offset_data, image.size)
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+@cache
+def _rows(folder: Path) -> tuple[Any, str | None]:
+    """A dataset as the library's save_to_disk left it, and its first column of images, which are not decoded.
+
+    Raises ValueError if it cannot be read.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{folder} is a saved dataset: it takes the datasets library, pip install 'advdmd[datasets]'"
+        ) from None
+    try:
+        found: Any = datasets.load_from_disk(str(folder))
+        image = next((k for k, v in found.features.items() if isinstance(v, datasets.Image)), None)
+        found = found.select_columns([k for k in found.column_names if k == image or k in CAPTION_KEYS])
+        if image:
+            found = found.cast_column(image, datasets.Image(decode=False))
+    except Exception as e:  # whatever a damaged folder makes the library raise
+        raise ValueError(f"{folder} cannot be read as a dataset: {e}") from None
+    return found, image
+
+
+def _dataset(folder: Path) -> Iterator[CaptionedImage]:
+    """Captions are under one of CAPTION_KEYS; without a column of images it is a list of prompts."""
+    rows, column = _rows(folder)
+    said = next((k for k in CAPTION_KEYS if k in rows.column_names), None)
+    if said is None:
+        raise ValueError(f"{folder}: captions are looked for in a column {' or '.join(CAPTION_KEYS)}, there is none")
+    for n, text in enumerate(rows[said]):
+        yield CaptionedImage(
+            _caption({"text": text}, f"{folder}, row {n}"), folder if column else None, row=n if column else None
+        )
+
+
+def _bytes(entry: CaptionedImage) -> bytes:
+    assert entry.image is not None
+    if entry.row is not None:
+        rows, column = _rows(entry.image)
+        image = rows[entry.row][column]
+        if image["bytes"] is None:
+            raise ValueError("the dataset holds a path instead of the image: save it with its images embedded")
+        return image["bytes"]
+    with open(entry.image, "rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.size if entry.member else -1)
+
+
+def image_size(entry: CaptionedImage) -> tuple[int, int]:
+    """Height and width as its camera says. Raises ValueError that names the image if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(_bytes(entry))) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if turned else image.size
+            return height, width
+    except Exception as e:  # whatever a damaged or hostile file makes the library raise
+        raise ValueError(f"image {entry.place} cannot be read: {e}") from None
+
+
+def load_image(entry: CaptionedImage, height: int, width: int) -> np.ndarray:
+    """[3, H, W] float32 in [-1, 1]: turned as its camera says, scaled to cover the size, the middle cut out.
+
+    Raises ValueError that names the image if it cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(_bytes(entry))) as image:
+            image = ImageOps.fit(ImageOps.exif_transpose(_flat(image)), (width, height), Image.Resampling.LANCZOS)
+    except Exception as e:  # whatever a damaged or hostile file makes the library raise
+        raise ValueError(f"image {entry.place} cannot be read: {e}") from None
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """The first frame in RGB, what is transparent on white; 16-bit greys scaled, not cut."""
+    exif = image.getexif()
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.getexif().update(exif)
+    return image
+
+
+def group_by_prompt(entries: Sequence[CaptionedImage]) -> tuple[list[str], list[list[CaptionedImage]]]:
+    """Each prompt once, in order of appearance, and its distinct images."""
+    found: dict[str, dict[str, CaptionedImage]] = {}
+    for e in entries:
+        images = found.setdefault(e.prompt, {})
+        if e.image is not None:
+            images[e.place] = e
+    return list(found), [list(images.values()) for images in found.values()]

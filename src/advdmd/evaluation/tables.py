@@ -1,0 +1,53 @@
+"""Summaries of evaluations as tables: one column per model."""
+
+from typing import Any
+
+OWN_REWARD = " (its own training reward)"
+
+
+def _cell(x: dict[str, Any]) -> str:
+    return f"{x['mean']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}]"
+
+
+def _headline(summary: dict[str, Any]) -> tuple[str, str]:
+    """(rule of the headline, the other one): the miniature's is strict, a published benchmark's its own."""
+    return ("strict", "loose") if str(summary.get("suite", "mini-")).startswith("mini-") else ("loose", "strict")
+
+
+def markdown(summaries: dict[str, dict[str, Any]]) -> str:
+    """`cells` as a table of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in table_cells(summaries)]
+    return "\n".join([lines[0], "|---" * (len(summaries) + 1) + "|", *lines[1:]]) + "\n"
+
+
+def table_cells(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """One column per model: the headline rule by task, the other rule, kinds, diversity, what it cost; names first.
+
+    Raises ValueError if the columns were judged by different judges: their figures are not one row.
+    """
+    names, first = list(summaries), next(iter(summaries.values()))
+    judges = {s.get("judge", "checker").removesuffix(OWN_REWARD) for s in summaries.values()}
+    if len(judges) > 1:
+        raise ValueError(f"figures of different judges ({', '.join(sorted(judges))}) are not one table")
+    judge, (rule, other) = next(iter(judges)), _headline(first)
+    title = first.get("suite", "") + (f"[{judge}]" if judge != "checker" else "")
+    row = lambda label, cell: [label, *(cell(summaries[n]) for n in names)]  # noqa: E731
+    lines = [[f"{title} {'strict' if rule == 'strict' else 'official'}".strip(), *names]]
+    if any(s.get("judge", "").endswith(OWN_REWARD) for s in summaries.values()):
+        lines.append(row("**trained on this judge**", lambda s: "yes" if s["judge"].endswith(OWN_REWARD) else "no"))
+    if any(s.get("images") != s.get("of", s.get("images")) for s in summaries.values()):
+        lines.append(row("**how much of it**", lambda s: f"partial {s['images']}/{s['of']}"))
+    if any(s.get("dropped") for s in summaries.values()):
+        lines.append(row("**images left out by the official arithmetic**", lambda s: str(s.get("dropped", 0))))
+    for task in first[rule]:
+        label = f"**{task}**" if task == "overall" else task
+        lines.append(row(label, lambda s, task=task: _cell(s[rule][task])))
+    lines.append(row(f"{other}, overall", lambda s: _cell(s[other]["overall"])))
+    for kind in first.get("breakdown") or {}:
+        lines.append(row(kind, lambda s, kind=kind: f"{s['breakdown'].get(kind, float('nan')):.3f}"))
+    if any(s.get("diversity") for s in summaries.values()):
+        lines.append(
+            row("diversity against the renderer", lambda s: f"{s['diversity']['mean']:.2f}" if s.get("diversity") else "-")
+        )
+    lines.append(row("evaluations per image", lambda s: str(s.get("nfe") or "-")))
+    return lines

@@ -1,0 +1,236 @@
+"""Runs as one HTML page: verdict, recipe, curves, panels with their ranges, samples over time, scores, failures."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advdmd.evaluation import failure_gallery, results, tables
+from advdmd.files import read_object, write_text
+from advdmd.monitoring import charts, health
+from advdmd.monitoring.reward_hacking import reward_hacking_step
+from advdmd.recipes import registry
+from advdmd.recipes.overrides import diff, dump
+from advdmd.recipes.recipe import Recipe
+
+SHEETS = 8  # sheets of samples shown of a run, evenly spread and always the last
+FAILURES = 24
+WIDEST = 1800  # pixels of a sheet
+COLORS = (
+    ("#c0392b", "#ff7b6b"),
+    ("#1f6fb2", "#6db3f2"),
+    ("#1e8449", "#5fd38d"),
+    ("#7d3c98", "#c58be0"),
+    ("#9a6a00", "#e5b34a"),
+)
+STYLE = """
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.2rem }
+.card h3 { font: 600 13px ui-monospace, monospace; margin: 0; overflow-wrap: anywhere }
+.card p { font-size: 12px; margin: .1rem 0; opacity: .8 }
+svg.chart { position: static; height: auto } .chart text { fill: currentColor; opacity: .7; stroke: none; font-size: 10px }
+.chart .end { text-anchor: end } .chart .mid { text-anchor: middle } .chart .grid { stroke: var(--line); fill: none }
+.chart rect.band { fill: #2e9e5b; fill-opacity: .13; stroke: none } .chart path, .chart circle { fill: none; stroke-width: 1.6 }
+.sheets { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem }
+.sheets figure { flex: none; width: min(85vw, 420px) }
+.sheets .wide { width: min(85vw, 900px) } .sheets img { width: 100%; image-rendering: pixelated } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
+pre { font-size: 12px; overflow-x: auto } summary { cursor: pointer } h2.part { font-size: 1.25rem; margin: 2rem 0 .6rem }
+.key { display: inline-block; width: 1.2em; height: .25em; vertical-align: middle; margin-right: .4em }
+"""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A training run as its folder tells it."""
+
+    label: str
+    folder: Path
+    name: str
+    recipe: Recipe
+    metrics: health.RunMetrics
+
+    @classmethod
+    def read(cls, folder: Path, label: str) -> "RunRecord":
+        """Raises ValueError if it is none."""
+        inner = health.run_of(folder)
+        if not (inner / "recipe.yaml").is_file():
+            raise ValueError(f"{folder} is not a training run: it has no recipe.yaml")
+        name, r = registry.resolve(str(inner / "recipe.yaml"))
+        return cls(label, inner, name, r, health.read(inner))
+
+    @property
+    def bands(self) -> Mapping[str, health.Range]:
+        return health.ranges_for(self.recipe)
+
+    def curve(self, key: str, x: str = "step") -> charts.Curve:
+        found = [(m[x], m[key]) for m in self.metrics if key in m and x in m]
+        return [a for a, _ in found], [b for _, b in found]
+
+    def sheets(self) -> list[Path]:
+        """Sheets of samples, or the one that is kept of a kept run."""
+        every = sorted((self.folder / "samples").glob("step-*.png")) or [*self.folder.glob("samples.png")]
+        n = min(SHEETS, len(every))
+        return [every[round((i + 1) * len(every) / n) - 1] for i in range(n)]
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart."""
+    paths = [f.resolve().parts for f in folders]
+    for n in range(1, max(map(len, paths), default=1) + 1):
+        found = ["/".join(p[-n:]) for p in paths]
+        if len(set(found)) == len(found):
+            return found
+    raise ValueError(f"the same folder is named twice: {', '.join(map(str, folders))}")
+
+
+def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> Path:
+    """The page of one or several runs; `scores` are evaluations, the first of a suite is what the others are compared to.
+
+    Raises ValueError on a folder that is no run or no evaluation, before anything is written.
+    """
+    if len(folders) > len(COLORS):
+        raise ValueError(f"{len(folders)} runs: at most {len(COLORS)} can be told apart on one page")
+    runs = [RunRecord.read(f, label) for f, label in zip(folders, labels(folders), strict=True)]
+    found = [*scores, *(p.parent for f in folders for p in sorted(f.glob("*/scores.json")))]
+    parts = [_overview(runs), _exams(runs), _panels(runs), _samples(runs), _scores(found) or _tables(folders), _recipes(runs)]
+    title = html.escape(" · ".join(r.label for r in runs))
+    colors = [
+        f".c{i} {{ stroke: light-dark({light}, {dark}); background: light-dark({light}, {dark}) }}"
+        for i, (light, dark) in enumerate(COLORS)
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, failure_gallery.html_document(title, "".join(parts), STYLE + "\n".join(colors)))
+    return out
+
+
+def _part(title: str, body: str) -> str:
+    return f'<h2 class="part">{title}</h2>{body}' if body else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head; **bold** as in Markdown."""
+
+    def cell(tag: str, text: str) -> str:
+        said = html.escape(text.replace("**", ""))
+        return f"<{tag}>{f'<b>{said}</b>' if text.startswith('**') else said}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell("td" if i else "th", c) for c in row) + "</tr>" for i, row in enumerate(rows)]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _key(i: int, label: str) -> str:
+    return f'<span class="key c{i}"></span>{html.escape(label)}'
+
+
+def _overview(runs: Sequence[RunRecord]) -> str:
+    """Who they are, how far they came, and what the doctor says."""
+    out = []
+    for i, r in enumerate(runs):
+        step, said = int(r.metrics[-1]["step"]) + 1, health.summary(r.metrics, r.recipe)
+        mark = ("good" if said == "healthy" else "bad") if r.bands else ""
+        done = f"{step} of {r.recipe.iterations} iterations, {r.recipe.forwards_until(step):,.0f} forwards a sample"
+        sort = f"{html.escape(r.name)} from {html.escape(r.recipe.teacher)}, seed {r.recipe.seed}"
+        out.append(f'<p><b>{_key(i, r.label)}</b>: {sort}<br>{done}<br><span class="{mark}">{html.escape(said)}</span></p>')
+    return "".join(out)
+
+
+def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Range | None = None) -> str:
+    drawn = charts.line_chart(curves, band, html.escape(title))
+    return f'<div class="card"><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p>{drawn}</div>' if drawn else ""
+
+
+def _exams(runs: Sequence[RunRecord]) -> str:
+    """Score, diversity and reward against forwards: where they part, the critic is being fooled."""
+    cards = [
+        _card(key, f"{text}, against forwards a sample", [r.curve(key, "exam/forwards") for r in runs])
+        for key, text in (
+            ("exam/strict", "held-out score, strict, mean of both suites"),
+            ("exam/mini-geneval", "mini-geneval of held-out noise"),
+            ("exam/mini-dpg", "mini-dpg, prompts that training does not have"),
+        )
+    ]
+    cards.append(_card("reward/end", "what the critic pays for final images, by step", [r.curve("reward/end") for r in runs]))
+    parted = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
+    note = f"<p>Reward and score parted: {html.escape(', '.join(parted))}.</p>" if parted else ""
+    return _part("Score and reward", note + f'<div class="cards">{"".join(cards)}</div>' if any(cards) else "")
+
+
+def _panels(runs: Sequence[RunRecord]) -> str:
+    bands = next((r.bands for r in runs if r.bands), {})
+    cards = []
+    for p in health.DIAGNOSTICS:
+        band = bands.get(p.key)
+        text = p.meaning + (f"; good runs {band[0]:.3g} to {band[1]:.3g}" if band else "")
+        cards.append(_card(p.key, text, [r.curve(p.key) for r in runs], band))
+    known = {p.key for p in health.DIAGNOSTICS} | {"step"}
+    others = sorted({k for r in runs for m in r.metrics[-50:] for k in m if k not in known and not k.startswith("exam/")})
+    more = "".join(_card(k, "", [r.curve(k) for r in runs]) for k in others)
+    folded = f'<details><summary>everything else that was logged</summary><div class="cards">{more}</div></details>'
+    return _part("Panels", f'<div class="cards">{"".join(cards)}</div>' + (folded if more else ""))
+
+
+def _samples(runs: Sequence[RunRecord]) -> str:
+    out = []
+    for i, r in enumerate(runs):
+        figures = []
+        for sheet in r.sheets():
+            url, _ = failure_gallery.data_url(sheet, WIDEST, exact=WIDEST)
+            step = sheet.stem.rpartition("-")[2].lstrip("0") if "-" in sheet.stem else "the last"
+            figures.append(f'<figure><img alt="samples" src="{url}"><figcaption>{step}</figcaption></figure>')
+        beside = next((f / "comparison.png" for f in (r.folder, r.folder.parent) if (f / "comparison.png").is_file()), None)
+        if beside:
+            url, _ = failure_gallery.data_url(beside, WIDEST, exact=WIDEST)
+            said = "teacher at many steps, teacher at few, student: a row each"
+            figures.append(f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{said}</figcaption></figure>')
+        if figures:
+            out.append(f'<p>{_key(i, r.label)}</p><div class="sheets">{"".join(figures)}</div>')
+    note = "<p>The same prompts and noise at every step; the averaged student.</p>"
+    return _part("Samples over time", note + "".join(out) if out else "")
+
+
+def _scores(found: Sequence[Path]) -> str:
+    """A table a suite, paired differences to its first evaluation, failures of its last."""
+    suites: dict[tuple[str, str], list[tuple[Path, dict[str, Any]]]] = {}
+    for path in dict.fromkeys(found):
+        summary, _ = results.read_scores(path)
+        suites.setdefault((summary["suite"], summary["split"]), []).append((path, summary))
+    out = []
+    for (suite, split), mine in suites.items():
+        names = labels([p for p, _ in mine])
+        rows = tables.table_cells({n: s for n, (_, s) in zip(names, mine, strict=True)})
+        first, said = mine[0][0], []
+        for (path, _), name in zip(mine[1:], names[1:], strict=True):
+            d = results.compare([path], [first])["difference"]["strict"]["overall"]
+            said.append(f"{name} - {names[0]}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
+        paired = f"<p>Paired by prompt and noise, strict: {html.escape('; '.join(said))}</p>" if said else ""
+        out.append(_part(f"{html.escape(suite)}, {html.escape(split)}", _table(rows) + paired))
+        columns = [
+            (n, p, results.read_verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()
+        ]
+        if columns:
+            shown, told, note = failure_gallery.failure_cards(columns[::-1], FAILURES)
+            out.append(f"<details><summary>{told}</summary><p>{note}</p>{shown}</details>")
+    return "".join(out)
+
+
+def _tables(folders: Sequence[Path]) -> str:
+    """The main job's own table, where its images are gone."""
+    out = []
+    for f in folders:
+        if (f / "table.json").is_file():
+            models = read_object(f / "table.json", "models", way_out="run the main job again")["models"]
+            out.append(_part(html.escape(next(iter(models.values()))["suite"]), _table(tables.table_cells(models))))
+    return "".join(out)
+
+
+def _recipes(runs: Sequence[RunRecord]) -> str:
+    out = []
+    for r in runs[1:]:
+        said = "\n".join(diff(runs[0].recipe, r.recipe)) or "the same settings"
+        out.append(f"<p>{html.escape(r.label)} beside {html.escape(runs[0].label)}:</p><pre>{html.escape(said)}</pre>")
+    for r in runs:
+        text = html.escape(dump(r.name, r.recipe))
+        out.append(f"<details><summary>{html.escape(r.label)}: every setting</summary><pre>{text}</pre></details>")
+    return _part("Recipe", "".join(out))

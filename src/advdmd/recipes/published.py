@@ -1,0 +1,175 @@
+"""Recipes for the published models: adapters on one frozen base for a card, whole networks spread over many; prompts and images
+from `advdmd encode`.
+
+None of these has been run on real weights. Turns and the critic are what worked in the miniature (docs/results.md), rates those
+of published few-step adapters; the teacher's guidance is its model card's.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.algorithms.dmd2 import DMD2
+from advdmd.algorithms.twinflow import TwinFlow, guidance_strength
+from advdmd.models.discriminator import DiscriminatorConfig
+from advdmd.recipes.recipe import CachedData, Recipe
+from advdmd.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A published model: where it is, the guidance its card samples with, its transformer and how long its prompts are."""
+
+    hub: str
+    guidance: float
+    transformer: str  # class of diffusers
+    config: dict[str, Any] = field(default_factory=dict)  # where it differs from the class's defaults
+    text: int = 333  # tokens the transformer sees of a prompt, at most
+
+
+SD3 = {
+    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "attention_head_dim": 64, "num_attention_heads": 24},
+    **{"num_layers": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+    **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
+}
+SD35 = SD3 | {"qk_norm": "rms_norm"}
+MEDIUM = {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
+LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+MODELS = {
+    "sd3-medium": PublishedModel("stabilityai/stable-diffusion-3-medium-diffusers", 7.0, "SD3Transformer2DModel", SD3),
+    "sd35-medium": PublishedModel("stabilityai/stable-diffusion-3.5-medium", 4.5, "SD3Transformer2DModel", SD35 | MEDIUM),
+    "sd35-large": PublishedModel("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
+    "qwen-image": PublishedModel("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
+}
+
+
+class Preset(NamedTuple):
+    """What makes a model fit: the rank of its adapters (0: whole networks, spread over the cards), samples a pass, GB of a
+    card and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
+    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits; so many samples a pass were measured on a card of 141 GB
+    (docs/performance.md), one is the least."""
+
+    rank: int
+    samples: int
+    card: int
+    cards: int = 1
+    base_bits: Literal[4, 32] = 32
+    side: int = 1024
+
+
+PRESETS = {
+    ("sd3-medium", "24gb"): Preset(32, 1, 24),
+    ("sd35-medium", "24gb"): Preset(32, 1, 24),
+    ("sd35-large", "24gb"): Preset(16, 1, 24, side=512),
+    ("qwen-image", "24gb"): Preset(16, 1, 24, base_bits=4, side=512),  # of 16 bits the base alone would take 41 GB
+    ("sd3-medium", "80gb"): Preset(64, 4, 80),
+    ("sd35-medium", "80gb"): Preset(64, 4, 80),
+    ("sd35-large", "80gb"): Preset(64, 4, 80),
+    ("qwen-image", "80gb"): Preset(32, 2, 80),
+    ("sd3-medium", "8x80gb"): Preset(0, 4, 80, cards=8),
+    ("sd35-medium", "8x80gb"): Preset(0, 4, 80, cards=8),
+    ("sd35-large", "8x80gb"): Preset(0, 1, 80, cards=8),
+    ("qwen-image", "32x80gb"): Preset(0, 1, 80, cards=32),
+}
+
+
+def preset_from_name(name: str) -> Preset | None:
+    """What a recipe of these is named after."""
+    found = re.fullmatch(r"(.+)-\w+-\dstep-(\w+)", name)
+    return PRESETS.get((found[1], found[2])) if found else None
+
+
+ITERATIONS = 2000  # 64,000 samples, the miniature's long recipes have 38,400; one to five days of an H200 (docs/own-model.md)
+GROUP, PROMPTS = 8, 4  # 32 samples an iteration: the fewest with which group advantages meant something in the miniature
+# A trunk that learns pays for what the prompt says, a frozen one for nothing (docs/log.md); here it is one more adapter. It
+# reads the first half of the network, so that the second is not run.
+DISCRIMINATOR = DiscriminatorConfig(trunk="own", blocks=(0.25, 0.5), hidden=256)
+DM_OPTIMIZER = OptimizerConfig(
+    lr=1e-4, betas=(0.9, 0.99), warmup=100
+)  # TwinFlow's adapters, 2512.05150; whole networks take a tenth
+POLICY_OPTIMIZER = OptimizerConfig(lr=1e-5)  # a tenth of matching: in the miniature 2e-4 against 1e-3 lowered the score at once
+FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-4, betas=(0.0, 0.999))  # twice the student's: the fake score must follow it
+
+
+def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
+    fit = PRESETS[name, preset]
+    slower = 1.0 if fit.rank else 0.1
+    common = {
+        "teacher": MODELS[name].hub,
+        "algorithm": algorithm,
+        "prompts_per_step": max(PROMPTS, fit.cards),  # a prompt a card at least, for groups stay together
+        **{
+            k: replace(v, lr=slower * v.lr)
+            for k, v in {"match": DM_OPTIMIZER, "policy": POLICY_OPTIMIZER, "fake": FAKE_SCORE_OPTIMIZER}.items()
+        },
+        "critic": DISCRIMINATOR,
+        "lora_rank": fit.rank,
+        "base_bits": fit.base_bits,
+        "shard": not fit.rank,
+        "dtype": "bfloat16",
+        "device": "auto",
+        "checkpointing": True,
+        "data": CachedData(),
+        "ema": 0.99,  # as in the miniature's long recipes: an average of the last hundred updates
+        "save_every": 50,
+        # Pictures are decoded on the CPU: with these threads, if all help, two minutes at 1024 pixels (10.5 TFLOP an image).
+        "look_every": 500,
+        "threads": 8,
+    }
+    return Recipe(**common | more)
+
+
+def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
+    """Matching and critic alone for four fifths of the run, then policy turns, ever denser (2604.28126: DMD first). Later than
+    in the miniature, which keeps adapters below 20 forwards a sample; what that is worth was not measured.
+
+    The rest is the miniature's long recipe, where each was tried (docs/log.md): two minibatches of the fake score and two
+    matching turns on a path, half of the samples judged, wrong captions at full weight, GAN .1 for diversity."""
+    warmup = iterations * 4 // 5
+    algorithm = AdvDMD(
+        steps=steps,
+        group=GROUP,
+        micro=PRESETS[name, preset].samples,
+        critic_steps=2,
+        warmup=warmup,
+        ramp=iterations - warmup,
+        match_every=1,
+        match_turns=2,
+        judge_every=2,
+        mismatch=1.0,
+        gan=0.1,
+        final_levels=(0.1,),
+    )
+    return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations)
+
+
+def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
+    """The baseline on the same batches, with DMD2's weights (2405.14867) and a critic on the frozen teacher."""
+    algorithm = DMD2(steps=steps, group=GROUP, micro=PRESETS[name, preset].samples, critic_steps=2, match_turns=2)
+    critic = DiscriminatorConfig(trunk="teacher", blocks=DISCRIMINATOR.blocks, hidden=DISCRIMINATOR.hidden)
+    return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations, critic=critic)
+
+
+def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
+    """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code); whole networks of the miniature learn nothing
+    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a card has 16 samples, or 4
+    where no more fit, and as many iterations cost one card a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for
+    more. Many cards are as many replicas with the adapters of one."""
+    w, one = guidance_strength(MODELS[name].guidance), preset.rpartition("x")[2]
+    algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=w, group=2)
+    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].cards
+    return _recipe(name, one, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=prompts)
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {"advdmd": advdmd, "dmd2": dmd2, "twinflow": twinflow}
+RECIPES = {
+    f"{name}-{method}-{steps}step-{preset}": partial(make, name, preset, steps)
+    for (name, preset), fit in PRESETS.items()
+    for method, make in METHODS.items()
+    for steps in (4, 2)
+    # TwinFlow's batch in one piece does not fit beside a base that had to be of few bits.
+    if make is not twinflow or fit.base_bits == 32
+}
