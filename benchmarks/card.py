@@ -35,24 +35,24 @@ from advdmd.rng import Rng
 from advdmd.types import Batch, Cond
 
 SAME = {
-    "AdvDMD": ("mini-sd35-advdmd", "algorithm.warmup=2", "algorithm.ramp=4"),
-    "AdvDMD, adapters": ("mini-sd35-advdmd", "algorithm.warmup=2", "algorithm.ramp=4", "lora_rank=4"),
+    "AdvDMD": ("mini-sd35-advdmd", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4"),
+    "AdvDMD, adapters": ("mini-sd35-advdmd", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4", "lora_rank=4"),
     "AdvDMD, adapters on bfloat16, checkpointing": (
-        *("mini-sd35-advdmd", "algorithm.warmup=2", "algorithm.ramp=4"),
-        *("lora_rank=4", "dtype=bfloat16", "checkpointing=true"),
+        *("mini-sd35-advdmd", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4"),
+        *("lora_rank=4", "dtype=bfloat16", "gradient_checkpointing=true"),
     ),
-    "AdvDMD, mini-qwen": ("mini-sd35-advdmd", "teacher=mini-qwen", "algorithm.warmup=2", "algorithm.ramp=4"),
+    "AdvDMD, mini-qwen": ("mini-sd35-advdmd", "teacher=mini-qwen", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4"),
     "DMD2": ("mini-sd35-dmd2",),
     "TwinFlow": ("mini-sd35-twinflow",),
     "TwinFlow, adapters": ("mini-sd35-twinflow", "lora_rank=4"),
 }
-COMMON = ("iterations=6", "save_every=3", "look_every=0", "exam_every=0", "data.prompts=32")
+COMMON = ("iterations=6", "save_every=3", "sample_every=0", "eval_every=0", "data.num_prompts=32")
 SIZE = (
     *("sd35-medium-80gb@512", "sd35-medium-80gb@1024", "sd35-large-80gb@512", "sd35-large-80gb@1024"),
     *("qwen-image-24gb@512", "qwen-image-80gb@512", "qwen-image-80gb@1024"),
 )
 LONG = 15  # seconds
-FEW = ("prompts_per_step=2", "algorithm.group=2")  # samples an iteration, so that it takes seconds; passes are the preset's
+FEW = ("prompts_per_step=2", "algorithm.group_size=2")  # samples an iteration, so that it takes seconds; passes are the preset's
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -183,7 +183,7 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         return Cond(torch.randn(n, text, width), pooled, torch.ones(n, text, dtype=torch.long) if pooled is None else None)
 
     prompts = said(r.prompts_per_step)
-    member = torch.arange(r.prompts_per_step).repeat_interleave(r.algorithm.group)
+    member = torch.arange(r.prompts_per_step).repeat_interleave(r.algorithm.group_size)
     batch = Batch(prompts[member], torch.randn(r.batch, *backbone.latent_shape), member)
     n = min(getattr(r.algorithm, "micro", r.batch), r.batch)
 
@@ -206,7 +206,7 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     first = clock(iteration)
-    standing = torch.cuda.memory_allocated() if on else 0
+    zero_target_embedding = torch.cuda.memory_allocated() if on else 0
     unit = min(clock(forward) for _ in range(3)) / n
     # The first is a few hundredths slower; one that takes long is not repeated.
     took = statistics.median(clock(iteration) for _ in range(rounds)) if first < LONG else first
@@ -220,7 +220,7 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         "predicted_standing_gb": round((predicted.total - passing) / GB, 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 1) if on else None,
         "reserved_gb": round(torch.cuda.max_memory_reserved() / GB, 1) if on else None,
-        "standing_gb": round(standing / GB, 1) if on else None,
+        "standing_gb": round(zero_target_embedding / GB, 1) if on else None,
         "forwards_a_sample": round(F, 1),
         "samples": r.batch,
         "seconds": round(took, 2),

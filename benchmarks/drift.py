@@ -40,7 +40,7 @@ def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
         for i in torch.arange(SAMPLES).split(micro):
             for k in range(STEPS - 1):
                 step, _ = step_distribution(student, path.x[k, i], grid[k], grid[k + 1], cond[i], kernel)
-                off[k, i] = ((step.closeness(path.x[k + 1, i]) - path.close[k, i]).exp() - 1).abs()
+                off[k, i] = ((step.neg_mse(path.x[k + 1, i]) - path.close[k, i]).exp() - 1).abs()
     return off
 
 

@@ -72,7 +72,7 @@ def row(name: str, counted: float, measured: float, batch: int) -> dict[str, Any
 
 def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, Any]:
     """A full iteration of a recipe."""
-    _, r = registry.resolve(name, ["data.prompts=16", f"threads={threads}", *changes])
+    _, r = registry.resolve(name, ["data.num_prompts=16", f"threads={threads}", *changes])
     torch.set_num_threads(threads)
     backbone, _ = loading.load(r.teacher)
     data, a = load_training_data(r, backbone), r.algorithm
@@ -94,7 +94,7 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
         from modelopt.torch.fastgen import DMDConfig, DMDPipeline, SampleTimestepConfig  # type: ignore[import-not-found]
     except ImportError:
         return None
-    _, r = registry.resolve("mini-sd35-dmd2", ["data.prompts=16", f"threads={threads}"])
+    _, r = registry.resolve("mini-sd35-dmd2", ["data.num_prompts=16", f"threads={threads}"])
     torch.set_num_threads(threads)
     backbone, _ = loading.load(r.teacher)
     data = load_training_data(r, backbone)
@@ -142,8 +142,8 @@ def main() -> None:
     # score instead of two; and the peer's work.
     names = ("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow")
     runs = [(n, *c) for n in names for c in ((), ("lora_rank=4",))]
-    runs += [(n, "algorithm.critic_steps=1") for n in names[:2]]
-    runs += [("mini-sd35-dmd2", "algorithm.critic_steps=1", "algorithm.gan=0")]
+    runs += [(n, "algorithm.fake_score_updates=1") for n in names[:2]]
+    runs += [("mini-sd35-dmd2", "algorithm.fake_score_updates=1", "algorithm.gan_loss_weight=0")]
     rows = [measure(n, args.rounds, args.threads, *c) for n, *c in runs]
     if peer := theirs(3 * args.rounds, args.threads):  # its iterations differ in the length of their rollouts
         rows.append(peer)

@@ -27,11 +27,11 @@ from advdmd.models import loading
 from advdmd.recipes import registry
 from advdmd.rng import Rng
 
-RECIPE, COMMON = "mini-sd35-advdmd", ["data.prompts=16", "threads=1"]
+RECIPE, COMMON = "mini-sd35-advdmd", ["data.num_prompts=16", "threads=1"]
 # Of the recipe: 8 prompts x 4 samples, 4 steps, latents of 8 x 8.
 AXES = {
     "batch": {str(4 * n): [f"prompts_per_step={n}"] for n in (2, 4, 8, 16)},
-    "group": {str(g): [f"algorithm.group={g}", f"prompts_per_step={32 // g}"] for g in (2, 4, 8, 16)},
+    "group": {str(g): [f"algorithm.group_size={g}", f"prompts_per_step={32 // g}"] for g in (2, 4, 8, 16)},
     "steps": {str(k): [f"algorithm.steps={k}"] for k in (1, 2, 4, 8)},
 }
 SIDES = (8, 16, 32)
@@ -81,7 +81,7 @@ def processes(rounds: int) -> dict[str, float]:
 
     def seconds(n: int, iterations: int, *more: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            words = [*COMMON, f"iterations={iterations}", "look_every=0", "save_every=0", *more]
+            words = [*COMMON, f"iterations={iterations}", "sample_every=0", "save_every=0", *more]
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
             command = [sys.executable, *launch, "-m", "advdmd", "train", RECIPE, *words, "--out", f"{folder}/run"]
             began = time.perf_counter()
@@ -95,7 +95,7 @@ def processes(rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         one = pace(1)
         out["replicas"].append(one / pace(2))
-        out["spread"].append(one / pace(2, "shard=true"))
+        out["spread"].append(one / pace(2, "fsdp=true"))
     return {k: round(statistics.median(v), 3) for k, v in out.items()}
 
 

@@ -13,15 +13,15 @@ declare -A change=(
   [recipe]=""
   [final_reward_only]="algorithm.credit=final"
   [step_reward_only]="algorithm.credit=step"
-  [frozen_critic]="algorithm.online=false"
-  [no_gate]="algorithm.gated=false"
-  [no_warmup]="algorithm.warmup=0"
+  [frozen_critic]="algorithm.discriminator_online=false"
+  [no_gate]="algorithm.auc_gating=false"
+  [no_warmup]="algorithm.dm_only_iterations=0"
   [eta_.9]="algorithm.eta=0.9"
-  [no_policy]="algorithm.warmup=99999"
-  [policy_without_gan]="algorithm.gan=0"
-  [no_wrong_captions]="algorithm.mismatch=0"
-  [critic_on_the_teacher]="critic.trunk=teacher"
-  [action_landed]="algorithm.action=landed"
+  [no_policy]="algorithm.dm_only_iterations=99999"
+  [policy_without_gan]="algorithm.gan_loss_weight=0"
+  [no_wrong_captions]="algorithm.mismatched_caption_weight=0"
+  [critic_on_the_teacher]="discriminator.trunk=teacher"
+  [action_landed]="algorithm.action=sample"
   [steps_1]="algorithm.steps=1"
   [steps_2]="algorithm.steps=2"
   [steps_8]="algorithm.steps=8"
@@ -38,7 +38,7 @@ for seed in $seeds; do
     run=$work/$name-$seed scores=$work/scores/$name-$seed
     read -ra words <<<"${change[$name]}"
     n=$("$bin/python" runs/equal.py "$recipe" "iterations=$iterations" -- "$recipe" "${words[@]}")
-    what=("$recipe" "${words[@]}" "iterations=$n" "seed=$seed" exam_every=100)
+    what=("$recipe" "${words[@]}" "iterations=$n" "seed=$seed" eval_every=100)
     if complete "$kept/$name-$seed"; then
       "$bin/python" runs/same.py "$kept/$name-$seed/recipe.yaml" "${what[@]}"
       continue

@@ -33,14 +33,14 @@ for seed in $seeds; do
     case $method in
       advdmd) what=("$teacher-advdmd-long") ;;
       dmd2) what=("$teacher-dmd2-long") ;;
-      dmd) what=("$teacher-dmd2-long" algorithm.gan=0) ;;
-      no_policy) what=("$teacher-advdmd-long" algorithm.warmup=99999) ;;
-      twinflow) what=("$teacher-twinflow" "algorithm.gap=$([ "$steps" = 4 ] && echo .5 || echo .6)") ;;
+      dmd) what=("$teacher-dmd2-long" algorithm.gan_loss_weight=0) ;;
+      no_policy) what=("$teacher-advdmd-long" algorithm.dm_only_iterations=99999) ;;
+      twinflow) what=("$teacher-twinflow" "algorithm.last_time=$([ "$steps" = 4 ] && echo .5 || echo .6)") ;;
       *) echo "METHODS: advdmd, dmd2, dmd, twinflow, no_policy; not $method" >&2 && exit 2 ;;
     esac
     what+=("algorithm.steps=$steps")
     n=$("$bin/python" runs/equal.py "$teacher-advdmd-long" "algorithm.steps=$steps" "iterations=$iterations" -- "${what[@]}")
-    what+=("iterations=$n" "seed=$seed" exam_every=100)
+    what+=("iterations=$n" "seed=$seed" eval_every=100)
     if complete "$kept/$method-$seed"; then
       "$bin/python" runs/same.py "$kept/$method-$seed/recipe.yaml" "${what[@]}"
       continue

@@ -22,24 +22,37 @@ from safetensors.torch import load_file
 
 from advdmd.rng import Rng, generator
 
-SMALL = ["iterations=4", "prompts_per_step=4", "algorithm.group=4", "threads=1", "data.prompts=48", "data.reals=2"]
-SMALL += ["save_every=4", "look_every=2", "ema=.9"]
+SMALL = [
+    "iterations=4",
+    "prompts_per_step=4",
+    "algorithm.group_size=4",
+    "threads=1",
+    "data.num_prompts=48",
+    "data.images_per_prompt=2",
+]
+SMALL += ["save_every=4", "sample_every=2", "ema_decay=.9"]
 METHODS = {
-    "advdmd": ["-advdmd-long", "algorithm.warmup=1", "algorithm.ramp=2", "algorithm.micro=8", "algorithm.gan=.1"],
-    "dmd2": ["-dmd2-long", "algorithm.micro=8"],
+    "advdmd": [
+        "-advdmd-long",
+        "algorithm.dm_only_iterations=1",
+        "algorithm.policy_ramp_iterations=2",
+        "algorithm.micro_batch_size=8",
+        "algorithm.gan_loss_weight=.1",
+    ],
+    "dmd2": ["-dmd2-long", "algorithm.micro_batch_size=8"],
     "twinflow": ["-twinflow"],
 }
 KINDS = {
     "whole": [],
     "adapters": ["lora_rank=4"],
-    "adapters-bf16-checkpointing": ["lora_rank=4", "dtype=bfloat16", "checkpointing=true"],
+    "adapters-bf16-checkpointing": ["lora_rank=4", "dtype=bfloat16", "gradient_checkpointing=true"],
 }
 PLAIN = [
-    "algorithm.action=landed",
+    "algorithm.action=sample",
     "algorithm.credit=final",
     "algorithm.steps=2",
-    "critic.trunk=fake",
-    "critic.trunk_weight=.01",
+    "discriminator.trunk=fake",
+    "discriminator.trunk_grad_scale=.01",
 ]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # name -> (words before `train`, recipe, overrides)
@@ -50,12 +63,12 @@ RUNS: dict[str, tuple[list[str], str, list[str]]] = {
     for kind, words in KINDS.items()
 } | {
     "mini-sd35-advdmd-plain": ([], "mini-sd35-advdmd", [*METHODS["advdmd"][1:], *PLAIN]),
-    "mini-sd35-advdmd-exams": ([], "mini-sd35-advdmd", [*METHODS["advdmd"][1:], "exam_every=2", "exam_images=6"]),
+    "mini-sd35-advdmd-exams": ([], "mini-sd35-advdmd", [*METHODS["advdmd"][1:], "eval_every=2", "eval_images=6"]),
     "two-processes-advdmd": (TWO, "mini-sd35-advdmd-long", METHODS["advdmd"][1:]),
     "two-processes-advdmd-adapters": (TWO, "mini-qwen-advdmd-long", [*METHODS["advdmd"][1:], "lora_rank=4"]),
     "two-processes-twinflow": (TWO, "mini-sd35-twinflow", []),
-    "sharded-advdmd": (TWO, "mini-sd35-advdmd-long", [*METHODS["advdmd"][1:], "shard=true"]),
-    "sharded-dmd2-bf16": (TWO, "mini-qwen-dmd2-long", [*METHODS["dmd2"][1:], "shard=true", "dtype=bfloat16"]),
+    "sharded-advdmd": (TWO, "mini-sd35-advdmd-long", [*METHODS["advdmd"][1:], "fsdp=true"]),
+    "sharded-dmd2-bf16": (TWO, "mini-qwen-dmd2-long", [*METHODS["dmd2"][1:], "fsdp=true", "dtype=bfloat16"]),
 }
 STREAMS = (
     *(
@@ -81,7 +94,7 @@ KEYS = (
     (0, "epoch", 1),
     (0, "bucket", 1),
 )
-CLOCKS = ("cost/eta", "cost/seconds")
+CLOCKS = ("cost/efficiency", "cost/seconds")
 
 
 def digest(*chunks: bytes) -> str:
@@ -146,7 +159,7 @@ def of_products(folder: Path) -> dict[str, str]:
     (photos / "metadata.jsonl").write_text("\n".join(lines))
     os.chdir(folder)
     advdmd("encode", "photos", "mini-sd35", "--out", "cache", "--device", "cpu", "--threads", "1")
-    advdmd("encode", "photos", "mini-sd35", "--out", "drawn", "--reals", "teacher", "--device", "cpu", "--threads", "1")
+    advdmd("encode", "photos", "mini-sd35", "--out", "drawn", "--real-images", "teacher", "--device", "cpu", "--threads", "1")
     stock = json.loads((student / "advdmd.json").read_text())["stock_call"]
     from diffusers import DiffusionPipeline
 

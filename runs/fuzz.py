@@ -301,8 +301,8 @@ def shard(rng: random.Random, here: Path) -> None:
         (here / name).write_bytes(json.dumps(said if rng.random() < 0.7 else thing(rng)).encode("utf-8", "surrogatepass"))
     (here / "prompts.jsonl").write_text('"a"\n' * n)
     kept = embedding_cache.EmbeddingCache(here)
-    kept.expect({})
-    kept.with_images()
+    kept.check_teacher({})
+    kept.check_has_images()
     kept.cond(range(n))
     _ = kept.null
     for i in range(n):
@@ -312,7 +312,7 @@ def shard(rng: random.Random, here: Path) -> None:
 
 def records(rng: random.Random, here: Path) -> None:
     """Files that a run or an evaluation left, damaged: metrics, scores, checkpoints, a model's note."""
-    rows = [{"step": i, "fake/loss": 1.0} for i in range(3)]
+    rows = [{"step": i, "fake_score/loss": 1.0} for i in range(3)]
     (here / "metrics.jsonl").write_bytes(damaged("\n".join(json.dumps(r) for r in rows).encode(), rng))
     (here / "scores.json").write_bytes(
         damaged(json.dumps({"suite": "s", "suite_hash": "h", "seed": 0, "scores": {"t": {"i": [[0, 1]]}}}).encode(), rng)

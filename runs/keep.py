@@ -16,7 +16,7 @@ def main() -> None:
         shutil.copy(run / "recipe.yaml", kept)
         shutil.copy(max((run / "samples").glob("step-*.png")), kept / "samples.png")
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (kept / "metrics.jsonl").write_text("".join(s for s in lines if json.loads(s)["step"] % 10 == 0 or "exam/" in s))
+        (kept / "metrics.jsonl").write_text("".join(s for s in lines if json.loads(s)["step"] % 10 == 0 or "eval/" in s))
     for file in scores.glob("*/scores.json"):
         shutil.copy(file, kept / f"{file.parent.name}.json")
 

@@ -42,14 +42,21 @@ TINY = pipelines.MiniConfig(width=32, layers=2, text_width=32, vae_channels=(4, 
 WORDS = [
     *(
         "iterations=12",
-        "algorithm.group=2",
+        "algorithm.group_size=2",
         "prompts_per_step=4",
-        "data.prompts=8",
-        "data.reals=2",
+        "data.num_prompts=8",
+        "data.images_per_prompt=2",
         "save_every=2",
         "threads=1",
     ),
-    *("look_every=4", "exam_every=4", "exam_images=2", "algorithm.warmup=3", "algorithm.ramp=2", "critic.hidden=8"),
+    *(
+        "sample_every=4",
+        "eval_every=4",
+        "eval_images=2",
+        "algorithm.dm_only_iterations=3",
+        "algorithm.policy_ramp_iterations=2",
+        "discriminator.hidden_size=8",
+    ),
 ]
 
 
@@ -78,7 +85,7 @@ def digest(folder: Path) -> dict[str, str]:
         data = f.read_bytes()
         if f.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.decode().splitlines()]
-            data = json.dumps([{k: v for k, v in r.items() if k != "cost/eta"} for r in rows]).encode()
+            data = json.dumps([{k: v for k, v in r.items() if k != "cost/efficiency"} for r in rows]).encode()
         found[str(f.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -21,9 +21,16 @@ from advdmd.files import write_text
 from advdmd.monitoring.health import read
 
 EVERY = 2.0  # seconds
-WORDS = ["algorithm.group=2", "prompts_per_step=2", "data.prompts=8", "data.reals=2", "threads=1", "critic.hidden=8"]
-WORDS += ["algorithm.steps=2", "algorithm.critic_steps=1", "critic.trunk=fake"]  # two descents and a policy turn
-WORDS += ["save_every=500", "look_every=2000", "exam_every=2000", "exam_images=2"]
+WORDS = [
+    "algorithm.group_size=2",
+    "prompts_per_step=2",
+    "data.num_prompts=8",
+    "data.images_per_prompt=2",
+    "threads=1",
+    "discriminator.hidden_size=8",
+]
+WORDS += ["algorithm.steps=2", "algorithm.fake_score_updates=1", "discriminator.trunk=fake"]  # two descents and a policy turn
+WORDS += ["save_every=500", "sample_every=2000", "eval_every=2000", "eval_images=2"]
 
 
 def watched(command: list[str], metrics: Path) -> list[tuple[float, float, float]]:
@@ -64,7 +71,7 @@ def main() -> None:
     told = ask.parse_args()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
-        words = [*WORDS, f"iterations={told.iterations}", f"algorithm.warmup={told.iterations // 4}"]
+        words = [*WORDS, f"iterations={told.iterations}", f"algorithm.dm_only_iterations={told.iterations // 4}"]
         words += [f"teacher={teacher(Path(home) / 'teacher')}"]
         command = [sys.executable, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
         seen = watched(command, folder / "metrics.jsonl")
@@ -72,8 +79,8 @@ def main() -> None:
         size = (folder / "metrics.jsonl").stat().st_size
         checkpoints = len(list((folder / "checkpoints").glob("*.safetensors")))
     steps, memory, files = (np.array(column, float) for column in zip(*seen, strict=True))
-    policy = [m for m in metrics if "cost/eta" in m and "reward/end" in m]
-    at, eta = (np.array([m[k] for m in policy]) for k in ("step", "cost/eta"))
+    policy = [m for m in metrics if "cost/efficiency" in m and "reward/final" in m]
+    at, eta = (np.array([m[k] for m in policy]) for k in ("step", "cost/efficiency"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
         "iterations": told.iterations,

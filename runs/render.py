@@ -132,7 +132,7 @@ def smooth(values: list[float], width: int = 9) -> np.ndarray:
 
 
 def reward(metrics: list[dict[str, float]], steps: list[int], F: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    paid = [(m["step"], m["reward/end"]) for m in metrics if "reward/end" in m]
+    paid = [(m["step"], m["reward/final"]) for m in metrics if "reward/final" in m]
     return (np.interp([s for s, _ in paid], steps, F), smooth([r for _, r in paid])) if len(paid) > 2 else None
 
 
@@ -148,9 +148,9 @@ def curves(folder: Path, runs: dict[str, list[dict[str, float]]]) -> None:
     panels, grid = plt.subplots(-(-len(runs) // columns), columns, figsize=(3.6 * columns, 2.4 * -(-len(runs) // columns)))
     for (name, metrics), ax in zip(runs.items(), np.atleast_1d(grid).flat, strict=False):
         method, _, seed = name.rpartition("-")
-        sat = [m for m in metrics if "exam/strict" in m]
-        F, steps = np.array([m["exam/forwards"] for m in sat]), [int(m["step"]) for m in sat]
-        score, spread = ([m[f"exam/{k}"] for m in sat] for k in ("strict", "diversity"))
+        sat = [m for m in metrics if "eval/strict" in m]
+        F, steps = np.array([m["eval/forwards_per_sample"] for m in sat]), [int(m["step"]) for m in sat]
+        score, spread = ([m[f"eval/{k}"] for m in sat] for k in ("strict", "diversity"))
         label = LABELS[method] if seed == "0" else None
         axes[0].plot(F, score, color=COLORS[method], label=label)
         axes[1].plot(F, spread, color=COLORS[method])
@@ -178,11 +178,11 @@ def curves(folder: Path, runs: dict[str, list[dict[str, float]]]) -> None:
 
 def hacking(runs: dict[str, list[dict[str, float]]]) -> str:
     """Whether reward and score parted in a run that has rewards."""
-    paid = {name: metrics for name, metrics in runs.items() if any("reward/end" in m for m in metrics)}
+    paid = {name: metrics for name, metrics in runs.items() if any("reward/final" in m for m in metrics)}
     found = {name: step for name, metrics in paid.items() if (step := reward_hacking_step(metrics)) is not None}
     said = "; ".join(f"{name} after {step} iterations" for name, step in found.items())
-    first = [next(int(m["step"]) for m in metrics if "reward/end" in m) for metrics in paid.values()]
-    sat = sum("exam/strict" in m and m["step"] >= f for f, metrics in zip(first, paid.values(), strict=True) for m in metrics)
+    first = [next(int(m["step"]) for m in metrics if "reward/final" in m) for metrics in paid.values()]
+    sat = sum("eval/strict" in m and m["step"] >= f for f, metrics in zip(first, paid.values(), strict=True) for m in metrics)
     judged = f"judged on the {sat} exams after their policy turns began"
     return f"Reward and score parted in {len(found)} of {len(paid)} runs, {judged}{': ' + said if said else ''}."
 

@@ -15,7 +15,7 @@ clean/bin/pip check
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=
 clean/bin/advdmd show mini-sd35-advdmd >/dev/null
 clean/bin/advdmd sample mini-qwen "a picture of a red circle" --out pictures >/dev/null
-clean/bin/advdmd train mini-sd35-advdmd iterations=2 prompts_per_step=2 data.prompts=8 look_every=0 --out run >/dev/null 2>&1
+clean/bin/advdmd train mini-sd35-advdmd iterations=2 prompts_per_step=2 data.num_prompts=8 sample_every=0 --out run >/dev/null 2>&1
 clean/bin/advdmd eval run/student mini-geneval --images 2 --prompts 2 --out scores --threads 1 >/dev/null 2>&1
 clean/bin/advdmd export run --out student >/dev/null
 tools/bin/cyclonedx-py environment clean --of JSON --output-reproducible -o sbom.cdx.json

@@ -93,34 +93,34 @@ def test_a_damaged_record_is_named_with_its_fault_and_the_way_out(tmp_path, text
     file = tmp_path / "record.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=f"record.json is damaged .*{re.escape(said)}.*: do something"):
-        read_object(file, "step", way_out="do something")
+        read_object(file, "step", hint="do something")
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(b'{"step": 0}\n' + file.read_bytes() + b'\n{"st')
     with pytest.raises(ValueError, match=f"lines.jsonl, line 2 is damaged .*{re.escape(said)}.*: do something"):
-        read_lines(lines, "step", way_out="do something")
+        read_lines(lines, "step", hint="do something")
 
 
 def test_a_last_line_without_an_end_is_no_damage(tmp_path):
     (tmp_path / "a").write_text('{"step": 0}\n{"step": 1}\n{"st')
-    assert [x["step"] for x in read_lines(tmp_path / "a", "step", way_out="")] == [0, 1]
+    assert [x["step"] for x in read_lines(tmp_path / "a", "step", hint="")] == [0, 1]
 
 
 def test_tensors_are_those_that_were_recorded(tmp_path):
     file = tmp_path / "best.safetensors"
     save_file({"a": torch.arange(100.0)}, file)
     wanted = file_hash(file)
-    assert torch.equal(read_tensors(file, "a", way_out="", sha256=wanted)["a"], torch.arange(100.0))
+    assert torch.equal(read_tensors(file, "a", hint="", sha256=wanted)["a"], torch.arange(100.0))
     with pytest.raises(ValueError, match=r"best\.safetensors is damaged \(b missing\)"):
-        read_tensors(file, "a", "b", way_out="")
+        read_tensors(file, "a", "b", hint="")
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert read_tensors(file, way_out="")["a"][-1] != 99, "a flipped bit is a number too"
+    assert read_tensors(file, hint="")["a"][-1] != 99, "a flipped bit is a number too"
     with pytest.raises(ValueError, match=r"best\.safetensors is damaged \(its sha256 differs from its record\): make it again"):
-        read_tensors(file, way_out="make it again", sha256=wanted)
+        read_tensors(file, hint="make it again", sha256=wanted)
     for damaged in (good[:50], b"", b"\xff" * 16):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"best\.safetensors is damaged .*: make it again"):
-            read_tensors(file, way_out="make it again")
+            read_tensors(file, hint="make it again")
 
 
 def test_an_objects_hash_is_of_what_it_says():

@@ -10,7 +10,7 @@ from advdmd.monitoring import health
 from advdmd.recipes.registry import resolve
 
 GOOD = [
-    {"step": i, "fake/loss": 2 + 0.01 * (i % 7), "student/match/loss": 0.7, "critic/gap": 0.5 + 0.1 * (i % 3)}
+    {"step": i, "fake_score/loss": 2 + 0.01 * (i % 7), "student/dm_loss": 0.7, "discriminator/logit_gap": 0.5 + 0.1 * (i % 3)}
     for i in range(40)
 ]
 
@@ -18,21 +18,21 @@ GOOD = [
 def test_a_run_is_healthy_beside_itself_and_a_lagging_fake_score_is_not():
     bands = health.ranges_of_runs([GOOD])
     assert health.summarize(GOOD, health.diagnose(GOOD, bands)) == "healthy"
-    sick = [m | {"fake/loss": 9.0} for m in GOOD]
+    sick = [m | {"fake_score/loss": 9.0} for m in GOOD]
     said = health.summarize(sick, health.diagnose(sick, bands))
-    assert said.startswith("fake/loss 9, band 2 to 2.06: it lags")
+    assert said.startswith("fake_score/loss 9, band 2 to 2.06: it lags")
 
 
 def test_only_the_late_part_of_a_run_is_judged_and_a_harmless_side_is_not_flagged():
     bands = health.ranges_of_runs([GOOD])
-    early = [m | {"fake/loss": 9.0} if m["step"] < 20 else m for m in GOOD]
+    early = [m | {"fake_score/loss": 9.0} if m["step"] < 20 else m for m in GOOD]
     assert health.summarize(early, health.diagnose(early, bands)) == "healthy"
-    better = [m | {"fake/loss": 0.1} for m in GOOD]
+    better = [m | {"fake_score/loss": 0.1} for m in GOOD]
     assert health.summarize(better, health.diagnose(better, bands)) == "healthy"
 
 
 def test_a_number_that_is_none_is_out():
-    run = [m | {"fake/loss": float("nan")} for m in GOOD]
+    run = [m | {"fake_score/loss": float("nan")} for m in GOOD]
     assert "start again from the last checkpoint" in health.summarize(run, health.diagnose(run, health.ranges_of_runs([GOOD])))
 
 
@@ -89,5 +89,5 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):
         health.read(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "fake/loss": 1.0}) + '\n{"step": 1, "fake')
-    assert health.read(tmp_path) == [{"step": 0, "fake/loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "fake_score/loss": 1.0}) + '\n{"step": 1, "fake')
+    assert health.read(tmp_path) == [{"step": 0, "fake_score/loss": 1.0}]

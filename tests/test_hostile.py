@@ -47,7 +47,7 @@ def ends(f, *args):
 @example("seed", "2001-99-99")
 @example("seed", "!!python/object/apply:os.system ['true']")
 @example("seed", "&a {x: *a}")
-@example("match.betas", "[" * 5000)
+@example("dm_optimizer.betas", "[" * 5000)
 @example("iterations", 10**8)
 @example("iterations", 10**400)
 @example("algorithm.steps", 10**8)

@@ -91,8 +91,8 @@ def test_full_noise_is_diffusers_stochastic_step_to_the_bit(gen):
 
 def test_closeness_is_highest_at_the_mean(gen):
     g = Gaussian(torch.randn(3, 4, generator=gen()), torch.ones(3, 1))
-    assert (g.closeness(g.mean) == 0).all()
-    assert (g.closeness(g.mean + 1) == -1).all()
+    assert (g.neg_mse(g.mean) == 0).all()
+    assert (g.neg_mse(g.mean + 1) == -1).all()
 
 
 def test_velocity_loss_vanishes_at_the_target(gen):
@@ -197,13 +197,13 @@ def test_paths_can_be_read_at_each_samples_own_index(gen):
     x, t = path.at(k)
     assert torch.equal(x[3], path.x[3, 3])
     assert torch.equal(t, path.t[k])
-    assert path.close.shape == (3, 6)
+    assert path.neg_mse.shape == (3, 6)
     assert path[torch.tensor([5, 1])].x.shape == (5, 2, 2)
 
 
 def test_one_step_has_no_action(gen):
     path = rollout(Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(1, 6, 2, generator=gen()), flow.grid(1), cps(1.0))
-    assert path.close.shape == (0, 6)
+    assert path.neg_mse.shape == (0, 6)
 
 
 def test_a_path_walked_in_parts_is_the_path():

@@ -21,7 +21,7 @@ def test_every_recipe_fits_the_cards_it_is_named_after():
         r, fit = resolve(name)[1], preset_from_name(name)
         assert name.endswith(f"-{fit.cards}x{fit.card}gb" if fit.cards > 1 else f"-{fit.card}gb")
         assert fit_advice(r, estimate(r, fit.side, fit.cards), fit.card).startswith("fits"), name
-        r.check_shares(fit.cards)
+        r.check_world_size(fit.cards)
     assert preset_from_name("mini-sd35-advdmd") is None
 
 
@@ -33,7 +33,7 @@ def test_whole_networks_are_shared_by_the_cards():
     # One card has nobody to share with: all of it is float32.
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
     assert many.parts["activations"] == one.parts["activations"] / 2
-    assert fit_advice(r, one, 80).endswith("lora_rank=32 shard=false (adapters on one base), more cards")
+    assert fit_advice(r, one, 80).endswith("lora_rank=32 fsdp=false (adapters on one base), more cards")
 
 
 def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
@@ -47,7 +47,7 @@ def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
 
 def test_a_card_that_is_too_small_gets_a_way_out():
     r = resolve("sd35-large-advdmd-4step-80gb")[1]
-    assert "algorithm.micro=1" in fit_advice(r, estimate(r), 24)
+    assert "algorithm.micro_batch_size=1" in fit_advice(r, estimate(r), 24)
     large = resolve("qwen-image-advdmd-4step-80gb")[1]
     assert "base_bits=4" in fit_advice(large, estimate(large), 24)
     assert "the frozen base alone takes 11 GB" in fit_advice(large, estimate(large), 8), "in the fewest bits"
@@ -67,7 +67,7 @@ def test_a_transformer_that_is_not_counted_is_named(tmp_path):
 
 def test_few_bits_are_counted_in_the_blocks_alone():
     r = resolve("qwen-image-advdmd-4step-80gb")[1]
-    whole, few = estimate(r), estimate(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake.bits=8"])[1])
+    whole, few = estimate(r), estimate(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake_score_optimizer.state_bits=8"])[1])
     assert 0.51 / 2 < few.parts["frozen base"] / whole.parts["frozen base"] < 0.53 / 2
     eight, thirty_two = 2, 2  # optimizers: fake score and trunk; the student's two turns
     assert few.parts["Adam"] / whole.parts["Adam"] == (eight * 8 + thirty_two * 32) / (4 * 32)
@@ -78,4 +78,4 @@ def test_a_float32_base_is_merged_anew_for_every_network_of_a_graph():
         return estimate(resolve("sd35-medium-advdmd-4step-80gb", words)[1]).parts["activations"]
 
     assert held("dtype=float32") == 2 * held(), "checkpointing keeps a block's at a time"
-    assert held("dtype=float32", "checkpointing=false") > 2 * held("checkpointing=false") + 1e10
+    assert held("dtype=float32", "gradient_checkpointing=false") > 2 * held("gradient_checkpointing=false") + 1e10

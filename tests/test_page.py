@@ -35,7 +35,7 @@ def test_the_page_says_what_the_runs_and_scores_say(report):
         float(re.search(r"<b>overall</b></td><td>([.0-9]+)", report)[1]), abs=6e-4
     )
     assert report.count("healthy") == 2
-    assert "algorithm.gan: " in report  # the recipes' differences
+    assert "algorithm.gan_loss_weight: " in report  # the recipes' differences
     logged = {k for r in RUNS for m in health.read(r) for k in m}
     for panel in health.DIAGNOSTICS:
         assert (f"<h3>{panel.key}</h3>" in report) == (panel.key in logged)

@@ -30,8 +30,8 @@ from advdmd.recipes.overrides import diff, dump, override, parse_overrides
 from advdmd.recipes.registry import known_recipes, resolve
 
 SMALL = [
-    "iterations=4", "algorithm.warmup=1", "algorithm.ramp=2", "algorithm.group=4", "prompts_per_step=2",
-    "data.prompts=6", "data.reals=2", "save_every=2", "look_every=4", "threads=1",
+    "iterations=4", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=2", "algorithm.group_size=4", "prompts_per_step=2",
+    "data.num_prompts=6", "data.images_per_prompt=2", "save_every=2", "sample_every=4", "threads=1",
 ]  # fmt: skip
 
 
@@ -66,18 +66,18 @@ def trained(tiny_folder, tmp_path_factory):
 def test_a_run_logs_what_the_panels_ask_for(trained):
     """All but what needs exams; by the run's last step both turns have moved."""
     logged = set().union(*(json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()))
-    assert {p.key for p in health.DIAGNOSTICS} - logged == {"exam/diversity"}
+    assert {p.key for p in health.DIAGNOSTICS} - logged == {"eval/diversity"}
 
 
 def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, trained, tmp_path):
     """The tiny teacher's scores are all alike, so the first average stays the best: one that the last has left behind."""
     from safetensors.torch import load_file, save_file
 
-    name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2"])
+    name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "eval_every=1", "eval_images=2"])
     student = train.train(name, r, tmp_path / "a")
     metrics = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    scores = [m["exam/strict"] for m in metrics]
-    assert [m["exam/forwards"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
+    scores = [m["eval/strict"] for m in metrics]
+    assert [m["eval/forwards_per_sample"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
     found = {"step": scores.index(max(scores)) + 1, "strict": pytest.approx(max(scores), rel=1e-5), "last": 4}
     best = validation.read_best(tmp_path / "a")
     assert best == found | {"sha256": best["sha256"], "file": best["file"]}
@@ -126,7 +126,7 @@ def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_pa
 
 def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path):
     """The tiny teacher never improves: with a patience of one the second exam is the last, and the student is the first's."""
-    words = [*SMALL, f"teacher={tiny_folder}", "exam_every=1", "exam_images=2", "patience=1", "match.lr=1e-9"]
+    words = [*SMALL, f"teacher={tiny_folder}", "eval_every=1", "eval_images=2", "patience=1", "dm_optimizer.lr=1e-9"]
     name, r = resolve("mini-sd35-advdmd", words)
     student = train.train(name, r, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -140,22 +140,22 @@ def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path)
 
 def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
     def run_of(scores, rewards):
-        return [{"step": i, "reward/end": r, "exam/strict": s} for i, (s, r) in enumerate(zip(scores, rewards))]
+        return [{"step": i, "reward/final": r, "eval/strict": s} for i, (s, r) in enumerate(zip(scores, rewards))]
 
     assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 3, 4])) == 4
     assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the critic saw it too"
     assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad exam is chance"
     assert reward_hacking_step(run_of([0.3, 0.4], [0, 1])) is None
     late = run_of([0.5, 0.45, 0.44, 0.43], [0, 1, 2, 3])
-    del late[0]["reward/end"]
+    del late[0]["reward/final"]
     assert reward_hacking_step(late) == 3, "paid only after the best exam"
 
 
 def test_overrides_are_typed_and_reach_every_level():
     _, r = resolve(
-        "mini-sd35-advdmd", ["algorithm.steps=2", "match.lr=3e-5", "critic.blocks=[0.5, 1.0]", "algorithm.credit=final"]
+        "mini-sd35-advdmd", ["algorithm.steps=2", "dm_optimizer.lr=3e-5", "discriminator.feature_depths=[0.5, 1.0]", "algorithm.credit=final"]
     )
-    assert (r.algorithm.steps, r.match.lr, r.critic.blocks, r.algorithm.credit) == (2, 3e-5, (0.5, 1.0), "final")
+    assert (r.algorithm.steps, r.dm_optimizer.lr, r.discriminator.feature_depths, r.algorithm.credit) == (2, 3e-5, (0.5, 1.0), "final")
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,19 @@ def test_overrides_are_typed_and_reach_every_level():
         ("algorithm.credit=some", r"algorithm\.credit='some'"),
         ("match=3", "group of settings"),
         ("seed.x=3", "plain value"),
-        ("guidance=0.5", r"guidance=0\.5"),
+        ("guidance_scale=0.5", r"guidance_scale=0\.5"),
         ("iterations=0", "iterations=0"),
         ("threads", "write key=value"),
         ("seed=[1", "not a value"),
-        ("data.prompts=0", "prompts=0"),
-        ("ema=1", "ema=1"),
+        ("data.num_prompts=0", "prompts=0"),
+        ("ema_decay=1", "ema_decay=1"),
         ("seed=-1", "seed=-1"),
-        ("heads_rate=-3", "heads_rate=-3"),
-        ("guidance=.nan", "guidance=nan.*finite"),
-        ("match.lr=.inf", "lr=inf.*finite"),
+        ("discriminator_lr_scale=-3", "discriminator_lr_scale=-3"),
+        ("guidance_scale=.nan", "guidance=nan.*finite"),
+        ("dm_optimizer.lr=.inf", "lr=inf.*finite"),
         ("iterations=true", "iterations=True"),
         ("algorithm.shift=-1", "shift=-1"),
-        ("algorithm.auc_memory=2", "auc_memory=2"),
+        ("algorithm.auc_decay=2", "auc_memory=2"),
         ("save_every=-1", "save_every"),
     ],
 )
@@ -197,7 +197,7 @@ def test_unknown_recipes_list_the_known_ones():
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
     for name in known_recipes():
-        _, r = resolve(name, ["seed=3", "match.lr=1e-5"])
+        _, r = resolve(name, ["seed=3", "dm_optimizer.lr=1e-5"])
         (tmp_path / "r.yaml").write_text(dump(name, r))
         assert resolve(str(tmp_path / "r.yaml")) == (name, r)
     assert diff(r, replace(r, seed=4)) == ["seed: 3 -> 4"]
@@ -223,8 +223,8 @@ def test_a_run_leaves_recipe_metrics_samples_and_student(trained):
         assert (trained / name).is_file(), name
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == [0, 1, 2, 3]
-    assert {"fake/loss", "critic/auc_1", "student/match/loss"} <= set(lines[0])
-    assert "policy/ratio_off" in lines[-1]
+    assert {"fake_score/loss", "discriminator/auc_1", "student/dm_loss"} <= set(lines[0])
+    assert "policy/max_ratio_error" in lines[-1]
     sheet = np.asarray(Image.open(trained / "samples/step-000004.png"))
     assert sheet.std() > 1
 
@@ -298,8 +298,8 @@ def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_
 
 
 def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift(backbone):
-    assert backbone.stock_call(4)["sigmas"] == [1.0, 0.75, 0.5, 0.25]
-    assert backbone.stock_call(2)["sigmas"] == [1.0, 0.5]
+    assert backbone.pipeline_call_kwargs(4)["sigmas"] == [1.0, 0.75, 0.5, 0.25]
+    assert backbone.pipeline_call_kwargs(2)["sigmas"] == [1.0, 0.5]
 
 
 def test_students_that_stock_schedulers_cannot_run_are_sampled_here_but_not_exported(tiny_folder, tmp_path):
@@ -446,12 +446,12 @@ def test_help_is_quick_and_imports_nothing_heavy():
     ("words", "says"),
     [
         (("show", "nothing"), "recipe 'nothing' is unknown"),
-        (("train", "mini-sd35-advdmd", "algorithm.group=x"), "algorithm.group='x'"),
+        (("train", "mini-sd35-advdmd", "algorithm.group_size=x"), "algorithm.group_size='x'"),
         (("train", "mini-sd35-advdmd", "teacher=/nowhere"), "neither a shipped model"),
         (("sample", "TINY", "a picture of a dog"), "does not know 'dog'"),
         (("sample", "TINY", "a picture of a circle", "--steps", "0"), "steps=0"),
         (("eval", "TINY", "mini-other"), "mini-other"),
-        (("eval", "TINY", "--guidance", "0.2"), "guidance=0.2"),
+        (("eval", "TINY", "--guidance", "0.2"), "guidance_scale=0.2"),
         (("export", "/nowhere"), "not a training run"),
         (("pretrain", "mini-sd4"), "stage 'mini-sd4'"),
         (("pretrain", "mini-sd3"), "needs --start"),
@@ -505,10 +505,10 @@ def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_
 
 def test_a_recipes_schedules_fit_the_iterations_it_is_told():
     long, short = (resolve("mini-sd35-advdmd", [f"iterations={n}"])[1] for n in (900, 90))
-    assert (short.match.decay, short.algorithm.warmup, short.algorithm.ramp) == (90, 67, 23)
-    assert (long.match.decay, long.algorithm.warmup, long.algorithm.ramp) == (900, 675, 225)
-    assert short.policy.decay == sum(short.algorithm.turn(i).policy for i in range(90))
-    assert resolve("mini-sd35-advdmd", ["iterations=90", "algorithm.warmup=7"])[1].algorithm.warmup == 7
+    assert (short.dm_optimizer.decay_steps, short.algorithm.dm_only_iterations, short.algorithm.policy_ramp_iterations) == (90, 67, 23)
+    assert (long.dm_optimizer.decay_steps, long.algorithm.dm_only_iterations, long.algorithm.policy_ramp_iterations) == (900, 675, 225)
+    assert short.policy_optimizer.decay_steps == sum(short.algorithm.turn(i).policy for i in range(90))
+    assert resolve("mini-sd35-advdmd", ["iterations=90", "algorithm.dm_only_iterations=7"])[1].algorithm.dm_only_iterations == 7
 
 
 def test_a_run_recorded_before_an_option_existed_goes_on(trained, tiny_folder):

@@ -64,7 +64,7 @@ class ToyCritic:
     def __call__(self, x, t, c):
         return self.net(x, t, c)
 
-    def follow(self, x, t, c):
+    def generator_logit(self, x, t, c):
         return self.net(x, t, c)
 
 
@@ -99,7 +99,7 @@ def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=
     }
     return DistillationModels(
         teacher=teacher,
-        student=Learner("student", student, student, turns, ema=0.99),
+        student=Learner("student", student, student, turns, ema_decay=0.99),
         fake=Learner(
             "fake",
             both,

@@ -32,8 +32,8 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.filename and not str(e.filename).startswith((str(path), str(path.with_name(f".{path.name}.")))):
             raise
-        way_out = ": make room there and run the same command again" if e.errno in FULL else ""
-        named = OSError(f"{path} cannot be written ({e.strerror or e}){way_out}")
+        hint = ": make room there and run the same command again" if e.errno in FULL else ""
+        named = OSError(f"{path} cannot be written ({e.strerror or e}){hint}")
         named.errno = e.errno
         raise named from None
 
@@ -130,33 +130,33 @@ def _object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def read_object(path: Path, *keys: str, way_out: str) -> dict[str, Any]:
+def read_object(path: Path, *keys: str, hint: str) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError that names file and fault, and the way out, if there is none with `keys`."""
     try:
         return _object(path.read_text(), keys)
     except OSError as e:
-        raise ValueError(f"{path} cannot be read ({e.strerror}): {way_out}") from None
+        raise ValueError(f"{path} cannot be read ({e.strerror}): {hint}") from None
     except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): {way_out}") from None
+        raise ValueError(f"{path} is damaged ({e}): {hint}") from None
 
 
-def read_lines(path: Path, *keys: str, way_out: str) -> list[dict[str, Any]]:
+def read_lines(path: Path, *keys: str, hint: str) -> list[dict[str, Any]]:
     """The objects in a file with one on each line; a last line that a kill cut short has no end and is left out. Raises
     ValueError that names file, line and fault."""
     found = []
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as e:
-        raise ValueError(f"{path} cannot be read ({e.strerror}): {way_out}") from None
+        raise ValueError(f"{path} cannot be read ({e.strerror}): {hint}") from None
     for n, line in enumerate(lines, 1):
         try:
             found.append(_object(line.decode(), keys))
         except ValueError as e:
-            raise ValueError(f"{path}, line {n} is damaged ({e}): {way_out}") from None
+            raise ValueError(f"{path}, line {n} is damaged ({e}): {hint}") from None
     return found
 
 
-def read_tensors(path: Path, *keys: str, way_out: str, sha256: str | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, *keys: str, hint: str, sha256: str | None = None) -> dict[str, Tensor]:
     """Of a safetensors file. Raises ValueError that names it if it cannot be read, lacks one of `keys`, or has not the hash it
     was recorded with."""
     from safetensors.torch import load_file
@@ -168,7 +168,7 @@ def read_tensors(path: Path, *keys: str, way_out: str, sha256: str | None = None
         _complete(found, keys)
         return found
     except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(f"{path} is damaged ({e}): {way_out}") from None
+        raise ValueError(f"{path} is damaged ({e}): {hint}") from None
 
 
 def folder_hash(files: Mapping[str, str]) -> str:

@@ -1,4 +1,8 @@
-"""Randomness that belongs to the sample: (seed, step, sample, name) fixes a draw on any rank, batch split or resume."""
+"""Randomness that belongs to the sample: (seed, step, sample, name) fixes a draw on any rank, batch split or resume.
+
+**Stream names are seeds.** Every number of every result depends on them, so a name is never changed, whatever else is renamed,
+and two draws never share one. tests/test_rng.py holds one golden draw of each.
+"""
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -16,44 +20,48 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
 
 
-def to_default_device(drawn: Tensor) -> Tensor:
-    """What was drawn, which happens on the CPU so that all machines draw the same, where tensors are made by default."""
-    return drawn.to(torch.get_default_device())
-
-
 class Rng:
-    """Named streams for the samples of one step. Two draws of one name are equal; use a new name for a new draw."""
+    """Named random streams for the N samples of one step: draws are made on the CPU, the same on all machines, then moved to `device`.
 
-    def __init__(self, seed: int, step: int, samples: Sequence[int], team: Ranks = ONE_RANK):
-        self.seed, self.step, self.samples, self.team = seed, step, tuple(samples), team
+    samples: ids of this rank's samples. Two draws of one name are equal: use a new name for a new draw.
+    """
 
-    def _drawn(self, name: str, fill: Callable[..., Any], *at: int, shape: Sequence[int] = (), dtype: Any = None) -> Tensor:
-        """[N, *shape] of which every sample's generator fills its row."""
-        out = torch.empty(len(self.samples), *shape, dtype=dtype, device="cpu")
+    def __init__(
+        self, seed: int, step: int, samples: Sequence[int], ranks: Ranks = ONE_RANK, device: torch.device | str = "cpu"
+    ):
+        self.seed, self.step, self.samples, self.ranks, self.device = seed, step, tuple(samples), ranks, device
+
+    def _draw(
+        self, name: str, fill: Callable[..., Any], *args: int, shape: Sequence[int] = (), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[N, *shape]: the generator of each sample fills one row."""
+        out = torch.empty(len(self.samples), *shape, dtype=dtype)
         for row, sample in zip(out.unbind(), self.samples, strict=True):
-            fill(row, *at, generator=generator(self.seed, self.step, sample, name))
-        return to_default_device(out)
+            fill(row, *args, generator=generator(self.seed, self.step, sample, name))
+        return out.to(self.device)
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
-        """[N, *shape] standard normal."""
-        return self._drawn(name, Tensor.normal_, shape=shape)
+        """Standard normal draws [N, *shape]."""
+        return self._draw(name, Tensor.normal_, shape=shape)
 
     def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """[N] uniform in [low, high)."""
-        return low + (high - low) * self._drawn(name, Tensor.uniform_)
+        """Uniform draws [N] in [low, high)."""
+        return low + (high - low) * self._draw(name, Tensor.uniform_)
 
-    def index(self, name: str, low: int, high: int) -> Tensor:
-        """[N] integers in [low, high)."""
-        return self._drawn(name, Tensor.random_, low, high, dtype=torch.long)
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """Uniform integers [N] in [low, high)."""
+        return self._draw(name, Tensor.random_, low, high, dtype=torch.long)
 
-    def minibatches(self, name: str, n: int, micro: int) -> list[tuple[Tensor, int]]:
-        """The step's samples, all processes', in n random minibatches: of each the indices of those that are here, perhaps
-        none, and how many passes of `micro` samples the process with most of them needs."""
-        here = len(self.samples)
-        g = generator(self.seed, self.step, "all", name)
-        order = torch.randperm(here * self.team.size, generator=g, device="cpu")
+    def minibatches(self, name: str, n: int, micro_batch_size: int) -> list[tuple[Tensor, int]]:
+        """The samples of all ranks in n random minibatches.
+
+        For each minibatch: the indices [m] of the samples that this rank has, perhaps none, and how many passes of at most
+        `micro_batch_size` samples the rank with the most of them needs.
+        """
+        local, rank = len(self.samples), self.ranks.rank
+        order = torch.randperm(local * self.ranks.world_size, generator=generator(self.seed, self.step, "all", name))
         out: list[tuple[Tensor, int]] = []
         for m in order.chunk(n):
-            most = int(torch.bincount(m // here).max())
-            out.append((to_default_device(m[m // here == self.team.rank] % here), -(-most // micro)))
+            most = int(torch.bincount(m // local).max())
+            out.append(((m[m // local == rank] % local).to(self.device), -(-most // micro_batch_size)))
         return out

@@ -1,8 +1,8 @@
-"""Walking a few-step student along its own grid, and the path it leaves."""
+"""Rollouts: a few-step student follows its grid from noise to an image and leaves a trajectory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,107 +10,134 @@ from torch import Tensor
 from advdmd import flow
 from advdmd.rng import Rng
 from advdmd.transitions import Gaussian, StepCoefficients, ode, transition
+from advdmd.types import Cond
 
-Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # (x [N, ...], t [N], cond [N]) -> v [N, ...]
+
+class Velocity(Protocol):
+    """A flow model: (x [N, ...], t [N], cond [N]) -> v [N, ...]."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """x[k] lives at time t[k], from where the student saw x0[k]; hop k -> k + 1 landed close[k] to its mean."""
+    """A few-step trajectory of N samples.
 
-    x: Tensor  # [K + 1, N, ...]
-    t: Tensor  # [K + 1]
-    x0: Tensor  # [K, N, ...]; x0[K - 1] is x[K], the image
-    close: Tensor  # [K - 1, N]: the last hop is deterministic and has none
+    x [K + 1, N, ...]: states at times t [K + 1], noise first. x0 [K, N, ...]: the student's clean prediction at each state;
+    x0[-1] is the final image. neg_mse [K - 1, N]: -mean((x[k + 1] - mean_k)^2) of each stochastic step, the log-density up to
+    scale and constants. The last step is deterministic and has none.
+    """
+
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+    neg_mse: Tensor
 
     @property
-    def hops(self) -> int:
+    def num_steps(self) -> int:
+        """K."""
         return len(self.t) - 1
 
     def at(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """State and time of each sample at its own index k [N]."""
-        return self.x[k, torch.arange(len(k))], self.t[k]
+        """State [N, ...] and time [N] of each sample at its own index k [N] in [0, K]."""
+        return self.x[k, torch.arange(len(k), device=k.device)], self.t[k]
 
-    def sights(self, kernel: StepCoefficients) -> tuple[list[Tensor], Tensor]:
-        """The noise of hops 0..K-2 as the next hop understood it: [N, ...] each, and their closeness [K - 1, N].
+    def x0_at(self, k: Tensor) -> Tensor:
+        """The clean prediction [N, ...] of each sample at its own step k [N] in [0, K - 1]."""
+        return self.x0[k, torch.arange(len(k), device=k.device)]
 
-        A hop's noise is white, but the image changes only along the few directions J in which the next x0 answers to it. So
-        the action mean + (1 - s) (x0[k + 1] - x0[k]), about mean + J e, stands in for mean + std e. For samples of one start
-        its expected gradient is J J^T of the reward's instead of J^T, without the variance of all the other directions.
-        Samples of a group start from noises of their own, so what the next hop adds on average, E[x0[k + 1]] - x0[k], is
-        credited too where it varies with the reward: a bias, accepted because it was measured to climb (docs/log.md).
+    def projected_actions(self, coefficients: StepCoefficients) -> tuple[list[Tensor], Tensor]:
+        """Actions restricted to the directions that change the image: K - 1 tensors [N, ...] and their neg_mse [K - 1, N].
+
+        Step k adds white noise std_k e, but the next prediction responds only along
+        J = (1 - t[k + 1]) std_k d x0[k + 1] / d x[k + 1]. So instead of x[k + 1] the policy loss scores
+        a_k = mean_k + (1 - t[k + 1]) (x0[k + 1] - x0[k]), about mean_k + J e. For samples with one initial noise the expected
+        gradient is J J^T times the reward's instead of J^T, with less variance. Bias: the change of the mean,
+        E[x0[k + 1]] - x0[k], is credited as well where it varies with the reward (measured, docs/log.md, 2026-11-25).
         """
         actions: list[Tensor] = []
-        close: list[Tensor] = []
-        for k in range(self.hops - 1):
+        neg_mse: list[Tensor] = []
+        for k in range(self.num_steps - 1):
             t, s = self.t[k].expand(self.x.shape[1]), self.t[k + 1].expand(self.x.shape[1])
-            landed = transition(kernel, self.x[k], (self.x[k] - self.x0[k]) / flow.bcast(t, self.x[k]), t, s)
-            actions.append(landed.mean + (1 - flow.bcast(s, self.x[k])) * (self.x0[k + 1] - self.x0[k]))
-            close.append(landed.closeness(actions[-1]))
-        return actions, torch.stack(close) if close else self.close
+            v = (self.x[k] - self.x0[k]) / flow.bcast(t, self.x[k])
+            step = transition(coefficients, self.x[k], v, t, s)
+            actions.append(step.mean + (1 - flow.bcast(s, self.x[k])) * (self.x0[k + 1] - self.x0[k]))
+            neg_mse.append(step.neg_mse(actions[-1]))
+        return actions, torch.stack(neg_mse) if neg_mse else self.neg_mse
 
     @classmethod
-    def cat(cls, paths: Sequence["Trajectory"]) -> "Trajectory":
-        """The samples of several paths along one grid."""
-        if len(paths) == 1:
-            return paths[0]
-        x, x0, close = (torch.cat(parts, 1) for parts in zip(*((p.x, p.x0, p.close) for p in paths), strict=True))
-        return cls(x, paths[0].t, x0, close)
+    def cat(cls, parts: Sequence["Trajectory"]) -> "Trajectory":
+        """The samples of several trajectories along one grid."""
+        if len(parts) == 1:
+            return parts[0]
+        x, x0, neg_mse = (torch.cat(column, 1) for column in zip(*((p.x, p.x0, p.neg_mse) for p in parts), strict=True))
+        return cls(x, parts[0].t, x0, neg_mse)
 
     def __getitem__(self, i: Tensor) -> "Trajectory":
-        return Trajectory(self.x[:, i], self.t, self.x0[:, i], self.close[:, i])
+        return Trajectory(self.x[:, i], self.t, self.x0[:, i], self.neg_mse[:, i])
 
 
 def step_distribution(
-    velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Any, kernel: StepCoefficients
+    velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Cond, coefficients: StepCoefficients
 ) -> tuple[Gaussian, Tensor]:
-    """The Gaussian a student hops by from x at t (scalar) to s (scalar), to s = 0 without noise; and the x0 it saw."""
+    """One step of a student from x [N, ...] at t [] to s []: the distribution of the next state, and the prediction x0 [N, ...].
+
+    The step to s = 0 has no noise, whatever the coefficients are.
+    """
     t, s = t.expand(len(x)), s.expand(len(x))
     v = velocity(x, t, cond)
-    return transition(kernel if s[0] > 0 else ode, x, v, t, s), flow.x0_from_velocity(x, v, t)
+    return transition(coefficients if s[0] > 0 else ode, x, v, t, s), flow.x0_from_velocity(x, v, t)
 
 
+@torch.no_grad()
 def rollout(
-    velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: StepCoefficients, micro: int | None = None
+    velocity: Velocity,
+    cond: Cond,
+    noise: Tensor,
+    grid: Tensor,
+    coefficients: StepCoefficients,
+    micro_batch_size: int | None = None,
 ) -> Trajectory:
-    """Sample K = len(grid) - 1 hops. noise [K, N, ...]: the start, then one fresh draw for every hop but the last.
+    """Backward simulation: the trajectory of N samples, without gradient.
 
-    `micro` samples go at a time, as in what replays the path: less memory, and the same numbers in low precision.
+    noise [K, N, ...] standard normal: noise[0] is the initial state, noise[k] enters step k - 1. grid [K + 1]: times from 1 to 0.
+    micro_batch_size: samples per forward pass, by default all.
     """
     n = noise.shape[1]
-    parts = (slice(i, i + (micro or n)) for i in range(0, n, micro or n))
-    return Trajectory.cat([_rollout(velocity, cond[i], noise[:, i], grid, kernel) for i in parts])
+    size = micro_batch_size or n
+    parts = (slice(i, i + size) for i in range(0, n, size))
+    return Trajectory.cat([_rollout(velocity, cond[i], noise[:, i], grid, coefficients) for i in parts])
 
 
-@torch.no_grad()
-def _rollout(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor, kernel: StepCoefficients) -> Trajectory:
+def _rollout(velocity: Velocity, cond: Cond, noise: Tensor, grid: Tensor, coefficients: StepCoefficients) -> Trajectory:
     x = noise[0]
     states: list[Tensor] = [x]
-    seen: list[Tensor] = []
-    close: list[Tensor] = []
+    predictions: list[Tensor] = []
+    neg_mse: list[Tensor] = []
     for k in range(len(grid) - 1):
-        g, x0 = step_distribution(velocity, x, grid[k], grid[k + 1], cond, kernel)
+        step, x0 = step_distribution(velocity, x, grid[k], grid[k + 1], cond, coefficients)
         last = k == len(grid) - 2
-        x = g.mean if last else g.sample(noise[k + 1])
+        x = step.mean if last else step.sample(noise[k + 1])
         if not last:
-            close.append(g.closeness(x))
+            neg_mse.append(step.neg_mse(x))
         states.append(x)
-        seen.append(x0)
-    return Trajectory(torch.stack(states), grid, torch.stack(seen), torch.stack(close) if close else x.new_zeros(0, len(x)))
+        predictions.append(x0)
+    none = x.new_zeros(0, len(x))
+    return Trajectory(torch.stack(states), grid, torch.stack(predictions), torch.stack(neg_mse) if neg_mse else none)
 
 
-def sample_exit_steps(rng: Rng, name: str, hops: int) -> Tensor:
-    """[N] hops to leave a path at: the larger of two uniform draws, so P(k) = (2 k + 1) / hops^2.
+def sample_exit_steps(rng: Rng, name: str, num_steps: int) -> Tensor:
+    """Steps [N] in [0, num_steps) at which a trajectory's prediction is used: the larger of two uniform draws, P(k) = (2 k + 1) / K^2.
 
-    One fake score serves all exits. Drawn evenly, the blurred first exits would take a share of it that the final image
-    then has to make up for; half as often, they are still trained.
+    One fake score serves all steps. With uniform draws the blurred first predictions would take a share of its capacity that
+    the final image then lacks; drawn less often, they are still trained.
     """
-    return torch.maximum(rng.index(name, 0, hops), rng.index(f"{name}/2", 0, hops))
+    return torch.maximum(rng.integers(name, 0, num_steps), rng.integers(f"{name}/2", 0, num_steps))
 
 
 @torch.no_grad()
-def sample_euler(velocity: Velocity, cond: Any, noise: Tensor, grid: Tensor) -> Tensor:
-    """The plain Euler sampler a teacher uses: noise [N, ...] -> x0 [N, ...]."""
+def sample_euler(velocity: Velocity, cond: Cond, noise: Tensor, grid: Tensor) -> Tensor:
+    """The plain Euler sampler of a teacher: noise [N, ...] along grid [K + 1] -> x0 [N, ...]."""
     x = noise
     for k in range(len(grid) - 1):
         x = x + (grid[k + 1] - grid[k]) * velocity(x, grid[k].expand(len(x)), cond)

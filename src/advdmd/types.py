@@ -1,4 +1,4 @@
-"""The few values that travel between floors: frozen, indexable by sample, movable."""
+"""The values that pass between folders: frozen, indexable by sample, movable between devices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,36 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Metrics = dict[str, float]
+Metrics = dict[str, float]  # log key -> number
+Json = dict[str, Any]  # an object of a JSON file
 
 
-def _alone(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a step's samples, each an equal run of them in order of rank; one process is a team too."""
+    """The processes that share a step's samples, each an equal contiguous slice in order of rank. One process is the default."""
 
     rank: int = 0
-    size: int = 1
-    gather: Callable[[Tensor], Tensor] = _alone  # [..., n] of each -> [..., size n]
+    world_size: int = 1
+    gather: Callable[[Tensor], Tensor] = _identity  # [..., n] of each rank -> [..., world_size n]
 
-    def share(self, n: int) -> range:
-        """Which of n things are this process's. Raises ValueError if they cannot be shared equally."""
-        if n % self.size:
-            raise ValueError(f"prompts_per_step={n} cannot be shared by {self.size} processes: make it a multiple")
-        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+    def local_slice(self, n: int) -> range:
+        """This rank's indices of n things. Raises ValueError if they cannot be shared equally."""
+        if n % self.world_size:
+            raise ValueError(f"prompts_per_step={n} cannot be shared by {self.world_size} processes: make it a multiple")
+        return range(self.rank * n // self.world_size, (self.rank + 1) * n // self.world_size)
 
 
 ONE_RANK = Ranks()
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """Fields are tensors with samples along dimension 0, or None."""
+class Columns:
+    """A dataclass whose fields are tensors or Columns with samples along dimension 0, or None."""
 
-    def _map(self, f: Any) -> Self:
+    def _map(self, f: Callable[[Any], Any]) -> Self:
         values = {k.name: getattr(self, k.name) for k in fields(self)}
         return type(self)(**{k: None if v is None else f(v) for k, v in values.items()})
 
@@ -47,18 +48,19 @@ class _Columns:
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
-    def to(self, *args: Any) -> Self:
-        return self._map(lambda v: v.to(*args))
+    def to(self, where: torch.device | torch.dtype | str) -> Self:
+        """The same on another device, or in another floating-point type."""
+        return self._map(lambda v: v.to(where))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """All parts, one after the other; a field must be None in all of them or in none."""
+        """All parts, one after the other. A field must be None in all of them or in none."""
         columns = {k.name: [getattr(p, k.name) for p in parts] for k in fields(cls)}
         return cls(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
 
 
 @dataclass(frozen=True)
-class Cond(_Columns):
+class Cond(Columns):
     """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None."""
 
     embeds: Tensor
@@ -67,35 +69,35 @@ class Cond(_Columns):
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """As for any columns; where masks say what is a token, shorter parts are padded first."""
+        """All parts, one after the other. Where there are masks, shorter parts are padded first."""
         longest = max(p.embeds.shape[1] for p in parts)
         return super().cat([p if p.mask is None else p.padded(longest) for p in parts])
 
     def padded(self, length: int) -> Self:
-        """With masked zeros up to `length` tokens."""
+        """The same with masked zeros up to `length` tokens."""
         assert self.mask is not None
         more = length - self.embeds.shape[1]
         return replace(self, embeds=F.pad(self.embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
+    def repeated(self, n: int) -> Self:
+        """The first condition n times, [n, ...]."""
+        return self[torch.zeros(n, dtype=torch.long, device=self.embeds.device)]
 
-def cat_conds(conds: Sequence[Any]) -> Any:
-    """Batches of conditions as one; a toy world's are plain tensors [N, ...]."""
-    return torch.cat(list(conds)) if isinstance(conds[0], Tensor) else type(conds[0]).cat(conds)
-
-
-def conds_differ(a: Any, b: Any) -> Tensor:
-    """[N] 1 where two conditions differ, 0 where they are the same; a toy world's conditions are plain tensors [N, ...]."""
-    a, b = (c.embeds if isinstance(c, Cond) else c for c in (a, b))
-    return (a != b).reshape(len(a), -1).any(1).float()
+    def differs(self, other: "Cond") -> Tensor:
+        """[N] 1.0 where two batches of N conditions have different embeddings, else 0.0."""
+        return (self.embeds != other.embeds).reshape(len(self), -1).any(1).float()
 
 
 @dataclass(frozen=True)
-class Batch(_Columns):
-    """What one step is given: `cond` of every sample, and a clean latent of a real image of the same prompt; `prompt` [N]
-    numbers the samples' prompts, for rewards that read them; `other`: another prompt of the step for each sample, by
-    default the one before in the batch."""
+class Batch(Columns):
+    """The samples of one train step.
 
-    cond: Any
-    real: Tensor
-    prompt: Tensor | None = None
-    other: Any = None
+    cond: conditions of N samples. real_latents [N, C, H, W]: a clean latent of a real image of the same prompt. prompt_index
+    [N]: numbers of the samples' prompts, for rewards that read them. mismatched_cond: another prompt of the step for each
+    sample; by default the prompt before it in the batch.
+    """
+
+    cond: Cond
+    real_latents: Tensor
+    prompt_index: Tensor | None = None
+    mismatched_cond: Cond | None = None

@@ -37,7 +37,7 @@ def cast_for(r, backbone):
 
 
 def tiny_recipe(folder, algorithm, **changes):
-    return Recipe(teacher=str(folder), algorithm=algorithm, guidance=2.0, iterations=4, **changes)
+    return Recipe(teacher=str(folder), algorithm=algorithm, guidance_scale=2.0, iterations=4, **changes)
 
 
 def tiny_batch(backbone, prompts=2, group=4):
@@ -70,8 +70,8 @@ def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
             Moved.calls += 1
             return cast.student(x, t, c) + 1e-2 * Moved.calls
 
-        def descend(self, losses, turn="main"):
-            return cast.student.descend(losses, turn)
+        def update(self, losses, turn="main"):
+            return cast.student.update(losses, turn)
 
     with pytest.raises(FloatingPointError, match="ratio"):
         play(algorithm, cast._replace(student=Moved()), toy_deal(world), 1)
@@ -86,13 +86,13 @@ def test_a_bfloat16_replay_of_a_float32_path_is_stopped(tiny_folder, backbone):
             with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
                 return cast.student(x, t, c)
 
-        def descend(self, losses, turn="main"):
-            return cast.student.descend(losses, turn)
+        def update(self, losses, turn="main"):
+            return cast.student.update(losses, turn)
 
     batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
     with pytest.raises(FloatingPointError, match=r"policy: \|ratio - 1\|"):
         algorithm.iteration(cast._replace(student=Mixed()), batch, 0, rng)
-    assert "policy/ratio_off" in algorithm.iteration(cast, batch, 0, rng), "and one precision goes through"
+    assert "policy/max_ratio_error" in algorithm.iteration(cast, batch, 0, rng), "and one precision goes through"
 
 
 def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
@@ -101,9 +101,9 @@ def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
     path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
     rng = Rng(0, 0, range(64))
     cast.auc.fill_(0.9)
-    gain, _ = algorithm.advantages(cast, path, Batch(c, c), rng)
-    torch.testing.assert_close(gain.unflatten(-1, (8, 8)).sum(-1), torch.zeros(3, 8), atol=1e-4, rtol=0)
-    assert gain.abs().max() > 0.5
+    advantage, _ = algorithm.advantages(cast, path, Batch(c, c), rng)
+    torch.testing.assert_close(advantage.unflatten(-1, (8, 8)).sum(-1), torch.zeros(3, 8), atol=1e-4, rtol=0)
+    assert advantage.abs().max() > 0.5
     cast.auc.fill_(0.5)
     assert (algorithm.advantages(cast, path, Batch(c, c), rng)[0] == 0).all()
 
@@ -129,7 +129,7 @@ def test_policy_gradient_of_a_linear_reward_is_autograd_in_expectation(gen):
     mean, w = torch.zeros(d, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
     hop = Gaussian(mean.expand(n, d), torch.full((n, 1), std))
     x = (mean + std * torch.randn(n, d, generator=gen())).detach()
-    (losses.ppo_clip(hop.closeness(x), hop.closeness(x).detach(), x @ w, 1e9).mean()).backward()
+    (losses.ppo_clip(hop.neg_mse(x), hop.neg_mse(x).detach(), x @ w, 1e9).mean()).backward()
     expected = -w * 2 * std**2 / d
     torch.testing.assert_close(mean.grad, expected, atol=0.02, rtol=0)
 
@@ -146,11 +146,11 @@ def test_from_one_start_what_the_next_hop_saw_is_the_gradient_times_its_response
     noise = torch.stack([start.expand(n, d), torch.randn(n, d, generator=gen(1))])
     path = rollout(velocity, torch.zeros(n), noise, grid, renoise)
     mean = ((1 - s) * W @ start).requires_grad_()
-    actions, old = path.sights(renoise)
+    actions, old = path.projected_actions(renoise)
     hop = Gaussian(mean.expand(n, d), torch.full((n, 1), s))
-    torch.testing.assert_close(hop.closeness(actions[0]), old[0])
+    torch.testing.assert_close(hop.neg_mse(actions[0]), old[0])
     reward = path.x[-1] @ w
-    losses.ppo_clip(hop.closeness(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
+    losses.ppo_clip(hop.neg_mse(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
     torch.testing.assert_close(mean.grad, -2 / d * (1 - s) * s**2 * W @ W.T @ w, atol=0.005, rtol=0)
 
 
@@ -218,9 +218,9 @@ def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
     cast, b = cast_for(tiny_recipe(tiny_folder, AdvDMD()), backbone), tiny_batch(backbone)
     start, e = torch.randn(3, *b.real.shape), torch.randn_like(b.real)
     path = rollout(cast.student, b.cond, start, flow.grid(3, 1.0), cps(1.0))
-    hops, end = discriminator_rewards(cast, path, b.cond, (0.02, 0.3), e, 5)
+    num_steps, end = discriminator_rewards(cast, path, b.cond, (0.02, 0.3), e, 5)
     alone = torch.stack([cast.critic(path.x[k], path.t[k].expand(8), b.cond) for k in (1, 2)])
-    torch.testing.assert_close(hops, alone.detach())
+    torch.testing.assert_close(num_steps, alone.detach())
     levels = [torch.full((8,), u) for u in (0.02, 0.3)]
     last = [cast.critic(flow.interpolate(path.x[-1], e, u), u, b.cond) for u in levels]
     torch.testing.assert_close(end, torch.stack(last).mean(0).detach())
@@ -235,7 +235,7 @@ def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
 
 def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, backbone):
     def trunk_norm(weight):
-        r = tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk_weight=weight))
+        r = tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk_grad_scale=weight))
         cast, b = cast_for(r, backbone), tiny_batch(backbone)
         cast.critic(b.real, torch.full((8,), 0.5), b.cond).sum().backward()
         grads = [p.grad for p in cast.fake.net.score.parameters() if p.grad is not None]
@@ -251,7 +251,7 @@ def test_a_trunk_of_the_critics_own_learns_with_its_heads(tiny_folder, backbone)
     assert torch.equal(before, flat(backbone.net))
     AdvDMD(group=4, warmup=9).iteration(cast, b, 0, Rng(0, 0, range(8)))
     assert not torch.equal(before, flat(cast.fake.net.trunk))
-    cast.critic.follow(b.real.requires_grad_(), torch.full((8,), 0.5), b.cond).sum().backward()
+    cast.critic.generator_logit(b.real.requires_grad_(), torch.full((8,), 0.5), b.cond).sum().backward()
     assert b.real.grad is not None
     assert all(p.grad is None for p in cast.fake.net.trunk.parameters())
 
@@ -282,19 +282,19 @@ def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, misma
 
 @pytest.mark.parametrize(("turns", "every"), [(2, 1), (1, 2), (3, 4)])
 def test_more_matching_on_a_path_and_fewer_samples_judged_cost_as_declared(tiny_folder, backbone, turns, every):
-    algorithm = AdvDMD(group=4, mismatch=0.5, warmup=9, match_turns=turns, judge_every=every, critic_steps=2)
+    algorithm = AdvDMD(group=4, mismatch=0.5, warmup=9, dm_updates=turns, discriminator_every_nth_sample=every, fake_score_updates=2)
     declared = algorithm.forwards(5, 0.5, backward=0.0)
     assert count_passes(tiny_folder, backbone, algorithm) == pytest.approx(sum(declared.values()))
     assert declared["match"] == turns * 4
     assert declared["critic"] == pytest.approx(1.5 / every)
-    dmd2 = DMD2(gan=0.0, match_turns=turns)
+    dmd2 = DMD2(gan=0.0, dm_updates=turns)
     assert count_passes(tiny_folder, backbone, dmd2) == pytest.approx(sum(dmd2.forwards(5, 0.5, backward=0.0).values()))
 
 
 def test_matching_turns_on_one_path_draw_anew(tiny_folder, backbone):
     """Two turns are not one turn twice: the second looks at hops, levels and noise of its own."""
     seen = []
-    algorithm = DMD2(gan=0.0, match_turns=2)
+    algorithm = DMD2(gan=0.0, dm_updates=2)
     cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
 
     def teacher(x, t, c):
@@ -345,7 +345,7 @@ def count_passes(folder, backbone, algorithm):
 
 
 def test_the_schedule_defers_policy_turns_and_then_takes_one_every_iteration():
-    a = AdvDMD(warmup=10, ramp=40, match_every=2)
+    a = AdvDMD(warmup=10, ramp=40, dm_every=2)
     turns = [a.turn(i) for i in range(80)]
     assert not any(t.policy for t in turns[:10])
     assert all(t.match for t in turns[:50])
@@ -388,7 +388,7 @@ def test_a_group_that_does_not_divide_the_batch_is_refused():
 @pytest.mark.parametrize("steps", [1, 2])
 def test_one_and_two_steps_run(steps):
     log = play(AdvDMD(steps=steps, **ADV), toy_cast(Mixture(), Net(2), steps), toy_deal(Mixture()), 2)
-    assert ("policy/ratio_off" in log) == (steps > 1)
+    assert ("policy/max_ratio_error" in log) == (steps > 1)
 
 
 def kl_to_data(x, c, data):
@@ -410,8 +410,8 @@ def test_a_student_passes_a_teacher_that_is_worse_than_the_data():
     """The teacher puts everything in the wrong place; the critic knows better: KL(student | data) < KL(teacher | data)."""
     data, teacher = Mixture(std=0.3), Mixture(std=0.3, shift=0.35)
     cast = toy_cast(teacher, pretrained(teacher, 1500), 4, lr=1e-3, policy_lr=1e-3, decay=120)
-    play(AdvDMD(warmup=50, ramp=30, critic_steps=4, micro=512), cast, toy_deal(data, prompts=16, group=16), 120)
-    cast.student.net.load_state_dict(cast.student.averaged())
+    play(AdvDMD(warmup=50, ramp=30, fake_score_updates=4, micro=512), cast, toy_deal(data, prompts=16, group=16), 120)
+    cast.student.net.load_state_dict(cast.student.ema_state_dict())
     g = torch.Generator().manual_seed(5)
     c = torch.arange(8000) % 2
     student = rollout(cast.student, c, torch.randn(4, 8000, 2, generator=g), flow.grid(4, 3.0), cps(1.0)).x[-1]

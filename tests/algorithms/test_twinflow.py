@@ -49,9 +49,9 @@ def test_with_r_at_t_the_pretrained_network_is_unchanged(any_backbone):
     x, t, cond = inputs(any_backbone)
     net = TargetTime(any_backbone.net, any_backbone.time_scale)
     for s in (t, -t):
-        with net.toward(s):
+        with net.targeting(s):
             assert torch.equal(any_backbone.velocity(net, x, s, cond), any_backbone.velocity(any_backbone.net, x, s, cond))
-    with net.toward(0.5 * t):
+    with net.targeting(0.5 * t):
         assert not torch.allclose(any_backbone.velocity(net, x, t, cond), any_backbone.velocity(any_backbone.net, x, t, cond))
 
 
@@ -62,11 +62,11 @@ def test_what_is_kept_for_sampling_is_the_network_toward_zero(any_backbone):
 
     net = TargetTime(copy.deepcopy(any_backbone.net), any_backbone.time_scale, copied=True)
     want = any_backbone.velocity(net, x, t, cond)
-    with net.toward(torch.zeros(4)):
+    with net.targeting(torch.zeros(4)):
         assert torch.equal(want, any_backbone.velocity(net, x, t, cond))
     plain = net.net
     assert not torch.allclose(want, any_backbone.velocity(plain, x, t, cond))
-    attach_zero_target(plain, net.standing(), any_backbone.time_scale)
+    attach_zero_target(plain, net.zero_target_embedding(), any_backbone.time_scale)
     torch.testing.assert_close(any_backbone.velocity(plain, x, t, cond), want)
 
 
@@ -97,7 +97,7 @@ def test_the_target_of_an_exact_flow_is_that_flow():
     """One data point: v = z - x0 is the average velocity between any two times, so nothing is left to correct."""
     x0 = torch.tensor([[0.3, -0.7]])
     exact = lambda x, t, r, c: (x - x0) / flow.bcast(t, x)  # noqa: E731
-    algorithm = TwinFlow(guidance=0.0)
+    algorithm = TwinFlow(guidance_scale=0.0)
     t, r, quarter = algorithm.times(Rng(0, 0, range(400)), 400)
     t = torch.where(quarter == 3, t, t.clamp(min=0.05))
     r = torch.where(quarter == 3, t, torch.minimum(r, t))
@@ -154,7 +154,7 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
     (name, r), out = folder
     student = train.train(name, r, out)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"twin/end", "twin/near", "twin/any", "twin/own", "twin/rectify"} <= set(metrics[0])
+    assert {"twinflow/one_step_loss", "twinflow/near_loss", "twinflow/any_step_loss", "twinflow/fake_trajectory_loss", "twinflow/rectify_loss"} <= set(metrics[0])
     assert train.train(name, r, out) == student
     backbone, how = loading.load(str(student))
     assert (how.steps, how.gap, how.nfe) == (2, 0.6, 2)
@@ -167,9 +167,9 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
         x, t, cond = inputs(own)
         mean = twin.average(x, t, t / 2, cond)
         assert not torch.equal(mean, twin.student(x, t, t / 2, cond))
-        with twin.student.averaging():
+        with twin.student.ema_weights():
             assert torch.equal(mean, twin.student(x, t, t / 2, cond)), "the average is the one that was resumed"
-    with twin.student.averaging() as net:
+    with twin.student.ema_weights() as net:
         want = image_sampler(own, net, how)(["a picture of a red circle"] * 2, [0, 1])
     found = image_sampler(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])
     assert (abs(want.astype(int) - found.astype(int)) <= 1).all()
@@ -197,5 +197,5 @@ def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(
     with torch.no_grad():
         mean = twin.average(x, t, 0 * t, cond)
         assert not torch.equal(mean, twin.student(x, t, 0 * t, cond))
-        with twin.student.averaging():
+        with twin.student.ema_weights():
             assert torch.equal(mean, twin.student(x, t, 0 * t, cond))

@@ -33,8 +33,8 @@ from tests.tiny_t5 import sd3_with_t5
 
 CAPTIONS = ["a picture of a red circle", "a picture of two stars", "a blue square", "three green crosses", "a star"]
 WORDS = [
-    "algorithm.group=2", "prompts_per_step=2", "iterations=3", "algorithm.warmup=1", "algorithm.ramp=1", "lora_rank=4",
-    "dtype=float32", "device=cpu", "save_every=2", "look_every=0", "critic.hidden=8", "threads=1",
+    "algorithm.group_size=2", "prompts_per_step=2", "iterations=3", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "lora_rank=4",
+    "dtype=float32", "device=cpu", "save_every=2", "sample_every=0", "discriminator.hidden_size=8", "threads=1",
 ]  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, p
     assert embedding_cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns == first
 
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
-    r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if not w.startswith(("algorithm.warmup", "algorithm.ramp"))])
+    r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if not w.startswith(("algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))])
     train.train(*r, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/student")
     shutil.rmtree(tmp_path / "c")
@@ -185,16 +185,16 @@ def test_reals_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path)
 
 def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, tmp_path):
     found = embedding_cache.EmbeddingCache(encoded)
-    found.expect(fingerprints.encoder_fingerprint(teacher))
+    found.check_teacher(fingerprints.encoder_fingerprint(teacher))
     other = shutil.copytree(teacher, tmp_path / "other")
     note = json.loads((other / "advdmd.json").read_text())
     (other / "advdmd.json").write_text(json.dumps(note | {"t5_length": 7}))
     with pytest.raises(ValueError, match=r"another teacher \(t5_length differ\)"):
-        found.expect(fingerprints.encoder_fingerprint(other))
+        found.check_teacher(fingerprints.encoder_fingerprint(other))
     config = json.loads((other / "text_encoder/config.json").read_text())
     (other / "text_encoder/config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
     with pytest.raises(ValueError, match="t5_length, text_encoder differ"):
-        found.expect(fingerprints.encoder_fingerprint(other))
+        found.check_teacher(fingerprints.encoder_fingerprint(other))
     prompts = tmp_path / "p.txt"
     prompts.write_text("a picture of a red circle\n")
     with pytest.raises(ValueError, match=r"cache of something else \(content, reals differ\)"):
@@ -270,7 +270,7 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
 def test_a_published_models_recipe_trains_adapters_from_a_cache_and_exports_for_people(name, teacher, encoded, tmp_path):
     words = [f"teacher={teacher}", f"data.folder={encoded}", *WORDS]
     if "dmd2" in name:
-        words = [w for w in words if not w.startswith(("algorithm.warmup", "algorithm.ramp"))]
+        words = [w for w in words if not w.startswith(("algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))]
     r = resolve(name, words)
     student = train.train(*r, tmp_path / "run")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -347,8 +347,8 @@ def qwen(photos, tmp_path_factory):
 )
 def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, encoded, qwen, tmp_path):
     """Adapters of TwinFlow and of Qwen-Image on bfloat16, whole networks."""
-    words = [w for w in WORDS if not w.startswith(("dtype", "lora_rank", "algorithm.warmup", "algorithm.ramp"))]
-    words += ["algorithm.warmup=1", "algorithm.ramp=1"] if "advdmd" in name else []
+    words = [w for w in WORDS if not w.startswith(("dtype", "lora_rank", "algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))]
+    words += ["algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1"] if "advdmd" in name else []
     words += [] if name.endswith("8x80gb") else ["lora_rank=4"]
     where = (qwen / "t", qwen / "c") if name.startswith("qwen") else (teacher, encoded)
     student = train.train(*resolve(name, [f"teacher={where[0]}", f"data.folder={where[1]}", *words]), tmp_path / "run")
@@ -445,7 +445,7 @@ def test_a_published_model_needs_a_cache_and_whole_networks_float32(teacher):
     with pytest.raises(ValueError, match="whole networks learn in float32"):
         resolve(name, ["lora_rank=0"])
     with pytest.raises(ValueError, match="exams are the miniature's"):
-        resolve(name, ["exam_every=5"])
+        resolve(name, ["eval_every=5"])
 
 
 def tar_of(path, files):

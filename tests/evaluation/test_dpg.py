@@ -37,12 +37,12 @@ def test_questions_keep_their_ids_parents_and_kinds(csv):
 def test_a_failed_parent_takes_its_descendants_with_it(csv):
     suite = DPG(csv)
     one, two = suite.items()
-    assert suite.verdict(one, said(q1=1, q2=1, q3=1, q4=1)).loose == 1
+    assert suite.verdict(one, said(q1=1, q2=1, q3=1, q4=1)).official == 1
     fallen = suite.verdict(one, said(q1=0, q2=1, q3=1, q4=1))
-    assert (fallen.loose, fallen.strict) == (1 / 4, 0)
+    assert (fallen.official, fallen.strict) == (1 / 4, 0)
     assert "Is the cube red?" in fallen.reason
-    assert suite.verdict(two, said(q1=0, q2=1, q3=1)).loose == 0, "grandchildren too"
-    assert suite.verdict(two, said(q1=0.5, q2=0.51, q3=0.49)).loose == pytest.approx(2 / 3), "yes from one half on"
+    assert suite.verdict(two, said(q1=0, q2=1, q3=1)).official == 0, "grandchildren too"
+    assert suite.verdict(two, said(q1=0.5, q2=0.51, q3=0.49)).official == pytest.approx(2 / 3), "yes from one half on"
 
 
 def closure(parents, yes):
@@ -76,9 +76,9 @@ def test_official_arithmetic_has_the_published_scripts_defects(tmp_path):
     path = str(tiny.save_dpg(tmp_path / "d.csv", rows))
     fixed, official = DPG(path, 2), DPG(path, 2, "official")
     a, b = official.items()
-    assert fixed.verdict(a, said(q1=0, q2=1)).loose == 0.5
-    assert official.verdict(a, said(q1=0, q2=1)).loose == 1, "the first row of the file is lost"
-    assert official.verdict(b, said(q1=0, q2=1)).loose == 0
+    assert fixed.verdict(a, said(q1=0, q2=1)).official == 0.5
+    assert official.verdict(a, said(q1=0, q2=1)).official == 1, "the first row of the file is lost"
+    assert official.verdict(b, said(q1=0, q2=1)).official == 0
     first, last = (official.verdict(b, said(q1=0, q2=x)) for x in (0, 1))
     kinds = official.breakdown([b, b], [first, last])
     assert kinds["attribute"] == 1, "of the last image, before the rule"
@@ -90,7 +90,7 @@ def test_official_arithmetic_drops_a_first_prompt_whose_questions_hang_on_the_lo
     suite = DPG(csv, mode="official")
     with pytest.raises(ExcludedItem):
         suite.verdict(suite.items()[0], said(q1=1, q2=1, q3=1, q4=1))
-    assert suite.verdict(suite.items()[1], said(q1=1, q2=1, q3=1)).loose == 1
+    assert suite.verdict(suite.items()[1], said(q1=1, q2=1, q3=1)).official == 1
     for mode in ("fixed", "official"):  # an unanswered question is the judge's fault and leaves no mean silently
         with pytest.raises(KeyError):
             DPG(csv, mode=mode).verdict(suite.items()[1], said(q1=1, q2=1))
@@ -137,7 +137,7 @@ def test_qwen_answers_with_a_probability_that_depends_on_picture_and_question(tm
     assert len({round(p, 6) for p in found}) == 4
     assert judge.answer(red, "is it red?") == found[1]
     item = DPG(csv).items()[0]
-    seen = judge.look([item], [np.asarray(red)])[0]
+    seen = judge.judge([item], [np.asarray(red)])[0]
     assert set(seen["answers"]) == {"1", "2", "3", "4"}
     assert json.loads(json.dumps(seen)) == seen
 

@@ -32,7 +32,7 @@ def true_images(suite, seed=0):
 @pytest.mark.parametrize("suite", SUITES, ids=lambda s: f"{s.name}-{s.split}-{s.world}")
 def test_true_images_score_one_and_shuffled_captions_score_nothing(suite):
     items, images = [i for i, _ in image_jobs(suite)], true_images(suite)
-    assert all(v.loose == v.strict == 1 for v in suite.judge(items, images))
+    assert all(v.official == v.strict == 1 for v in suite.judge(items, images))
     if suite.name == "mini-geneval":
         rolled = np.roll(images, suite.images_per_task + 3, axis=0)
         assert np.mean([v.strict for v in suite.judge(items, rolled)]) <= 0.08
@@ -72,7 +72,7 @@ def test_one_sheet_of_all_shapes_fools_the_loose_rule_but_not_the_strict_one():
     suite = MiniSuite("mini-geneval", 24, 24, world="full")
     items = [i for i, _ in image_jobs(suite)]
     verdicts = suite.judge(items, np.repeat(sheet, len(items), 0))
-    assert np.mean([v.loose for v in verdicts]) > 0.2
+    assert np.mean([v.official for v in verdicts]) > 0.2
     assert max(v.strict for v in verdicts) == 0
 
 
@@ -115,7 +115,7 @@ def test_a_failed_parent_takes_its_questions_with_it():
     without = Scene(full.background, full.things[1:])
     whole, missing = suite.judge([item, item], to_uint8(render([full, without])))
     assert whole == Verdict(1.0, 1.0, "", whole.details)
-    assert missing.loose == pytest.approx(5 / 10)  # the square's four and the background
+    assert missing.official == pytest.approx(5 / 10)  # the square's four and the background
     assert missing.strict == 0
     assert "is there a circle?" in missing.reason
     assert missing.details["by_kind"]["relation/spatial"] == 0

@@ -70,9 +70,9 @@ def test_verdict_agrees_with_an_independent_formulation_on_ten_thousand_random_s
             confidence = float(rng.choice([0.2, 0.5, 0.91, 0.99]))  # ties of confidence are decided by order
             objects.append({"label": label, "box": [x, y, x + w, y + h], "confidence": confidence, "color": color})
         verdict = suite.verdict(item, {"objects": objects})
-        assert bool(verdict.loose) == independent(item.meta, objects), (item.meta, objects)
-        assert verdict.strict <= verdict.loose
-        agreed[item.task, bool(verdict.loose)] += 1
+        assert bool(verdict.official) == independent(item.meta, objects), (item.meta, objects)
+        assert verdict.strict <= verdict.official
+        agreed[item.task, bool(verdict.official)] += 1
     assert len(agreed) == 12, "both outcomes of every task have to occur"
 
 
@@ -82,7 +82,7 @@ def test_strict_wants_no_more_than_was_asked_for():
     one = {"label": item.meta["include"][0]["class"], "box": [0, 0, 9, 9], "confidence": 0.8}
     assert suite.verdict(item, {"objects": [one]}).strict == 1
     twice = suite.verdict(item, {"objects": [one, one]})
-    assert (twice.loose, twice.strict) == (1, 0)
+    assert (twice.official, twice.strict) == (1, 0)
     assert "found 2" in twice.reason
 
 
@@ -95,8 +95,8 @@ def test_relations_are_read_as_a_person_reads_them(relation):
     there = {"label": target, "box": [50, 50, 60, 60], "confidence": 0.9}
     here = {"label": subject, "box": [50 + dx, 50 + dy, 60 + dx, 60 + dy], "confidence": 0.9}
     assert item.prompt.index(subject) < item.prompt.index(relation)
-    assert suite.verdict(item, {"objects": [there, here]}).loose == 1
-    assert suite.verdict(item, {"objects": [there | {"label": subject}, here | {"label": target}]}).loose == 0
+    assert suite.verdict(item, {"objects": [there, here]}).official == 1
+    assert suite.verdict(item, {"objects": [there | {"label": subject}, here | {"label": target}]}).official == 0
 
 
 def test_converted_weights_give_the_same_outputs_and_a_wrong_permutation_does_not():
@@ -180,7 +180,7 @@ def test_a_converted_folder_loads_as_genevals_own(tmp_path):
     assert other.fingerprint != "" != judge.fingerprint
     image = (np.random.default_rng(0).random((16, 640, 3)) * 255).astype(np.uint8)
     item = GenEval().items()[0]
-    assert judge.look([item], [image]) == other.look([item], [image])
+    assert judge.judge([item], [image]) == other.judge([item], [image])
 
 
 @pytest.mark.parametrize(("size", "want"), [((512, 512), (800, 800)), ((1024, 768), (1067, 800)), ((300, 900), (444, 1333))])
@@ -244,13 +244,13 @@ def test_only_the_classes_whose_colour_is_asked_for_are_named_and_thresholds_hol
     )
     image = (np.random.default_rng(0).random((16, 640, 3)) * 255).astype(np.uint8)
     plain = GenEval().items()[0]
-    objects = judge.look([plain], [image])[0]["objects"]
+    objects = judge.judge([plain], [image])[0]["objects"]
     assert objects
     assert all(o["confidence"] > 0.3 and "color" not in o for o in objects)
     assert max(Counter(o["label"] for o in objects).values()) <= geneval_detector.MAX_OBJECTS
     label = objects[0]["label"]
     asked = SuiteItem("x", "", "colors", {"tag": "colors", "include": [{"class": label, "count": 1, "color": "red"}]}, 1)
-    named = judge.look([asked], [image])[0]["objects"]
+    named = judge.judge([asked], [image])[0]["objects"]
     assert all(("color" in o) == (o["label"] == label) for o in named)
     assert {o["color"] for o in named if "color" in o} <= set(COLORS)
 

@@ -210,7 +210,7 @@ def test_a_metric_is_measured_over_a_suite_and_written_down(weights, tmp_path):
     assert fid["mean"] == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="trained with pickscore"):
         metric.compute_metric(suite, folder, "pickscore", weights)
-    assert "own training reward" in metric.compute_metric(suite, folder, "pickscore", weights, trained_on=True)["name"]
+    assert "own training reward" in metric.compute_metric(suite, folder, "pickscore", weights, allow_training_reward=True)["name"]
     for bad, message in (({"metric": "psnr"}, "one of clipscore"), ({"metric": "kernel"}, "--reference goes with")):
         with pytest.raises(ValueError, match=message):
             metric.compute_metric(suite, folder, **{"weights": weights, **bad})

@@ -120,10 +120,10 @@ class Moody(CheckerJudge):
 
     batch = 1
 
-    def look(self, items, images):
+    def judge(self, items, images):
         if np.min(images[0]) == 255:
             raise RuntimeError("out of memory")
-        return super().look(items, images)
+        return super().judge(items, images)
 
 
 def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(drawn):
@@ -165,7 +165,7 @@ def test_a_model_is_not_scored_by_its_own_reward_unless_the_table_says_so(tmp_pa
     generate(SUITE, paint_true(SUITE), tmp_path, 3, {"model": {"rewards": {"checker": 0.5}}})
     with pytest.raises(ValueError, match="trained with checker as a reward"):
         evaluate.score(SUITE, tmp_path, CheckerJudge())
-    summary = evaluate.score(SUITE, tmp_path, CheckerJudge(), evaluate.ScoringOptions(trained_on=True))
+    summary = evaluate.score(SUITE, tmp_path, CheckerJudge(), evaluate.ScoringOptions(allow_training_reward=True))
     assert "| **trained on this judge** | yes |" in tables.markdown({"x": summary})
 
 

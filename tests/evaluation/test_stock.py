@@ -33,10 +33,10 @@ def foreign(tiny_folder, tmp_path_factory):
 
 
 def test_settings_become_the_pipelines_own_arguments(foreign):
-    stock = DiffusersModel(str(foreign), DiffusersSampling(steps=2, guidance=3.0, height=32, width=32))
+    stock = DiffusersModel(str(foreign), DiffusersSampling(steps=2, guidance_scale=3.0, height=32, width=32))
     assert stock.told == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
     assert stock.nfe == 4
-    assert DiffusersModel(str(foreign), DiffusersSampling(steps=3, guidance=1.0)).nfe == 3
+    assert DiffusersModel(str(foreign), DiffusersSampling(steps=3, guidance_scale=1.0)).nfe == 3
     assert DiffusersModel(str(foreign), DiffusersSampling()).nfe == 56, "the pipeline's own 28 steps and guidance 7"
     a, b = (stock.paint(["a picture"], [("s", k)]) for k in (0, 1))
     assert a.shape == (1, 32, 32, 3)
@@ -186,7 +186,7 @@ def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny
     from tests.test_product import SMALL
 
     weights = tiny.save_clip(tmp_path / "clip")
-    words = [*SMALL, f"teacher={tiny_folder}", "algorithm.warmup=0", "algorithm.gated=false", "iterations=1"]
+    words = [*SMALL, f"teacher={tiny_folder}", "algorithm.dm_only_iterations=0", "algorithm.auc_gating=false", "iterations=1"]
     logs = {}
     for name, more in {"plain": [], "paid": [f"rewards=[2*clipscore:{weights}]"]}.items():
         student = train.train(*resolve("mini-sd35-advdmd", [*words, *more]), tmp_path / name)
@@ -194,7 +194,7 @@ def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny
         note = json.loads((student / "advdmd.json").read_text())
         assert note.get("rewards", {}) == ({"clipscore": 2.0} if more else {})
     assert "reward/clipscore[clip]_spread" in logs["paid"]
-    assert logs["paid"]["student/policy/norm"] != logs["plain"]["student/policy/norm"]
-    assert logs["paid"]["reward/end"] == logs["plain"]["reward/end"]
+    assert logs["paid"]["policy/grad_norm"] != logs["plain"]["policy/grad_norm"]
+    assert logs["paid"]["reward/final"] == logs["plain"]["reward/final"]
     with pytest.raises(ValueError, match="only AdvDMD has policy turns"):
         resolve("mini-sd35-dmd2", [f"rewards=[1*clipscore:{weights}]"])

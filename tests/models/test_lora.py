@@ -27,8 +27,8 @@ def scene(backbone):
         cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
     x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
     plain = copy.deepcopy(backbone.net)
-    roles = SharedBase(backbone.net, ["student", "fake"], RANK, backbone.lora_targets)
-    student, fake = LoraModel(roles, "student"), LoraModel(roles, "fake")
+    shared_base = SharedBase(backbone.net, ["student", "fake"], RANK, backbone.lora_targets)
+    student, fake = LoraModel(shared_base, "student"), LoraModel(shared_base, "fake")
     for p in (*student.parameters(), *fake.parameters()):
         p.data.normal_(0, 0.1)
     return backbone, plain, student, fake, (x, t, cond)
@@ -79,7 +79,7 @@ def test_merged_products_have_the_gradients_of_the_sum_they_stand_for(gen):
 def test_checkpointing_never_changes_a_gradient(scene, spanning, late):
     """The four cases of house.md: one graph through both roles or not, another role playing when gradients flow or not."""
     backbone, _, student, fake, at = scene
-    roles = student.roles
+    shared_base = student.shared_base
 
     def loss():
         v = backbone.velocity(student, *at)
@@ -90,11 +90,11 @@ def test_checkpointing_never_changes_a_gradient(scene, spanning, late):
         return (v - target).square().mean()
 
     plain = grads(loss, student, fake)
-    roles.checkpoint(backbone.blocks(backbone.net))
+    shared_base.checkpoint(backbone.blocks(backbone.net))
     for p in (*student.parameters(), *fake.parameters()):
         p.grad = None
     found = loss()
-    with roles.playing("fake" if late else ""):
+    with shared_base.active("fake" if late else ""):
         found.backward()
     again = [[p.grad for p in net.parameters()] for net in (student, fake)]
     for a, b in zip(itertools.chain(*plain), itertools.chain(*again), strict=True):
@@ -105,9 +105,9 @@ def test_checkpointing_never_changes_a_gradient(scene, spanning, late):
 def test_whatever_happens_between_a_pass_and_its_gradients_they_are_the_same(scene, again):
     """Cases in which libraries' adapter switching goes wrong, with blocks that run again and without."""
     backbone, _, student, fake, at = scene
-    roles = student.roles
+    shared_base = student.shared_base
     if again:
-        roles.checkpoint(backbone.blocks(backbone.net))
+        shared_base.checkpoint(backbone.blocks(backbone.net))
     loss = lambda net=student: backbone.velocity(net, *at).square().mean()  # noqa: E731
     alone, theirs = grads(loss, student)[0], grads(lambda: loss(fake), fake)[0]
 
@@ -125,11 +125,11 @@ def test_whatever_happens_between_a_pass_and_its_gradients_they_are_the_same(sce
         return value
 
     for between in (loss, others_pass, another_learns):
-        for now in ("", "fake", "student"):  # who plays when gradients flow
+        for active_adapter in ("", "fake", "student"):  # who plays when gradients flow
             for p in (*student.parameters(), *fake.parameters()):
                 p.grad = None
             value = between()
-            with roles.playing(now):
+            with shared_base.active(active_adapter):
                 value.backward()
             assert all(torch.equal(p.grad, g) for p, g in zip(student.parameters(), alone, strict=True))
             assert all(p.grad is None for p in fake.parameters())
@@ -159,8 +159,8 @@ def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
     backbone = loading.backbone_from_pipeline(make(), {"side": pipelines.LATENT})
     with torch.no_grad():
         cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two blue squares"]))
-    roles = SharedBase(backbone.net.eval(), ["student", "fake"], RANK, backbone.lora_targets)
-    student, fake = LoraModel(roles, "student"), LoraModel(roles, "fake")
+    shared_base = SharedBase(backbone.net.eval(), ["student", "fake"], RANK, backbone.lora_targets)
+    student, fake = LoraModel(shared_base, "student"), LoraModel(shared_base, "fake")
     torch.manual_seed(0)
     for p in (*student.parameters(), *fake.parameters()):
         p.data.normal_(0, 0.1)
@@ -172,7 +172,7 @@ def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
             return (backbone.velocity(fake, x - v, t, cond) * v).mean()
 
     plain = grads(loss, student, fake)
-    roles.checkpoint(backbone.blocks(backbone.net))
+    shared_base.checkpoint(backbone.blocks(backbone.net))
     for a, b in zip(itertools.chain(*plain), itertools.chain(*grads(loss, student, fake)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     assert all(g is None for g in plain[1])
@@ -195,7 +195,7 @@ def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, 
             p.data += 0.05 * torch.randn_like(p)
         critic = networks.Discriminator(backbone, fake, config)
         x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
-        loss = lambda: critic.follow(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
+        loss = lambda: critic.generator_logit(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
         mine, theirs = grads(loss, student, fake)
         assert all(g is None for g in theirs)
         learn = lambda: critic(x, t, cond).sum()  # noqa: B023, E731

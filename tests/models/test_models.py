@@ -40,7 +40,7 @@ def test_every_word_is_one_token_and_the_end_id_is_not_two(backbone):
 
 def test_the_teachers_sampler_is_the_stock_pipeline_to_the_bit(backbone):
     noise = draw_noise([0, 1], backbone.latent_shape, 1)
-    ours = sample(backbone, backbone.net, PROMPTS, noise, SamplerConfig(steps=4, guidance=3.0))
+    ours = sample(backbone, backbone.net, PROMPTS, noise, SamplerConfig(steps=4, guidance_scale=3.0))
     with torch.no_grad():
         theirs = backbone.pipe(
             PROMPTS,
@@ -65,7 +65,7 @@ def test_features_are_the_blocks_own_outputs_and_the_rest_is_not_run(backbone):
     assert not ran
     both = backbone.features(backbone.net, x, t, cond, [0, 1])
     handle.remove()
-    assert first.shape == (2, 16, backbone.token_width)
+    assert first.shape == (2, 16, backbone.hidden_size)
     assert torch.equal(first, both[0])
     assert not any(b._forward_hooks for b in blocks)
 
@@ -78,7 +78,7 @@ def test_teacher_with_guidance_is_one_double_batch(backbone):
         n = backbone.velocity(backbone.net, x, t, null[torch.tensor([0, 0])])
         torch.testing.assert_close(Teacher(backbone, 3.0, null)(x, t, cond), flow.guide(v, n, 3.0), atol=1e-5, rtol=1e-4)
         assert torch.equal(Teacher(backbone, 1.0, null)(x, t, cond), v)
-    with pytest.raises(ValueError, match=r"guidance=0\.5"):
+    with pytest.raises(ValueError, match=r"guidance_scale=0\.5"):
         Teacher(backbone, 0.5, null)
 
 
@@ -109,7 +109,7 @@ def test_bad_sampling_is_refused(bad):
 
 
 def test_evaluations_count_guidance_twice():
-    assert (SamplerConfig(steps=40, guidance=4.0).nfe, SamplerConfig(steps=4, eta=1.0).nfe) == (80, 4)
+    assert (SamplerConfig(steps=40, guidance_scale=4.0).nfe, SamplerConfig(steps=4, eta=1.0).nfe) == (80, 4)
 
 
 @pytest.mark.parametrize("sd35", [False, True])
@@ -176,8 +176,8 @@ def test_shipped_teachers_load_and_say_how_to_sample():
 
 
 def test_taps_are_fractions_of_depth():
-    assert DiscriminatorConfig(blocks=(0.25, 0.5)).taps(4) == [0, 1]
-    assert DiscriminatorConfig(blocks=(0.5, 1.0)).taps(24) == [11, 23]
+    assert DiscriminatorConfig(blocks=(0.25, 0.5)).feature_indices(4) == [0, 1]
+    assert DiscriminatorConfig(blocks=(0.5, 1.0)).feature_indices(24) == [11, 23]
     for bad in (
         {"blocks": ()},
         {"blocks": (1.5,)},

@@ -17,9 +17,9 @@ from advdmd.training.learner import Learner
 from advdmd.training.optimizer import OptimizerConfig
 
 WORDS = [
-    "algorithm.group=2", "prompts_per_step=2", "algorithm.warmup=1", "algorithm.ramp=1", "data.prompts=4", "data.reals=1",
-    "save_every=2", "look_every=0", "critic.hidden=8", "lora_rank=4", "base_bits=4", "match.bits=8", "policy.bits=8",
-    "fake.bits=8", "checkpointing=true",
+    "algorithm.group_size=2", "prompts_per_step=2", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "data.num_prompts=4", "data.images_per_prompt=1",
+    "save_every=2", "sample_every=0", "discriminator.hidden_size=8", "lora_rank=4", "base_bits=4", "dm_optimizer.state_bits=8", "policy_optimizer.state_bits=8",
+    "fake_score_optimizer.state_bits=8", "gradient_checkpointing=true",
 ]  # fmt: skip
 
 
@@ -82,17 +82,17 @@ def learner(bits):
     return Learner("net", net, net, {"main": (OptimizerConfig(lr=1e-2, bits=bits), [(net.parameters(), 1.0)])})
 
 
-def descend(one, steps, gen):
+def update(one, steps, gen):
     for _ in range(steps):
         x = torch.randn(16, 64, generator=gen)
-        one.descend([(one(x) - x[:, :4]).square().mean(1)])
+        one.update([(one(x) - x[:, :4]).square().mean(1)])
 
 
 def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
     exact, close, g, h = learner(32), learner(8), gen(1), gen(1)
     began = copy.deepcopy(exact.net.state_dict())
-    descend(exact, 8, g)
-    descend(close, 8, h)
+    update(exact, 8, g)
+    update(close, 8, h)
     there, here = exact.net.state_dict(), close.net.state_dict()
     way, off = (torch.cat([(a[k] - b[k]).flatten() for k in began]) for a, b in ((there, began), (here, there)))
     assert 0 < off.norm() < 0.2 * way.norm()
@@ -101,7 +101,7 @@ def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
     other = learner(8)
     other.load({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(counters)))
     for one in (close, other):
-        descend(one, 3, gen(2))
+        update(one, 3, gen(2))
     assert all(torch.equal(a, b) for a, b in zip(close.net.parameters(), other.net.parameters(), strict=True))
     with pytest.raises(ValueError, match="whole optimizer state of 3"):
         learner(8).load({k: v for k, v in tensors.items() if "0/absmax1" not in k}, counters)
@@ -125,7 +125,7 @@ def test_what_cannot_be_of_few_bits_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"base_bits=4: only a frozen base .* set lora_rank"):
         resolve("mini-sd35-advdmd", ["base_bits=4"])
     with pytest.raises(ValueError, match=r"8-bit optimizers .* cannot be spread"):
-        resolve("sd35-large-advdmd-4step-8x80gb", ["fake.bits=8"])
+        resolve("sd35-large-advdmd-4step-8x80gb", ["fake_score_optimizer.state_bits=8"])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"need bitsandbytes: install advdmd with its extra, pip install -e '\.\[bits\]'"):
         train("x", resolve("mini-sd35-advdmd", WORDS)[1], tmp_path / "run")

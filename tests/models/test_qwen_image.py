@@ -160,13 +160,13 @@ def test_an_image_is_a_video_of_one_frame(qwen):
 def test_features_are_image_tokens(qwen):
     cond = qwen.embed(qwen.tokenize(PROMPTS))
     found = qwen.features(qwen.net, torch.randn(2, 4, 8, 8), torch.rand(2), cond, [0, 1])
-    assert [f.shape for f in found] == [(2, 16, qwen.token_width)] * 2
+    assert [f.shape for f in found] == [(2, 16, qwen.hidden_size)] * 2
 
 
 @pytest.mark.parametrize("recipe", ["mini-sd35-advdmd", "mini-sd35-dmd2"])
 def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(recipe, folder, tmp_path):
-    words = ["iterations=2", "algorithm.steps=2", "algorithm.group=2", "prompts_per_step=2", "data.prompts=6", "data.reals=1"]
-    words += ["algorithm.warmup=0", "algorithm.ramp=0"] if recipe.endswith("advdmd") else []
+    words = ["iterations=2", "algorithm.steps=2", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1"]
+    words += ["algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"] if recipe.endswith("advdmd") else []
     student = train.train(*resolve(recipe, [*words, f"teacher={folder}"]), tmp_path / "run")
     from diffusers import DiffusionPipeline
 

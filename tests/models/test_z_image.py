@@ -91,7 +91,7 @@ def test_padding_is_not_seen(z):
 def test_features_are_image_tokens(z):
     x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2), z.embed(z.tokenize(PROMPTS))
     found = z.features(z.net, x, t, cond, [0, 1])
-    assert [f.shape for f in found] == [(2, 16, z.token_width)] * 2
+    assert [f.shape for f in found] == [(2, 16, z.hidden_size)] * 2
     swapped = z.features(z.net, x.flip(-1), t, cond, [0])[0]
     assert not torch.allclose(found[0], swapped)
 
@@ -102,10 +102,10 @@ def test_latents_round_trip(z):
     torch.testing.assert_close(z.encode(pixels) / z.vae.config.scaling_factor + z.vae.config.shift_factor, mean)
 
 
-@pytest.mark.parametrize("words", [[], ["lora_rank=4", "critic.trunk=teacher"]], ids=["whole", "adapters"])
+@pytest.mark.parametrize("words", [[], ["lora_rank=4", "discriminator.trunk=teacher"]], ids=["whole", "adapters"])
 def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
-    tiny = ["iterations=3", "algorithm.steps=2", "algorithm.group=2", "prompts_per_step=2", "data.prompts=6", "data.reals=1"]
-    tiny += ["algorithm.warmup=1", "algorithm.ramp=0", f"teacher={folder}"]
+    tiny = ["iterations=3", "algorithm.steps=2", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1"]
+    tiny += ["algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=0", f"teacher={folder}"]
     student = train.train(*resolve("mini-sd35-advdmd", [*tiny, *words]), tmp_path / "run")
     from diffusers import DiffusionPipeline
 
@@ -129,6 +129,6 @@ def test_what_it_cannot_do_is_refused(z, folder, tmp_path):
         ZImage(z.pipe, 7)
     with pytest.raises(ValueError, match="no second time embedding for a ZImageTransformer2DModel"):
         train.train(
-            *resolve("mini-sd35-twinflow", ["data.prompts=6", "data.reals=1", "prompts_per_step=2", f"teacher={folder}"]),
+            *resolve("mini-sd35-twinflow", ["data.num_prompts=6", "data.images_per_prompt=1", "prompts_per_step=2", f"teacher={folder}"]),
             tmp_path,
         )

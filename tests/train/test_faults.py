@@ -18,8 +18,8 @@ from advdmd.training import checkpoint
 from advdmd.types import Cond
 
 WORDS = [
-    "iterations=6", "algorithm.group=2", "prompts_per_step=2", "data.prompts=6", "data.reals=1", "save_every=2", "look_every=0",
-    "threads=1", "algorithm.warmup=1", "algorithm.ramp=0", "algorithm.gated=false",
+    "iterations=6", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1", "save_every=2", "sample_every=0",
+    "threads=1", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=0", "algorithm.auc_gating=false",
 ]  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_no_secret_of_the_environment_reaches_what_a_run_writes(tiny_folder, tmp
 
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "hunter2-sentinel")
-    train(tiny_folder, tmp_path / "r", "iterations=2", "look_every=2")
+    train(tiny_folder, tmp_path / "r", "iterations=2", "sample_every=2")
     html_report.write_report([tmp_path / "r"], [], tmp_path / "report.html")
     said = "".join(capfd.readouterr())
     assert "hunter2" not in said

@@ -19,11 +19,11 @@ from advdmd.training import checkpoint, distributed
 from advdmd.types import Ranks
 
 COMMON = [
-    "iterations=4", "algorithm.group=2", "prompts_per_step=4", "data.prompts=8", "data.reals=2", "save_every=2", "look_every=0",
-    "threads=1", "critic.hidden=8", "seed=3",
+    "iterations=4", "algorithm.group_size=2", "prompts_per_step=4", "data.num_prompts=8", "data.images_per_prompt=2", "save_every=2", "sample_every=0",
+    "threads=1", "discriminator.hidden_size=8", "seed=3",
 ]  # fmt: skip
 # Policy turns from the second iteration on, believed whatever the critic knows by then.
-WORDS = [*COMMON, "algorithm.warmup=1", "algorithm.ramp=1", "algorithm.gated=false"]
+WORDS = [*COMMON, "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "algorithm.auc_gating=false"]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd"]
 
@@ -65,7 +65,7 @@ def metrics_agree(a, b, absolute=1e-3):
     assert [len(r) for r in rows] == [4, 4]
     for ours, theirs in zip(*rows, strict=True):
         assert set(ours) == set(theirs)
-        for k in set(ours) - {"cost/eta"}:
+        for k in set(ours) - {"cost/efficiency"}:
             assert ours[k] == pytest.approx(theirs[k], rel=5e-3, abs=absolute), k
 
 
@@ -138,10 +138,10 @@ def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
     assert done.returncode != 0
     assert "prompts_per_step=3 cannot be shared by 2 processes" in done.stderr
     assert not (tmp_path / "r").exists()
-    small = resolve("mini-sd35-twinflow", ["algorithm.group=2", "prompts_per_step=2"])[1]
-    small.check_shares(1)
+    small = resolve("mini-sd35-twinflow", ["algorithm.group_size=2", "prompts_per_step=2"])[1]
+    small.check_world_size(1)
     with pytest.raises(ValueError, match="4 samples an iteration are 2 in each of 2 processes"):
-        small.check_shares(2)
+        small.check_world_size(2)
 
 
 def test_minibatches_are_the_steps_however_it_is_shared():
@@ -160,7 +160,7 @@ def test_a_run_that_is_told_to_end_leaves_a_checkpoint_behind_its_last_step(proc
     import signal
     import time
 
-    words = ["mini-sd35-dmd2", f"teacher={tiny_folder}", *COMMON, "save_every=0", "look_every=0"]
+    words = ["mini-sd35-dmd2", f"teacher={tiny_folder}", *COMMON, "save_every=0", "sample_every=0"]
     launch = TORCHRUN if processes == 2 else [sys.executable, "-m", "advdmd"]
     command = [*launch, "train", *words, "iterations=4000", "--out", str(tmp_path / "r")]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -197,7 +197,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     assert last(tmp_path / "r")[0] >= "step-0000003"
 
 
-SHARDED = [*WORDS, "shard=true", "algorithm.judge_every=2", "critic.trunk=own", "look_every=2", "exam_every=2", "exam_images=2"]
+SHARDED = [*WORDS, "fsdp=true", "algorithm.discriminator_every_nth_sample=2", "discriminator.trunk=own", "sample_every=2", "eval_every=2", "eval_images=2"]
 
 
 def students_agree(a, b):
@@ -261,7 +261,7 @@ def test_leftovers_of_the_other_kind_do_not_stop_a_run(alone_to_share, spread, t
 
 def test_passes_in_bfloat16_leave_what_learns_in_float32(tiny_folder, tmp_path):
     """Of networks that are spread, checkpointed, with a GAN; alone the same recipe is all float32, and both come close."""
-    words = [*SHARDED, "dtype=bfloat16", "checkpointing=true", "algorithm.gan=0.1"]
+    words = [*SHARDED, "dtype=bfloat16", "gradient_checkpointing=true", "algorithm.gan_loss_weight=0.1"]
     ran(tmp_path / "both", tiny_folder, words=words)
     _, alone = last(ran_alone(tmp_path / "alone", tiny_folder, words))
     assert {v.dtype for k, v in alone.items() if "/net/" in k or "/ema/" in k} == {torch.float32}

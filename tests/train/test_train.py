@@ -22,7 +22,7 @@ from advdmd.training.optimizer import OptimizerConfig
 from tests.toy import Mixture, Net, flat, make_cast, toy_deal
 
 
-def learner(ema=0.9, **optim):
+def learner(ema_decay=0.9, **optim):
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
     return Learner("net", net, net, {"main": (OptimizerConfig(**({"lr": 0.1} | optim)), [(net.parameters(), 1.0)])}, ema=ema)
@@ -32,7 +32,7 @@ def test_losses_that_arrive_in_parts_move_as_one(gen):
     x, out = torch.randn(12, 3, generator=gen()), []
     for parts in (12, 5, 1):
         one = learner()
-        log = one.descend(one(p)[:, 0].square() for p in x.split(parts))
+        log = one.update(one(p)[:, 0].square() for p in x.split(parts))
         out.append((flat(one.net), log["net/loss"], log["net/norm"]))
     for other in out[1:]:
         torch.testing.assert_close(out[0][0], other[0])
@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_names_the_player(bad):
     one = learner()
     before = flat(one.net)
     with pytest.raises(FloatingPointError, match="net/main"):
-        one.descend([one(torch.ones(2, 3))[:, 0] * bad])
+        one.update([one(torch.ones(2, 3))[:, 0] * bad])
     assert torch.equal(flat(one.net), before)
     assert torch.equal(torch.cat([v.flatten() for v in one.ema.values()]), before)
 
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_names_the_player(bad):
 def test_a_gradient_that_is_not_finite_stops_too():
     one = learner()
     with pytest.raises(FloatingPointError, match="gradient norm"):
-        one.descend([(one(torch.zeros(2, 3))[:, 0] - one.net.bias).sqrt()])
+        one.update([(one(torch.zeros(2, 3))[:, 0] - one.net.bias).sqrt()])
 
 
 @pytest.mark.parametrize("clip", [0.1, 1e9])
@@ -64,7 +64,7 @@ def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch,
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: given.extend(p.grad.clone() for p in net.parameters()))
     wanted = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
     norm = torch.cat([g.flatten() for g in wanted]).norm()
-    log = one.descend(net(part)[:, 0].square() for part in (x[:6], x[6:]))
+    log = one.update(net(part)[:, 0].square() for part in (x[:6], x[6:]))
     torch.testing.assert_close(log["net/norm"], norm.item())
     torch.testing.assert_close(given, [g * min(1, clip / norm) for g in wanted])
 
@@ -84,10 +84,10 @@ def test_bad_optimizer_settings_are_named(bad):
 
 
 def test_the_average_follows_with_a_warm_start():
-    one = learner(ema=0.9)
+    one = learner(ema_decay=0.9)
     start = flat(one.net)
-    one.descend([one(torch.ones(2, 3))[:, 0]])
-    average = torch.cat([v.flatten() for v in one.averaged().values()])
+    one.update([one(torch.ones(2, 3))[:, 0]])
+    average = torch.cat([v.flatten() for v in one.ema_state_dict().values()])
     torch.testing.assert_close(average, start.lerp(flat(one.net), 0.9))  # decay min(.9, 1 / 10) after one update
 
 
@@ -97,12 +97,12 @@ def test_two_turns_of_a_player_say_whether_they_agree():
     optim = OptimizerConfig(lr=0.01, clip=1e9)
     one = Learner("net", net, net, {k: (optim, [(list(net.parameters()), 1.0)]) for k in ("match", "policy")})
     x = torch.eye(3)
-    assert "net/cosine" not in one.descend([one(x[:1])[:, 0]], turn="match")  # the other has not moved yet
-    log = one.descend([3 * one(x[1:2])[:, 0]], turn="policy")
+    assert "net/cosine" not in one.update([one(x[:1])[:, 0]], turn="match")  # the other has not moved yet
+    log = one.update([3 * one(x[1:2])[:, 0]], turn="policy")
     assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((0, 3), abs=1e-6)
     for _ in range(200):  # both follow the same direction, one twice as strongly the other way
-        one.descend([one(x[:1])[:, 0]], turn="match")
-        log = one.descend([-2 * one(x[:1])[:, 0]], turn="policy")
+        one.update([one(x[:1])[:, 0]], turn="match")
+        log = one.update([-2 * one(x[:1])[:, 0]], turn="policy")
     assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((-1, 2), abs=1e-4)
 
 
@@ -117,21 +117,21 @@ def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
     for step in range(3):
         meter.start(step)
         take((3 + step) * 2 * 0.02 * 1.25)  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
-        assert meter.stop(step) == pytest.approx({"cost/forwards": 3 + step, "cost/eta": 0.8})
+        assert meter.stop(step) == pytest.approx({"cost/forwards_per_sample": 3 + step, "cost/efficiency": 0.8})
     meter.forward = lambda: take(0.03)  # the machine becomes slower: seen at step 50, not before
     for step, eta in ((49, 0.02 / 0.03), (50, 1.0)):
         meter.start(step)
         take((3 + step) * 2 * 0.03)
-        assert meter.stop(step)["cost/eta"] == pytest.approx(eta)
+        assert meter.stop(step)["cost/efficiency"] == pytest.approx(eta)
 
 
 def test_state_round_trips_and_strangers_are_refused():
     a, b = learner(), learner()
     for _ in range(3):
-        a.descend([a(torch.ones(2, 3))[:, 0]])
+        a.update([a(torch.ones(2, 3))[:, 0]])
     b.load(*a.state())
     for one in (a, b):
-        one.descend([one(torch.ones(2, 3))[:, 0]])
+        one.update([one(torch.ones(2, 3))[:, 0]])
     assert torch.equal(flat(a.net), flat(b.net))
     tensors, counters = a.state()
     with pytest.raises(ValueError, match="average"):
@@ -171,7 +171,7 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_written_once(tmp_pat
             raise Stop
 
     with pytest.raises(Stop):
-        run(tmp_path, 8, look=look, look_every=1)
+        run(tmp_path, 8, look=look, sample_every=1)
     run(tmp_path, 8)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(8))
@@ -188,7 +188,7 @@ def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, caps
 
 def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "LINES", 4)
-    run(tmp_path, 12, exam=lambda step: {"exam/strict": 0.5}, exam_every=5)
+    run(tmp_path, 12, exam=lambda step: {"eval/strict": 0.5}, eval_every=5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 4, 8, 9, 11], "one in three, those with an exam, and the last"
 
@@ -268,11 +268,11 @@ def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
     for start, stop in ((0, 4), (2, 5)):  # stopped after step 3, but the last checkpoint was at 2
         book = MetricsLogger(tmp_path, "run", 5, start, track=("tensorboard",))
         for step in range(start, stop):
-            book.write(step, {"fake/loss": 10.0 * start + step})
+            book.write(step, {"fake_score/loss": 10.0 * start + step})
         book.close()
     found = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
     found.Reload()
-    assert [(e.step, e.value) for e in found.Scalars("fake/loss")] == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 24)]
+    assert [(e.step, e.value) for e in found.Scalars("fake_score/loss")] == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 24)]
 
 
 @pytest.mark.parametrize(

@@ -1,254 +1,329 @@
 """AdvDMD: DMD2 whose online discriminator is the reward of a policy gradient (arXiv 2604.28126)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms import updates
-from advdmd.algorithms.base import DistillationModels
-from advdmd.algorithms.objectives import discriminator_logits, discriminator_rewards, policy_loss
+from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, ModelBuilder
+from advdmd.algorithms.objectives import DiscriminatorInputs, discriminator_rewards, policy_loss
+from advdmd.algorithms.updates import update_auc, update_fake_score, update_student
+from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import cps
-from advdmd.types import Batch, Metrics, conds_differ
+from advdmd.types import Batch, Metrics, Ranks
 
-FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the critic is shown final images
-RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means the path is not the policy's own
+FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the discriminator is shown final images
+RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means that the trajectory is not the policy's own
 
 
 class Updates(NamedTuple):
-    """What an iteration does besides letting fake score and critic catch up."""
+    """What an iteration does besides updating fake score and discriminator."""
 
     policy: bool
-    match: bool
+    distribution_matching: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvDMD:
-    """Hyperparameters of AdvDMD; docs/papers.md gives the source of each default.
+class AdvDMD(Algorithm[DistillationModels]):
+    """Hyperparameters of AdvDMD. docs/papers.md gives the source of each default.
 
-    Schedule: for `warmup` iterations distribution matching alone; then policy turns every 8th, at the end of `ramp` every
-    2nd iteration; from then on one every iteration and distribution matching every `match_every`-th.
+    Schedule: for `dm_only_iterations` distribution matching alone; then policy updates every 8th and, at the end of
+    `policy_ramp_iterations`, every 2nd iteration; from then on a policy update every iteration and distribution matching every
+    `dm_every`-th. Raises ValueError on values out of range.
     """
 
-    steps: int = 4  # K, hops of the student
-    shift: float = 3.0
-    eta: float = 1.0  # noise share of a hop; 1 runs in stock schedulers
-    group: int = 8  # G, samples per prompt; a group never straddles ranks
-    critic_steps: int = 5  # minibatches in which fake score and critic catch up
-    micro: int = 64  # samples per forward-backward
-    warmup: int = 60
-    ramp: int = 60
-    match_every: int = 2
-    match_turns: int = 1  # descents on distribution matching per path, where it is due
-    judge_every: int = 1  # one sample in so many is shown to the critic, which costs most where it has a trunk of its own
-    credit: Literal["step", "final", "both"] = "both"
-    final_levels: tuple[float, ...] = (0.02, 0.1, 0.3)
-    mismatch: float = 0.0  # weight of real images under wrong captions as further fakes
-    gan: float = 0.0  # weight of GAN back-propagation beside distribution matching, as in DMD2; the paper's method has none
-    gated: bool = True
-    online: bool = True  # the critic goes on learning after the warm-up; False freezes it there, to see what that costs
-    action: Literal["landed", "seen"] = "landed"  # what the policy is paid for: where a hop landed, or what the next one saw
-    clip: float = 1e-5  # at 65,536 latent dimensions; scaled by sqrt(65536 / D)
-    u_range: tuple[float, float] = (0.02, 0.98)
-    auc_memory: float = 0.9
+    steps: int = 4  # K
+    shift: float = 3.0  # time shift of the student's grid
+    eta: float = 1.0  # noise share of a step; 1 runs in stock schedulers
+    group_size: int = 8  # samples per prompt; a group is never split between ranks
+    fake_score_updates: int = 5  # optimizer steps of fake score and discriminator per rollout
+    micro_batch_size: int = 64  # samples per forward-backward pass
+    dm_only_iterations: int = 60
+    policy_ramp_iterations: int = 60
+    dm_every: int = 2
+    dm_updates: int = 1  # optimizer steps on distribution matching per rollout, where it is due
+    discriminator_every_nth_sample: int = 1  # one sample in so many is shown to the discriminator
+    credit: Literal["step", "final", "both"] = "both"  # which reward a step gets: its own, the final image's, or half of each
+    final_noise_levels: tuple[float, ...] = (0.02, 0.1, 0.3)  # of the final image's reward
+    mismatched_caption_weight: float = 0.0  # of real images under wrong captions as further generated images
+    gan_loss_weight: float = 0.0  # of GAN back-propagation beside distribution matching (DMD2); the paper's method has none
+    auc_gating: bool = True  # advantages times losses.auc_gate of the discriminator's AUC at their level
+    discriminator_online: bool = True  # False: the discriminator is frozen after dm_only_iterations, an ablation
+    action: Literal["sample", "projected"] = "sample"  # of the policy: the next state, or Trajectory.projected_actions
+    clip_range: float = 1e-5  # of the ratio at 65,536 latent dimensions D; scaled by sqrt(65536 / D)
+    renoise_range: tuple[float, float] = (0.02, 0.98)  # noise levels of the fake score and of distribution matching
+    auc_decay: float = 0.9  # of the running AUC
+
+    name: ClassVar[str] = "advdmd"
+    uses_extra_rewards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"AdvDMD(steps={self.steps}): a student takes at least one step")
         cps(self.eta)
         if self.eta == 0 and self.steps > 1:
-            raise ValueError("AdvDMD(eta=0): without noise a hop is no action to prefer; use 0 < eta <= 1")
-        if self.group < 2:
-            raise ValueError(f"AdvDMD(group={self.group}): an advantage compares at least two samples of a prompt")
-        for name in ("critic_steps", "micro", "match_every", "match_turns", "judge_every"):
+            raise ValueError("AdvDMD(eta=0): without noise a step is no action to prefer; use 0 < eta <= 1")
+        if self.group_size < 2:
+            raise ValueError(f"AdvDMD(group_size={self.group_size}): an advantage compares at least two samples of a prompt")
+        for name in ("fake_score_updates", "micro_batch_size", "dm_every", "dm_updates", "discriminator_every_nth_sample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
-        if self.group % self.judge_every:
+        if self.group_size % self.discriminator_every_nth_sample:
             raise ValueError(
-                f"AdvDMD(judge_every={self.judge_every}): must divide group={self.group}, so that no prompt is left out"
+                f"AdvDMD(discriminator_every_nth_sample={self.discriminator_every_nth_sample}): must divide "
+                f"group_size={self.group_size}, so that no prompt is left out"
             )
-        if self.clip <= 0 or min(self.mismatch, self.gan) < 0 or not 0 <= self.auc_memory < 1:
+        if self.clip_range <= 0 or min(self.mismatched_caption_weight, self.gan_loss_weight) < 0 or not 0 <= self.auc_decay < 1:
             raise ValueError(
-                f"AdvDMD(clip={self.clip}, mismatch={self.mismatch}, gan={self.gan}, auc_memory={self.auc_memory}): "
-                "needs clip > 0, mismatch >= 0, gan >= 0, auc_memory in [0, 1)"
+                f"AdvDMD(clip_range={self.clip_range}, mismatched_caption_weight={self.mismatched_caption_weight}, "
+                f"gan_loss_weight={self.gan_loss_weight}, auc_decay={self.auc_decay}): needs clip_range > 0, weights of at least "
+                "0, auc_decay in [0, 1)"
             )
-        if self.action not in ("landed", "seen") or self.credit not in ("step", "final", "both"):
+        if self.action not in ("sample", "projected") or self.credit not in ("step", "final", "both"):
             raise ValueError(
-                f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action: landed or seen; credit: step, final or both"
+                f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action: sample or projected; credit: step, final or both"
             )
-        if not self.online and self.warmup == 0:
-            raise ValueError("AdvDMD(online=False, warmup=0): a critic frozen at once has learned nothing; warm it up first")
-        if self.warmup < 0 or self.ramp < 0:
-            raise ValueError(f"AdvDMD(warmup={self.warmup}, ramp={self.ramp}): counts of iterations cannot be negative")
-        if not self.final_levels or not all(0 < u < 1 for u in self.final_levels):
-            raise ValueError(f"AdvDMD(final_levels={self.final_levels}): noise levels inside (0, 1), at least one")
-        low, high = self.u_range
+        if not self.discriminator_online and self.dm_only_iterations == 0:
+            raise ValueError(
+                "AdvDMD(discriminator_online=false, dm_only_iterations=0): a discriminator frozen at once has learned nothing; "
+                "set dm_only_iterations"
+            )
+        if self.dm_only_iterations < 0 or self.policy_ramp_iterations < 0:
+            raise ValueError(
+                f"AdvDMD(dm_only_iterations={self.dm_only_iterations}, policy_ramp_iterations={self.policy_ramp_iterations}): "
+                "counts of iterations cannot be negative"
+            )
+        if not self.final_noise_levels or not all(0 < u < 1 for u in self.final_noise_levels):
+            raise ValueError(f"AdvDMD(final_noise_levels={self.final_noise_levels}): noise levels inside (0, 1), at least one")
+        low, high = self.renoise_range
         if not 0 < low < high < 1:
-            raise ValueError(f"AdvDMD(u_range={self.u_range}): needs 0 < low < high < 1")
+            raise ValueError(f"AdvDMD(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
 
-    def turn(self, step: int) -> Updates:
-        """The schedule of step 0, 1, ...: a function of the step alone, so that all ranks agree."""
-        since = step - self.warmup
-        if since < 0 or self.steps == 1:
-            return Updates(policy=False, match=True)
-        if since < self.ramp:
-            every = round(8 * (2 / 8) ** (since / self.ramp))
-            return Updates(policy=since % every == 0, match=True)
-        return Updates(policy=True, match=since % self.match_every == 0)
+    def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+        """One AdvDMD iteration (arXiv 2604.28126): roll out once; update fake score and discriminator; policy; distribution matching.
 
-    def critic_learns(self, step: int) -> bool:
-        return self.online or step < self.warmup
-
-    def forwards(self, step: int, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
-        """Forwards per sample of iteration `step` by part, in units of one forward without gradient.
-
-        depth: share of the network that the critic runs; backward: 2 for full fine-tuning, about 1 with adapters;
-        trunk: whether the critic's gradient enters the trunk (CriticConfig.gradient > 0).
+        The rollout is used three times: its states train the discriminator, its stochastic steps are the policy's actions,
+        and distribution matching starts from its states.
         """
-        grad, turn = 1 + backward, self.turn(step)
+        updates = self.updates_at(iteration)
+        trajectory = self.rollout(models, batch, rng)
+
+        # 1. Fake score and discriminator follow the student.
+        metrics = self.update_fake_score_and_discriminator(models, trajectory, batch, iteration, rng)
+        # 2. Policy gradient, first, while the trajectory is on-policy: every ratio is 1.
+        if updates.policy:
+            metrics |= self.update_policy(models, trajectory, batch, rng)
+        # 3. Distribution matching through one step of the same trajectory.
+        if updates.distribution_matching:
+            metrics |= self.update_student(models, trajectory, batch, rng)
+        return metrics
+
+    def updates_at(self, iteration: int) -> Updates:
+        """The schedule of iteration 0, 1, ...: a function of the iteration alone, so that all ranks agree."""
+        since = iteration - self.dm_only_iterations
+        if since < 0 or self.steps == 1:
+            return Updates(policy=False, distribution_matching=True)
+        if since < self.policy_ramp_iterations:
+            every = round(8 * (2 / 8) ** (since / self.policy_ramp_iterations))
+            return Updates(policy=since % every == 0, distribution_matching=True)
+        return Updates(policy=True, distribution_matching=since % self.dm_every == 0)
+
+    def rollout(self, models: DistillationModels, batch: Batch, rng: Rng) -> Trajectory:
+        """The student's trajectory of the batch's N samples."""
+        n, *shape = batch.real_latents.shape
+        if n % self.group_size:
+            raise ValueError(f"AdvDMD(group_size={self.group_size}): {n} samples per rank are not a multiple of it")
+        noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
+        grid = flow.grid(self.steps, self.shift, noise.device)
+        return rollout(models.student, batch.cond, noise, grid, cps(self.eta), self.micro_batch_size)
+
+    def update_fake_score_and_discriminator(
+        self, models: DistillationModels, trajectory: Trajectory, batch: Batch, iteration: int, rng: Rng
+    ) -> Metrics:
+        """Fake score and, while it trains, discriminator learn from the trajectory; moves the running AUC of each level."""
+        n, trains = len(batch), self.discriminator_trains(iteration)
+        inputs, level = self.discriminator_inputs(trajectory, batch, rng)
+        metrics, logits = update_fake_score(
+            models,
+            trajectory,
+            batch.cond,
+            rng,
+            inputs if trains else None,
+            updates=self.fake_score_updates,
+            micro_batch_size=self.micro_batch_size,
+            renoise_range=self.renoise_range,
+            scale=self.discriminator_every_nth_sample,
+            mismatched_weight=self.mismatched_caption_weight,
+            one_pass=2 * self.micro_batch_size >= 3 * n,  # no larger than the teacher's pass under guidance
+        )
+        metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size).item()
+        if not trains:
+            return metrics
+        columns = torch.stack([logits["real_logit"], logits["fake_logit"], inputs.shown, level.float()])
+        real, fake, shown, level = models.ranks.gather(columns)  # every rank computes the same AUC
+        for k in range(1, self.steps + 1):
+            at = (shown > 0) & (level == k)
+            metrics[f"discriminator/auc_{k}"] = update_auc(models, real[at], fake[at], k, self.auc_decay)
+            if at.any():  # of all ranks' samples, so all of them agree
+                metrics[f"discriminator/logit_gap_{k}"] = (real[at].mean() - fake[at].mean()).item()
+        metrics["discriminator/logit_gap"] = (real[shown > 0].mean() - fake[shown > 0].mean()).item()
+        return metrics
+
+    def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> tuple[DiscriminatorInputs, Tensor]:
+        """What the discriminator is shown, and its level [N] in 1..K: state k of the trajectory, the final image re-noised to a small u."""
+        n, *shape = batch.real_latents.shape
+        level = rng.integers("critic.k", 1, self.steps + 1)
+        x, t = trajectory.at(level)
+        final = level == self.steps
+        t = torch.where(final, rng.uniform("critic.u", *FINAL_NOISE_RANGE), t)
+        renoised = flow.interpolate(trajectory.x[-1], rng.normal("critic.fake", shape), t)
+        other = batch.mismatched_cond
+        if other is None:  # the prompt before it in the batch
+            other = batch.cond[torch.arange(n, device=t.device).roll(self.group_size)]
+        inputs = DiscriminatorInputs(
+            real=batch.real_latents,
+            fake=torch.where(flow.bcast(final, x), renoised, x),
+            t=t,
+            e=rng.normal("critic.real", shape),
+            cond=batch.cond,
+            shown=(torch.arange(n, device=t.device) % self.discriminator_every_nth_sample == 0).float(),
+            mismatched_cond=other if self.mismatched_caption_weight else None,
+            mismatched=other.differs(batch.cond),  # two prompts of a batch may be the same words
+        )
+        return inputs, level
+
+    def update_policy(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> Metrics:
+        """One optimizer step of the student on the policy gradient. Raises FloatingPointError if a replayed ratio is not 1."""
+        advantage, metrics = self.advantages(models, trajectory, batch, rng)
+        clip_range = self.scaled_clip_range(trajectory.x.shape[2:])
+        parts = torch.arange(len(batch), device=advantage.device).split(self.micro_batch_size)
+        parts = ((trajectory[i], batch.cond[i], advantage[:, i]) for i in parts)
+        projected = self.action == "projected"
+        updated, aux = models.student.update(
+            (policy_loss(models, path, cond, a, cps(self.eta), clip_range, projected) for path, cond, a in parts), "policy"
+        )
+        error = models.ranks.gather(aux["ratio_error"].max()[None]).max().item()
+        if error > RATIO_TOLERANCE:
+            raise FloatingPointError(f"policy: |ratio - 1| = {error:.2g} on replay, expected 0")
+        return metrics | updated | {"policy/max_ratio_error": error}
+
+    def advantages(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
+        """Advantages [K - 1, N] of the stochastic steps, times the gate of the discriminator's AUC at their level.
+
+        Further rewards of a recipe are of final images and count for all steps: A = A_D + sum_i w_i A_i, each normalised over
+        its groups first. Raises FloatingPointError if a reward is not finite.
+        """
+        n, k = len(batch), self.steps
+        shared = torch.arange(n, device=trajectory.x.device) // self.group_size * self.group_size
+        e = rng.normal("reward.e", trajectory.x.shape[2:])[shared]  # the same noise for the whole group
+        by_step, final = discriminator_rewards(
+            models, trajectory, batch.cond, self.final_noise_levels, e, self.micro_batch_size
+        )
+        if not (by_step.isfinite().all() and final.isfinite().all()):
+            raise FloatingPointError("policy: a reward is not finite")
+        auc = models.discriminator_auc
+        gate = losses.auc_gate(auc) if self.auc_gating else torch.ones_like(auc)
+        a_step = self.group_advantage(models.ranks, by_step) * gate[: k - 1, None]
+        a_final = self.group_advantage(models.ranks, final[None]) * gate[k - 1]
+        advantage = {"step": a_step, "final": a_final.expand_as(a_step), "both": 0.5 * (a_step + a_final)}[self.credit]
+        rewards = {"final": final} | {str(i + 1): r for i, r in enumerate(by_step)}
+        for name, (weight, r) in (
+            models.extra_rewards(trajectory.x[-1], batch.prompt_index) if models.extra_rewards else {}
+        ).items():
+            advantage = advantage + weight * self.group_advantage(models.ranks, r[None])
+            rewards[name] = r
+        metrics: Metrics = {}
+        for name, r in rewards.items():
+            metrics[f"reward/{name}"] = r.mean().item()
+            metrics[f"reward/{name}_std"] = r.unflatten(-1, (-1, self.group_size)).std(-1).mean().item()
+        metrics["policy/frac_zero_advantage"] = (advantage.abs() < 1e-3).float().mean().item()
+        return advantage, metrics
+
+    def group_advantage(self, ranks: Ranks, rewards: Tensor) -> Tensor:
+        """Advantages of rewards [..., N] of this rank, normalised over the groups of all ranks. -> [..., N]"""
+        n = rewards.shape[-1]
+        return losses.group_advantage(ranks.gather(rewards), self.group_size)[..., ranks.rank * n : (ranks.rank + 1) * n]
+
+    def update_student(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> Metrics:
+        """Optimizer steps of the student on distribution matching and, with a weight, on the GAN."""
+
+        def gan_levels(name: str, k: Tensor, u: Tensor) -> Tensor:
+            """Where the discriminator is trained on what step k leads to: the next level, or a small u for the final image."""
+            return torch.where(k + 1 < self.steps, trajectory.t[k + 1], rng.uniform("match.w", *FINAL_NOISE_RANGE))
+
+        return update_student(
+            models,
+            trajectory,
+            batch.cond,
+            rng,
+            updates=self.dm_updates,
+            micro_batch_size=self.micro_batch_size,
+            renoise_range=self.renoise_range,
+            gan_loss_weight=self.gan_loss_weight,
+            gan_levels=gan_levels,
+        )
+
+    def discriminator_trains(self, iteration: int) -> bool:
+        """Whether the discriminator is updated in iteration 0, 1, ..."""
+        return self.discriminator_online or iteration < self.dm_only_iterations
+
+    def scaled_clip_range(self, shape: torch.Size) -> float:
+        """The clip range of the ratio for latents of this shape: the mean over D dimensions shrinks log-ratios by sqrt(D)."""
+        return self.clip_range * math.sqrt(65536 / math.prod(shape))
+
+    def build(self, builder: ModelBuilder) -> DistillationModels:
+        """Teacher, student with an optimizer of each update, fake score with the discriminator."""
+        return builder.distillation_models(self.steps, "dm", "policy")
+
+    def sampler(self) -> SamplerConfig:
+        """The student's own grid and noise share."""
+        return SamplerConfig(steps=self.steps, shift=self.shift, eta=self.eta)
+
+    def extra_state(self, models: DistillationModels) -> dict[str, Tensor]:
+        """The running AUC [K]."""
+        return {"auc": models.discriminator_auc}
+
+    def trained_networks(self, discriminator_trunk: bool) -> dict[str, Sequence[str]]:
+        """Student, fake score, and the discriminator's trunk if it has one."""
+        trunk: dict[str, Sequence[str]] = {"discriminator": ("fake_score_optimizer",)} if discriminator_trunk else {}
+        return {"student": ("dm_optimizer", "policy_optimizer"), "fake_score": ("fake_score_optimizer",), **trunk}
+
+    def samples_per_pass(self, samples: int) -> int:
+        """At most micro_batch_size of `samples`."""
+        return min(self.micro_batch_size, samples)
+
+    @property
+    def conditions_per_sample(self) -> int:
+        """2 with mismatched captions."""
+        return 1 + bool(self.mismatched_caption_weight)
+
+    def check_batch(self, prompts: int, world_size: int) -> None:
+        """Raises ValueError if ranks cannot share the prompts, or if a wrong caption has no other prompt to come from."""
+        super().check_batch(prompts, world_size)
+        if prompts < 2 and self.mismatched_caption_weight:
+            raise ValueError(
+                "algorithm.mismatched_caption_weight needs prompts_per_step of at least 2: a wrong caption is another prompt's"
+            )
+
+    def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
+        """Forward passes per sample of an iteration by part, in units of one without gradient."""
+        grad, depth, updates = 1 + costs.backward, costs.discriminator_depth, self.updates_at(iteration)
+        shown = self.discriminator_trains(iteration) / self.discriminator_every_nth_sample
+        kinds = 2 + bool(self.mismatched_caption_weight)
         return {
             "rollout": self.steps,
-            "fake": grad,
-            "critic": self.critic_learns(step) * (2 + bool(self.mismatch)) * depth * (1 + backward * trunk) / self.judge_every,
-            "reward": turn.policy * (self.steps - 1 + len(self.final_levels)) * depth,
-            "policy": turn.policy * (self.steps - 1) * grad,
-            "match": turn.match * self.match_turns * (grad + 2 + 1 + bool(self.gan) * 2 * depth),
+            "fake score": grad,
+            "discriminator": shown * kinds * depth * (1 + costs.backward * costs.discriminator_trunk),
+            "reward": updates.policy * (self.steps - 1 + len(self.final_noise_levels)) * depth,
+            "policy": updates.policy * (self.steps - 1) * grad,
+            "distribution matching": updates.distribution_matching
+            * self.dm_updates
+            * (grad + 2 + 1 + bool(self.gan_loss_weight) * 2 * depth),
         }
-
-    def iteration(self, cast: DistillationModels, batch: Batch, step: int, rng: Rng) -> Metrics:
-        cond, real, turn = batch.cond, batch.real, self.turn(step)
-        N, K, shape = len(real), self.steps, real.shape[1:]
-        if N % self.group:
-            raise ValueError(f"AdvDMD(group={self.group}): {N} samples per rank are not a multiple of it")
-        parts = torch.arange(N).split(self.micro)
-        kernel = cps(self.eta)
-
-        # Roll the student out once, without gradient. Everything below reuses this path.
-        noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
-        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), kernel, self.micro)
-
-        # The fake score and the critic catch up with where the student now is.
-        log = self.catch_up(cast, path, batch, rng, self.critic_learns(step))
-        log["path/group_spread"] = losses.within_group_std(path.x[-1], self.group).item()
-
-        # Policy turn. First, while the path is still on-policy: every ratio starts at one.
-        if turn.policy:
-            gain, paid = self.advantages(cast, path, batch, rng)
-            replay: list[Tensor] = []
-
-            def prefer(i: Tensor) -> Tensor:
-                loss, off = policy_loss(
-                    cast, path[i], cond[i], gain[:, i], kernel, self.clip_range(shape), self.action == "seen"
-                )
-                replay.append(off)
-                return loss
-
-            log |= cast.student.descend((prefer(i) for i in parts), turn="policy") | paid
-            log["policy/ratio_off"] = cast.team.gather(torch.stack(replay).max()[None]).max().item()
-            if log["policy/ratio_off"] > RATIO_TOLERANCE:
-                raise FloatingPointError(f"policy: |ratio - 1| = {log['policy/ratio_off']:.2g} on replay, expected 0")
-
-        # Distribution-matching turn. Gradient flows through one hop of the same path.
-        if turn.match:
-
-            def landing(k: Tensor) -> Tensor:  # where the critic will meet what hop k saw
-                return torch.where(k + 1 < K, path.t[k + 1], rng.uniform("match.w", *FINAL_NOISE_RANGE))
-
-            how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan, "level": landing}
-            log |= updates.update_student(cast, path, cond, rng, **how)
-        return log
-
-    def catch_up(self, cast: DistillationModels, path: Trajectory, batch: Batch, rng: Rng, judging: bool) -> Metrics:
-        """Fake score and, if `judging`, critic learn from the path; updates the running AUC per level."""
-        (N, *shape), K, cond = batch.real.shape, path.hops, batch.cond
-        x, t, k = self.critic_states(path, rng, shape)
-        noise = rng.normal("critic.real", shape)
-        # The same real image under another prompt of the step.
-        wrong = cond[torch.arange(N).roll(self.group)] if batch.other is None else batch.other
-        other = conds_differ(wrong, cond)  # two prompts of a batch may be the same words
-        real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
-        shown = (torch.arange(N) % self.judge_every == 0) & judging
-        together = 2 * self.micro >= 3 * N  # no larger a pass than the teacher's under guidance
-
-        def judge(i: Tensor, n: int) -> Tensor:
-            loss, seen = torch.zeros(len(i)), shown[i]
-            here = int(seen.sum())
-            if not judging or (not here and cast.team.size == 1):
-                return loss
-            i = i[seen] if here else i[:1]  # of several processes each makes a pass
-            at = (batch.real[i], x[i], cond[i], t[i], noise[i], wrong[i] if self.mismatch else None)
-            real, fake, *under = discriminator_logits(cast, *at, together)
-            own = slice(min(n, here))
-            real_logits[i[own]], fake_logits[i[own]] = real.detach().float()[own], fake.detach().float()[own]
-            told = losses.gan_discriminator(real, fake)
-            if self.mismatch:
-                told = told + self.mismatch * other[i] * losses.gan_mismatched_caption(under[0])
-            return loss.index_put((seen.nonzero()[:, 0],), self.judge_every * told[:here])
-
-        log = updates.update_fake_score(
-            cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range
-        )
-        if not judging:
-            return log
-        told = torch.stack([real_logits, fake_logits, shown.float(), k.float()])
-        real_logits, fake_logits, shown, k = cast.team.gather(told)  # every process learns the same AUC
-        shown = shown > 0
-        for level in range(1, K + 1):
-            at = shown & (k == level)
-            now = losses.auc(real_logits[at], fake_logits[at]) if at.any() else cast.auc[level - 1]
-            cast.auc[level - 1] = self.auc_memory * cast.auc[level - 1] + (1 - self.auc_memory) * now
-            log[f"critic/auc_{level}"] = cast.auc[level - 1].item()
-            if at.any():  # of all processes' samples, so all of them agree
-                log[f"critic/gap_{level}"] = (real_logits[at].mean() - fake_logits[at].mean()).item()
-        log["critic/gap"] = (real_logits[shown].mean() - fake_logits[shown].mean()).item()
-        return log
-
-    def critic_states(self, path: Trajectory, rng: Rng, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the critic is shown: each sample at one level k of its path; the final image re-noised to a small u."""
-        k = rng.index("critic.k", 1, path.hops + 1)
-        x, t = path.at(k)
-        end = k == path.hops
-        t = torch.where(end, rng.uniform("critic.u", *FINAL_NOISE_RANGE), t)
-        seen = flow.interpolate(path.x[-1], rng.normal("critic.fake", shape), t)
-        return torch.where(flow.bcast(end, x), seen, x), t, k
-
-    def advantages(self, cast: DistillationModels, path: Trajectory, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
-        """[K - 1, N] what each hop is worth, believed as far as the critic's AUC at its level allows.
-
-        Further rewards of a recipe are paid for final images, to all hops: r = D + sum_i w_i r_i, each made comparable within
-        its group first.
-        """
-        cond, K, shape = batch.cond, path.hops, path.x.shape[2:]
-        leader = torch.arange(len(cond)) // self.group * self.group
-        e = rng.normal("reward.e", shape)[leader]  # the same noise for the whole group
-        hops, end = discriminator_rewards(cast, path, cond, self.final_levels, e, self.micro)
-        if not (hops.isfinite().all() and end.isfinite().all()):
-            raise FloatingPointError("policy: a reward is not finite")
-        gate = losses.auc_gate(cast.auc) if self.gated else torch.ones(K)
-        by_step = self.relative(cast, hops) * gate[:-1, None]
-        by_end = self.relative(cast, end[None]) * gate[-1]
-        gain = {"step": by_step, "final": by_end.expand_as(by_step), "both": 0.5 * (by_step + by_end)}[self.credit]
-        spread = lambda r: r.unflatten(-1, (-1, self.group)).std(-1).mean().item()  # noqa: E731
-        paid: Metrics = {"reward/end": end.mean().item(), "reward/end_spread": spread(end)}
-        for i, r in enumerate(hops):
-            paid |= {f"reward/{i + 1}": r.mean().item(), f"reward/{i + 1}_spread": spread(r)}
-        for name, (weight, r) in (cast.bonus(path.x[-1], batch.prompt) if cast.bonus else {}).items():
-            gain = gain + weight * self.relative(cast, r[None])
-            paid |= {f"reward/{name}": r.mean().item(), f"reward/{name}_spread": spread(r)}
-        paid["policy/zero_share"] = (gain.abs() < 1e-3).float().mean().item()
-        return gain, paid
-
-    def relative(self, cast: DistillationModels, rewards: Tensor) -> Tensor:
-        """[..., N] advantages of rewards [..., N], spread pooled over the groups of all processes."""
-        n = rewards.shape[-1]
-        return losses.group_advantage(cast.team.gather(rewards), self.group)[..., cast.team.rank * n : (cast.team.rank + 1) * n]
-
-    def clip_range(self, shape: torch.Size) -> float:
-        """The ratio's clip range for latents of this shape."""
-        return self.clip * math.sqrt(65536 / math.prod(shape))

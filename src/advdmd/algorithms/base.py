@@ -1,46 +1,167 @@
-"""What an algorithm is given, and what it must offer."""
+"""What an algorithm must offer, and what it is given: networks to build from, models to train, samples of a step."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Velocity
-from advdmd.types import ONE_RANK, Batch, Metrics, Ranks
+from advdmd.types import ONE_RANK, Batch, Cond, Metrics, Ranks
 
+Aux = dict[str, Tensor]  # per-sample values [n] beside a loss, detached
 
-class Trainable(Protocol):
-    """A network with a part in the game: call it for a velocity, or hand it losses to descend."""
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
-    def descend(self, losses: Iterable[Tensor], turn: str = "main") -> Metrics: ...
-
-
-class Discriminator(Protocol):
-    """The critic: a logit; `follow` also gives its gradient in x and none in any parameter."""
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
-    def follow(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
-
-
-# (x0 [N, ...], prompt [N]) -> name of the reward -> its weight and what it pays [N]
+# (x0 [N, ...], prompt index [N]) -> name of a reward -> (its weight, the reward [N])
 ExtraRewards = Callable[[Tensor, Tensor | None], dict[str, tuple[float, Tensor]]]
 
 
+class Trainable(Protocol):
+    """A trainable network with its optimizers (training.learner.Learner)."""
+
+    net: nn.Module
+
+    def __call__(self, x: Tensor, t: Tensor, /, *conditions: object) -> Tensor: ...
+    @overload
+    def update(self, losses: Iterable[Tensor], optimizer: str = "main") -> Metrics: ...
+    @overload
+    def update(self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main") -> tuple[Metrics, Aux]: ...
+
+
+class TargetTimeVelocity(Protocol):
+    """(x [N, ...], t [N], r [N], cond [N]) -> the average velocity from r to t [N, ...]."""
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, cond: Cond, /) -> Tensor: ...
+
+
+class Discriminator(Protocol):
+    """(x [N, ...], t [N], cond [N]) -> logit [N], high for real images. `generator_logit` has a gradient in x and none in any weight."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond, /) -> Tensor: ...
+    def generator_logit(self, x: Tensor, t: Tensor, cond: Cond, /) -> Tensor: ...
+
+
 class DistillationModels(NamedTuple):
-    """The players of distillation. The critic's heads learn with the fake score, in one descent."""
+    """The models of AdvDMD and DMD2.
+
+    The discriminator's heads, and its trunk if it has one, are part of the fake score's learner: both learn in one update.
+    discriminator_auc [K]: running AUC of the discriminator at levels 1..K, changed in place, part of the run's state.
+    """
 
     teacher: Velocity
-    student: Any  # Player
-    fake: Any  # Player, also told the hops k [N] at which the images were seen
-    critic: Discriminator
-    auc: Tensor  # [K] running AUC of the critic at levels 1..K; changed in place, part of the run's state
-    bonus: ExtraRewards | None = None  # further rewards of final images, if a recipe names some
-    team: Ranks = ONE_RANK  # the processes that share a step's samples
+    student: Trainable
+    fake_score: Trainable  # also takes k [N], the steps at which the images were predicted
+    discriminator: Discriminator
+    discriminator_auc: Tensor
+    extra_rewards: ExtraRewards | None = None
+    ranks: Ranks = ONE_RANK
 
 
-class Algorithm(Protocol):
-    """A frozen dataclass whose fields are its hyperparameters."""
+class Costs(NamedTuple):
+    """Units of `Algorithm.forwards_per_sample`: a forward pass without gradient of the whole network is 1.
 
-    def iteration(self, cast: Any, batch: Batch, step: int, rng: Rng) -> Metrics: ...
+    backward: 2 for whole networks, about 1 with adapters, 1 more with gradient checkpointing. discriminator_depth in (0, 1]:
+    share of the network that the discriminator runs. discriminator_trunk: whether its gradient enters the trunk.
+    """
+
+    backward: float = 2.0
+    discriminator_depth: float = 1.0
+    discriminator_trunk: bool = False
+
+
+class ModelBuilder(Protocol):
+    """Makes the networks of a run from its teacher, whole or as adapters, with the recipe's optimizers (distillation.build)."""
+
+    null: Cond  # the empty prompt [1]
+    ranks: Ranks
+
+    def teacher(self) -> Velocity:
+        """The frozen teacher under the recipe's guidance scale."""
+        ...
+
+    def student(self, *optimizers: str) -> Trainable:
+        """A copy of the teacher, trained by optimizers of the recipe ("dm", "policy")."""
+        ...
+
+    def distillation_models(self, num_steps: int, *optimizers: str) -> DistillationModels:
+        """Teacher, a student of so many steps trained by the optimizers, its fake score and the discriminator."""
+        ...
+
+    def target_time_student(self) -> tuple[Trainable, TargetTimeVelocity]:
+        """A student (x, t, r, cond) that also takes a target time r [N], trained by "main"; and the same with EMA weights."""
+        ...
+
+
+Models = TypeVar("Models", bound=NamedTuple)
+
+
+class Algorithm(Protocol[Models]):
+    """A distillation algorithm: a frozen dataclass whose fields are its hyperparameters, validated in `__post_init__`.
+
+    A new one is one file: a class that inherits this protocol, with `build`, `train_step`, `sampler` and `forwards_per_sample`,
+    and one line that registers a recipe (recipes.registry.register). The other methods have defaults that fit an algorithm
+    whose only trainable network is its student.
+    """
+
+    name: str  # in tables, and the key of its healthy ranges
+
+    @property
+    def steps(self) -> int:
+        """Steps of the student."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Samples of one prompt in a train step."""
+        ...
+
+    def build(self, builder: ModelBuilder) -> Models:
+        """The models that `train_step` is given."""
+        ...
+
+    def train_step(self, models: Models, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+        """One optimisation step of the algorithm.
+
+        Draws are made by name (`rng.normal("rollout", shape)`), networks learn by `Learner.update` only. Branches depend on
+        `iteration` alone, never on data, so that all ranks make the same passes.
+        """
+        ...
+
+    def sampler(self) -> SamplerConfig:
+        """How the trained student is sampled."""
+        ...
+
+    def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
+        """The forward passes that an iteration must make, per sample and part."""
+        ...
+
+    def extra_state(self, models: Models) -> Mapping[str, Tensor]:
+        """Tensors beside the networks that belong to the run's state; changed in place."""
+        return {}
+
+    def trained_networks(self, discriminator_trunk: bool) -> dict[str, Sequence[str]]:
+        """Trainable networks and the optimizers of the recipe that train each; `discriminator_trunk`: whether there is one."""
+        return {"student": ("dm_optimizer",)}
+
+    def samples_per_pass(self, samples: int) -> int:
+        """Samples per forward pass, of so many samples that a rank has in a step."""
+        return samples
+
+    @property
+    def conditions_per_sample(self) -> int:
+        """Conditions that a step holds per sample: 2 if each also has a mismatched caption."""
+        return 1
+
+    def check_batch(self, prompts: int, world_size: int) -> None:
+        """Raises ValueError if a step's prompts cannot be shared by so many ranks."""
+        Ranks(world_size=world_size).local_slice(prompts)
+
+    @property
+    def supports_fsdp(self) -> bool:
+        """Whether its whole networks can be sharded over ranks."""
+        return True
+
+    @property
+    def uses_extra_rewards(self) -> bool:
+        """Whether it has policy updates that further rewards can enter."""
+        return False

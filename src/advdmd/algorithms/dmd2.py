@@ -1,85 +1,129 @@
 """DMD2: distribution matching, a GAN back-propagated into the student, backward simulation (arXiv 2405.14867)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms import updates
-from advdmd.algorithms.base import DistillationModels
-from advdmd.algorithms.objectives import discriminator_logits
+from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, ModelBuilder
+from advdmd.algorithms.objectives import DiscriminatorInputs
+from advdmd.algorithms.updates import update_auc, update_fake_score, update_student
+from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
-from advdmd.rollout import rollout
+from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import renoise
 from advdmd.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMD2:
-    """Hyperparameters of DMD2; with gan = 0 it is DMD alone on backward-simulated inputs."""
+class DMD2(Algorithm[DistillationModels]):
+    """Hyperparameters of DMD2; with gan_loss_weight = 0 it is DMD alone on backward-simulated inputs. Raises ValueError on values out of range."""
 
-    steps: int = 4
-    shift: float = 3.0
-    group: int = 8  # samples per prompt: only the dealing of batches looks at it
-    critic_steps: int = 5  # minibatches in which fake score and critic catch up (two time-scale rule)
-    match_turns: int = 1  # descents of the student per path
-    micro: int = 64
-    gan: float = 5e-3  # weight of the generator's GAN loss
-    u_range: tuple[float, float] = (0.02, 0.98)
-    auc_memory: float = 0.9
+    steps: int = 4  # K
+    shift: float = 3.0  # time shift of the student's grid
+    group_size: int = 8  # samples per prompt
+    fake_score_updates: int = 5  # optimizer steps of fake score and discriminator per rollout (two time-scale update rule)
+    dm_updates: int = 1  # optimizer steps of the student per rollout
+    micro_batch_size: int = 64  # samples per forward-backward pass
+    gan_loss_weight: float = 5e-3  # of the generator's GAN loss
+    renoise_range: tuple[float, float] = (0.02, 0.98)  # noise levels of all losses
+    auc_decay: float = 0.9  # of the running AUC
+
+    name: ClassVar[str] = "dmd2"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "group", "critic_steps", "match_turns", "micro"):
+        for name in ("steps", "group_size", "fake_score_updates", "dm_updates", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DMD2({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
-        if not 0 <= self.auc_memory < 1:
-            raise ValueError(f"DMD2(auc_memory={self.auc_memory}): lies in [0, 1)")
-        if self.gan < 0:
-            raise ValueError(f"DMD2(gan={self.gan}): a weight cannot be negative; 0 turns the GAN off")
-        low, high = self.u_range
+        if not 0 <= self.auc_decay < 1:
+            raise ValueError(f"DMD2(auc_decay={self.auc_decay}): lies in [0, 1)")
+        if self.gan_loss_weight < 0:
+            raise ValueError(f"DMD2(gan_loss_weight={self.gan_loss_weight}): a weight cannot be negative; 0 turns the GAN off")
+        low, high = self.renoise_range
         if not 0 < low < high < 1:
-            raise ValueError(f"DMD2(u_range={self.u_range}): needs 0 < low < high < 1")
+            raise ValueError(f"DMD2(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
 
-    def forwards(self, step: int, depth: float, backward: float = 2.0, trunk: bool = False) -> dict[str, float]:
-        """Forwards per sample of any iteration by part (see AdvDMD.forwards)."""
-        grad, gan = 1 + backward, bool(self.gan)
+    def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+        """One DMD2 iteration (arXiv 2405.14867): backward simulation; update fake score and discriminator; distribution matching and GAN."""
+        n, *shape = batch.real_latents.shape
+        noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
+        grid = flow.grid(self.steps, self.shift, noise.device)
+        trajectory = rollout(models.student, batch.cond, noise, grid, renoise, self.micro_batch_size)
+
+        # 1. Fake score and discriminator follow the student.
+        metrics, logits = update_fake_score(
+            models,
+            trajectory,
+            batch.cond,
+            rng,
+            self.discriminator_inputs(trajectory, batch, rng) if self.gan_loss_weight else None,
+            updates=self.fake_score_updates,
+            micro_batch_size=self.micro_batch_size,
+            renoise_range=self.renoise_range,
+        )
+        metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size).item()
+        if logits:
+            real, fake = models.ranks.gather(logits["real_logit"]), models.ranks.gather(logits["fake_logit"])
+            for k in range(1, self.steps + 1):  # one AUC for all levels
+                metrics["discriminator/auc"] = update_auc(models, real, fake, k, self.auc_decay)
+            metrics["discriminator/logit_gap"] = (real.mean() - fake.mean()).item()
+        # 2. Distribution matching and GAN through one step of the trajectory, both at the same noise level.
+        return metrics | update_student(
+            models,
+            trajectory,
+            batch.cond,
+            rng,
+            updates=self.dm_updates,
+            micro_batch_size=self.micro_batch_size,
+            renoise_range=self.renoise_range,
+            gan_loss_weight=self.gan_loss_weight,
+            gan_levels=lambda name, k, u: u,
+        )
+
+    def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> DiscriminatorInputs:
+        """What the discriminator is shown: predictions at a random step, re-noised to a random level, and real images at that level."""
+        shape = batch.real_latents.shape[1:]
+        x0, t = trajectory.x0_at(rng.integers("critic.k", 0, self.steps)), rng.uniform("critic.u", *self.renoise_range)
+        return DiscriminatorInputs(
+            real=batch.real_latents,
+            fake=flow.interpolate(x0, rng.normal("critic.fake", shape), t),
+            t=t,
+            e=rng.normal("critic.real", shape),
+            cond=batch.cond,
+            shown=t.new_ones(len(t)),
+        )
+
+    def build(self, builder: ModelBuilder) -> DistillationModels:
+        """Teacher, student, fake score with the discriminator."""
+        return builder.distillation_models(self.steps, "dm")
+
+    def sampler(self) -> SamplerConfig:
+        """The student's own grid; full re-noising."""
+        return SamplerConfig(steps=self.steps, shift=self.shift, eta=1.0)
+
+    def extra_state(self, models: DistillationModels) -> dict[str, Tensor]:
+        """The running AUC [K]."""
+        return {"auc": models.discriminator_auc}
+
+    def trained_networks(self, discriminator_trunk: bool) -> dict[str, Sequence[str]]:
+        """Student, fake score, and the discriminator's trunk if it has one."""
+        trunk: dict[str, Sequence[str]] = {"discriminator": ("fake_score_optimizer",)} if discriminator_trunk else {}
+        return {"student": ("dm_optimizer",), "fake_score": ("fake_score_optimizer",), **trunk}
+
+    def samples_per_pass(self, samples: int) -> int:
+        """At most micro_batch_size of `samples`."""
+        return min(self.micro_batch_size, samples)
+
+    def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
+        """Forward passes per sample of any iteration by part, in units of one without gradient."""
+        grad, gan, depth = 1 + costs.backward, bool(self.gan_loss_weight), costs.discriminator_depth
         return {
             "rollout": self.steps,
-            "fake": grad,
-            "critic": gan * 2 * depth * (1 + backward * trunk),
-            "match": self.match_turns
-            * (grad + 2 + 1 + gan * 2 * depth),  # forward through the trunk, and back to x but not to its weights
+            "fake score": grad,
+            "discriminator": gan * 2 * depth * (1 + costs.backward * costs.discriminator_trunk),
+            # The GAN goes forward through the trunk, and back to x but not to its weights.
+            "distribution matching": self.dm_updates * (grad + 2 + 1 + gan * 2 * depth),
         }
-
-    def iteration(self, cast: DistillationModels, batch: Batch, step: int, rng: Rng) -> Metrics:
-        cond, real = batch.cond, batch.real
-        (N, *shape), K = real.shape, self.steps
-
-        noise = rng.normal("rollout", (K, *shape)).transpose(0, 1)
-        path = rollout(cast.student, cond, noise, flow.grid(K, self.shift), renoise, self.micro)
-
-        # The critic sees what the student would leave at a random hop, re-noised to a random level.
-        x0 = path.x0[rng.index("critic.k", 0, K), torch.arange(N)]
-        t, seen = rng.uniform("critic.u", *self.u_range), rng.normal("critic.real", shape)
-        x = flow.interpolate(x0, rng.normal("critic.fake", shape), t)
-        real_logits, fake_logits = torch.zeros(N), torch.zeros(N)
-
-        def judge(i: Tensor, n: int) -> Tensor:
-            if not self.gan:
-                return torch.zeros(len(i))
-            real_, fake = discriminator_logits(cast, real[i], x[i], cond[i], t[i], seen[i])
-            real_logits[i[:n]], fake_logits[i[:n]] = real_.detach().float()[:n], fake.detach().float()[:n]
-            return losses.gan_discriminator(real_, fake)
-
-        log = updates.update_fake_score(
-            cast, path, cond, rng, judge, steps=self.critic_steps, micro=self.micro, u_range=self.u_range
-        )
-        real_logits, fake_logits = cast.team.gather(torch.stack([real_logits, fake_logits]))
-        now = losses.auc(real_logits, fake_logits)
-        cast.auc.mul_(self.auc_memory).add_((1 - self.auc_memory) * now)
-        log["path/group_spread"] = losses.within_group_std(path.x[-1], self.group).item()
-        log |= {"critic/auc": cast.auc[-1].item(), "critic/gap": (real_logits.mean() - fake_logits.mean()).item()}
-        how = {"micro": self.micro, "u_range": self.u_range, "times": self.match_turns, "gan": self.gan}
-        return log | updates.update_student(cast, path, cond, rng, **how)

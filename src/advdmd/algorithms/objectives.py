@@ -1,91 +1,163 @@
-"""Losses with their networks plugged in. Every random number arrives as an argument; one number per sample leaves."""
+"""Losses with their networks. Every random number is an argument; one number per sample is returned."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms.base import DistillationModels
+from advdmd.algorithms.base import Aux, DistillationModels
 from advdmd.rollout import Trajectory, step_distribution
 from advdmd.transitions import StepCoefficients
-from advdmd.types import cat_conds
+from advdmd.types import Columns, Cond
 
 
-def fake_score_loss(cast: DistillationModels, x0: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
-    """Flow matching on what the student saw at hops k keeps the fake score honest (DMD2, 2405.14867, Sec. 4.2)."""
-    return losses.flow_matching(cast.fake(flow.interpolate(x0, e, u), u, cond, k), x0, e)
+@dataclass(frozen=True)
+class DiscriminatorInputs(Columns):
+    """What the discriminator sees of N samples.
+
+    real, fake [N, ...]: a clean latent of a real image and a state of the student, which is at noise level t [N] already.
+    e [N, ...]: the noise that takes `real` to t. cond: conditions [N]. shown [N] 1.0 or 0.0: whether the sample is used.
+    mismatched_cond: other prompts for the same real images, or None. mismatched [N]: 1.0 where they are other words.
+    """
+
+    real: Tensor
+    fake: Tensor
+    t: Tensor
+    e: Tensor
+    cond: Cond
+    shown: Tensor
+    mismatched_cond: Cond | None = None
+    mismatched: Tensor | None = None
 
 
-def discriminator_logits(
-    cast: DistillationModels,
-    real: Tensor,
-    x: Tensor,
-    cond: Any,
-    t: Tensor,
-    e: Tensor,
-    wrong: Any = None,
-    together: bool = False,
-) -> list[Tensor]:
-    """The critic's logits on real images and on the student's states x, both at noise level t, and on the same real images
-    under `wrong` conditions if there are any: in a pass of their own, or, as small passes are dear, `together`."""
-    image = flow.interpolate(real, e, t)
-    seen = [(image, cond), (x, cond)] + [(image, wrong)] * (wrong is not None)
+def fake_score_loss(models: DistillationModels, x0: Tensor, cond: Cond, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
+    """Flow matching of the fake score on the student's predictions (DMD2, 2405.14867, Sec. 4.2).
+
+    x0 [N, ...]: predictions at steps k [N], re-noised to u [N] with noise e [N, ...]. -> [N]
+    """
+    return losses.flow_matching(models.fake_score(flow.interpolate(x0, e, u), u, cond, k), x0, e)
+
+
+def discriminator_logits(models: DistillationModels, inputs: DiscriminatorInputs, one_pass: bool) -> list[Tensor]:
+    """Logits [N] of real images, of the student's states and, if there are mismatched conditions, of real images under them.
+
+    one_pass: all three in one forward pass, which is quicker for few samples; otherwise the third has a pass to itself.
+    """
+    real = flow.interpolate(inputs.real, inputs.e, inputs.t)
+    parts = [(real, inputs.cond), (inputs.fake, inputs.cond)]
+    if inputs.mismatched_cond is not None:
+        parts.append((real, inputs.mismatched_cond))
     logits: list[Tensor] = []
-    for part in [seen] if together else [seen[:2], seen[2:]]:
-        if part:
-            images, conds = zip(*part, strict=True)
-            logits += cast.critic(torch.cat(images), t.repeat(len(part)), cat_conds(conds)).chunk(len(part))
+    for group in [parts] if one_pass else [parts[:2], parts[2:]]:
+        if group:
+            x, cond = torch.cat([x for x, _ in group]), Cond.cat([c for _, c in group])
+            logits += models.discriminator(x, inputs.t.repeat(len(group)), cond).chunk(len(group))
     return logits
 
 
-def distribution_matching_loss(
-    cast: DistillationModels, x: Tensor, t: Tensor, cond: Any, u: Tensor, e: Tensor, k: Tensor, w: Tensor, gan: float = 0.0
-) -> Tensor:
-    """Distribution matching at u for the x0 the student sees from x at hops k (DMD2, 2405.14867, Eq. 2), plus gan x its
-    realism re-noised to w (Eq. 4)."""
-    x0 = flow.x0_from_velocity(x, cast.student(x, t, cond), t)
+def discriminator_loss(
+    models: DistillationModels, inputs: DiscriminatorInputs, scale: float, mismatched_weight: float, one_pass: bool
+) -> tuple[Tensor, Aux]:
+    """The GAN loss of the discriminator on those of N samples that are shown, times `scale`; 0 for the others. -> [N]
+
+    mismatched_weight >= 0: weight of real images under wrong captions as further generated ones. Also returns the logits
+    "real_logit" and "fake_logit" [N], 0 where a sample is not shown. If no sample is shown, one is passed and counts for
+    nothing: sharded networks need as many passes on every rank.
+    """
+    n, at = len(inputs), inputs.shown.nonzero()[:, 0]
+    zeros = torch.zeros(n, device=inputs.t.device)
+    if not len(at) and models.ranks.world_size == 1:
+        return zeros, {"real_logit": zeros, "fake_logit": zeros}
+    used = inputs[at] if len(at) else inputs[:1]
+    real, fake, *mismatched = discriminator_logits(models, used, one_pass)
+    loss = losses.gan_discriminator(real, fake)
+    if mismatched_weight:
+        assert used.mismatched is not None
+        loss = loss + mismatched_weight * used.mismatched * losses.gan_mismatched_caption(mismatched[0])
+    kept = len(at)
+    logits = {
+        "real_logit": zeros.index_put((at,), real.detach().float()[:kept]),
+        "fake_logit": zeros.index_put((at,), fake.detach().float()[:kept]),
+    }
+    return zeros.index_put((at,), scale * loss[:kept]), logits
+
+
+def distribution_matching_loss(models: DistillationModels, x0: Tensor, cond: Cond, u: Tensor, e: Tensor, k: Tensor) -> Tensor:
+    """Distribution matching of predictions x0 [N, ...] made at steps k [N] (DMD2, 2405.14867, Eq. 2). -> [N]
+
+    Teacher and fake score are compared at x0 re-noised to u [N] with noise e [N, ...]; the gradient flows through x0 alone.
+    """
     x_u = flow.interpolate(x0, e, u)
     with torch.no_grad():
-        x0_teacher = flow.x0_from_velocity(x_u, cast.teacher(x_u, u, cond), u)
-        x0_fake = flow.x0_from_velocity(x_u, cast.fake(x_u, u, cond, k), u)
-    loss = losses.dmd(x0, x0_teacher, x0_fake)
-    return loss + gan * losses.gan_generator(cast.critic.follow(flow.interpolate(x0, e, w), w, cond)) if gan else loss
+        x0_teacher = flow.x0_from_velocity(x_u, models.teacher(x_u, u, cond), u)
+        x0_fake = flow.x0_from_velocity(x_u, models.fake_score(x_u, u, cond, k), u)
+    return losses.dmd(x0, x0_teacher, x0_fake)
+
+
+def student_loss(
+    models: DistillationModels,
+    x: Tensor,
+    t: Tensor,
+    cond: Cond,
+    k: Tensor,
+    u: Tensor,
+    e: Tensor,
+    w: Tensor,
+    gan_loss_weight: float,
+) -> tuple[Tensor, Aux]:
+    """The student's loss at states x [N, ...] of steps k [N], at times t [N]: distribution matching + gan_loss_weight * GAN. -> [N]
+
+    u, w [N]: noise levels of distribution matching and of the GAN (DMD2, 2405.14867, Eq. 4); e [N, ...]: their noise. Also
+    returns the two losses apart.
+    """
+    x0 = flow.x0_from_velocity(x, models.student(x, t, cond), t)
+    dm_loss = distribution_matching_loss(models, x0, cond, u, e, k)
+    if not gan_loss_weight:
+        return dm_loss, {"dm_loss": dm_loss.detach()}
+    gan_loss = losses.gan_generator(models.discriminator.generator_logit(flow.interpolate(x0, e, w), w, cond))
+    return dm_loss + gan_loss_weight * gan_loss, {"dm_loss": dm_loss.detach(), "gan_loss": gan_loss.detach()}
 
 
 @torch.no_grad()
 def discriminator_rewards(
-    cast: DistillationModels, path: Trajectory, cond: Any, levels: Sequence[float], e: Tensor, micro: int
+    models: DistillationModels, trajectory: Trajectory, cond: Cond, levels: Sequence[float], e: Tensor, micro_batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """[K - 1, N] a hop earns the critic's logit at the state it reached, [N] the final image its mean logit over a few low
-    noise levels; `micro` states of whatever hop a pass."""
-    n, low = len(cond), torch.tensor(levels)
-    ends = [flow.interpolate(path.x[-1], e, u.expand(n)) for u in low]
-    x, t = torch.cat([*path.x[1:-1], *ends]), torch.cat([path.t[1:-1], low]).repeat_interleave(n)
-    logits = torch.cat([cast.critic(x[i], t[i], cond[i % n]) for i in torch.arange(len(x)).split(micro)]).view(-1, n)
+    """Rewards of a trajectory of N samples, without gradient: of its steps [K - 1, N], and of its final images [N].
+
+    A step's reward is the logit of the state that it leads to, D(x[k + 1], t[k + 1], cond). The final reward is the mean logit
+    of the final image re-noised to each of `levels`, in (0, 1), with noise e [N, ...]. At most `micro_batch_size` states per
+    forward pass.
+    """
+    n, low = len(cond), torch.tensor(levels, device=e.device)
+    final = [flow.interpolate(trajectory.x[-1], e, u.expand(n)) for u in low]
+    x, t = torch.cat([*trajectory.x[1:-1], *final]), torch.cat([trajectory.t[1:-1], low]).repeat_interleave(n)
+    parts = torch.arange(len(x), device=e.device).split(micro_batch_size)
+    logits = torch.cat([models.discriminator(x[i], t[i], cond[i % n]) for i in parts]).view(-1, n)
     return logits[: -len(low)], logits[-len(low) :].mean(0)
 
 
 def policy_loss(
-    cast: DistillationModels,
-    path: Trajectory,
-    cond: Any,
-    gain: Tensor,
-    kernel: StepCoefficients,
-    clip: float,
-    seen: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Clipped policy gradient over the stochastic hops of a path (Flow-GRPO, 2505.05470, Eq. 5).
+    models: DistillationModels,
+    trajectory: Trajectory,
+    cond: Cond,
+    advantage: Tensor,
+    coefficients: StepCoefficients,
+    clip_range: float,
+    projected: bool = False,
+) -> tuple[Tensor, Aux]:
+    """Clipped policy gradient over the stochastic steps of a trajectory (Flow-GRPO, 2505.05470, Eq. 5), mean over steps. -> [N]
 
-    gain [K - 1, N] -> loss [N], averaged over hops, and the largest |ratio - 1| seen. With `seen` the action is not where a
-    hop landed but what the next hop saw there (rollout.Path.sights).
+    advantage [K - 1, N]. clip_range > 0. The action of step k is the state x[k + 1] or, with `projected`, the part of its noise
+    that changed the next prediction (Trajectory.projected_actions). Also returns "ratio_error" [N]: the largest |ratio - 1|.
     """
-    total, off = torch.zeros(len(cond)), torch.zeros(())
-    actions, close_old = path.sights(kernel) if seen else (path.x[1:-1], path.close)
+    total = torch.zeros(len(cond), device=advantage.device)
+    error = torch.zeros(len(cond), device=advantage.device)
+    actions, old = trajectory.projected_actions(coefficients) if projected else (list(trajectory.x[1:-1]), trajectory.neg_mse)
     for k, action in enumerate(actions):
-        step, _ = step_distribution(cast.student, path.x[k], path.t[k], path.t[k + 1], cond, kernel)
-        close = step.closeness(action)
-        total = total + losses.ppo_clip(close, close_old[k], gain[k], clip)
-        off = torch.maximum(off, ((close - close_old[k]).detach().exp() - 1).abs().max())
-    return total / max(1, len(path.close)), off
+        step, _ = step_distribution(models.student, trajectory.x[k], trajectory.t[k], trajectory.t[k + 1], cond, coefficients)
+        neg_mse = step.neg_mse(action)
+        total = total + losses.ppo_clip(neg_mse, old[k], advantage[k], clip_range)
+        error = torch.maximum(error, ((neg_mse - old[k]).detach().exp() - 1).abs())
+    return total / max(1, len(actions)), {"ratio_error": error}

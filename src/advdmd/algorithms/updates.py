@@ -1,77 +1,123 @@
-"""The two turns that AdvDMD and DMD2 share, with their draws: the fake score catches up, the student matches the teacher."""
+"""The two updates that AdvDMD and DMD2 share, with their random draws: of the fake score and discriminator, and of the student."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from advdmd.algorithms.base import DistillationModels
-from advdmd.algorithms.objectives import distribution_matching_loss, fake_score_loss
+from advdmd import losses
+from advdmd.algorithms.base import Aux, DistillationModels
+from advdmd.algorithms.objectives import DiscriminatorInputs, discriminator_loss, fake_score_loss, student_loss
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, sample_exit_steps
-from advdmd.types import Cond, Metrics
+from advdmd.types import Columns, Cond, Metrics
+
+
+@dataclass(frozen=True)
+class _FakeScoreInputs(Columns):
+    """Predictions x0 [N, ...] at steps k [N], their conditions, and the noise levels u [N] and noise e [N, ...] to match flow at."""
+
+    x0: Tensor
+    cond: Cond
+    u: Tensor
+    e: Tensor
+    k: Tensor
 
 
 def update_fake_score(
-    cast: DistillationModels,
-    path: Trajectory,
+    models: DistillationModels,
+    trajectory: Trajectory,
     cond: Cond,
     rng: Rng,
-    judge: Callable[[Tensor, int], Tensor],
+    discriminator: DiscriminatorInputs | None,
     *,
-    steps: int,
-    micro: int,
-    u_range: tuple[float, float],
-) -> Metrics:
-    """One pass over the path in `steps` minibatches, one descent each, so that the fake score is where the student is.
+    updates: int,
+    micro_batch_size: int,
+    renoise_range: tuple[float, float],
+    scale: float = 1.0,
+    mismatched_weight: float = 0.0,
+    one_pass: bool = False,
+) -> tuple[Metrics, Aux]:
+    """One pass over the trajectory's N samples in `updates` minibatches, one optimizer step each, so that the fake score follows the student.
 
-    It tracks what distribution matching looks at, x0 at random exits, and is told which of them. `judge(i, n)` is the
-    critic's loss on samples i, of which the first n are to be remembered, learned in the same descents.
+    The fake score learns the predictions at random steps, and which step each is from. The discriminator learns from its own
+    inputs [N], if there are any, in the same optimizer steps. Logs means over the N samples. Also returns "real_logit" and
+    "fake_logit" [N] of the discriminator, each from before the optimizer step on its minibatch.
     """
-    exits, shape = sample_exit_steps(rng, "fake.k", path.hops), path.x.shape[2:]
-    x0 = path.x0[exits, torch.arange(len(exits))]
-    u, e = rng.uniform("fake.u", *u_range), rng.normal("fake.e", shape)
+    exits, shape = sample_exit_steps(rng, "fake.k", trajectory.num_steps), trajectory.x.shape[2:]
+    u, e = rng.uniform("fake.u", *renoise_range), rng.normal("fake.e", shape)
+    inputs = _FakeScoreInputs(trajectory.x0_at(exits), cond, u, e, exits)
 
-    def caught_up(i: Tensor) -> Tensor:
-        """The loss on samples i; where this process has none, of one that counts for nothing: networks that are spread over
-        processes need as many passes of each."""
-        j = i if len(i) else torch.zeros(1, dtype=torch.long)
-        loss = fake_score_loss(cast, x0[j], cond[j], u[j], e[j], exits[j]) + judge(j, len(i))
-        return loss[: len(i)]
+    def loss_of(i: Tensor) -> tuple[Tensor, Aux]:
+        """Losses of samples i [n]. If this rank has none, of one sample that counts for nothing: sharded networks need as many passes on every rank."""
+        j = i if len(i) else i.new_zeros(1)
+        fake_loss = fake_score_loss(models, **vars(inputs[j]))
+        loss, aux = fake_loss, {"index": j, "fake_score/loss": fake_loss.detach()}
+        if discriminator is not None:
+            d_loss, logits = discriminator_loss(models, discriminator[j], scale, mismatched_weight, one_pass)
+            loss, aux = fake_loss + d_loss, aux | {"discriminator/loss": d_loss.detach()} | logits
+        return loss[: len(i)], {k: v[: len(i)] for k, v in aux.items()}
 
-    log: Metrics = {}
-    for minibatch, passes in rng.minibatches("critic.order", steps, micro):
-        parts = [minibatch[k * micro : (k + 1) * micro] for k in range(passes)]
-        log = cast.fake.descend(caught_up(i) for i in parts)
-    return log
+    logs: list[Metrics] = []
+    found: list[Aux] = []
+    for minibatch, passes in rng.minibatches("critic.order", updates, micro_batch_size):
+        parts = [minibatch[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(passes)]
+        metrics, aux = models.fake_score.update(loss_of(i) for i in parts)
+        logs.append(metrics)
+        found.append(aux)
+    aux = _in_order(found)
+    logged = {k: v.mean().item() for k, v in aux.items() if "/" in k}
+    return mean_metrics(logs) | logged, {k: v for k, v in aux.items() if "/" not in k}
 
 
 def update_student(
-    cast: DistillationModels,
-    path: Trajectory,
+    models: DistillationModels,
+    trajectory: Trajectory,
     cond: Cond,
     rng: Rng,
     *,
-    micro: int,
-    u_range: tuple[float, float],
-    times: int = 1,
-    gan: float = 0.0,
-    level: Callable[[Tensor], Tensor] | None = None,
+    updates: int,
+    micro_batch_size: int,
+    renoise_range: tuple[float, float],
+    gan_loss_weight: float = 0.0,
+    gan_levels: Callable[[str, Tensor, Tensor], Tensor],
 ) -> Metrics:
-    """Descents of the student on distribution matching, `times` on one path: gradient flows through one random hop of it.
+    """`updates` optimizer steps of the student on distribution matching; the gradient flows through one random step of the trajectory.
 
-    A path costs half as much as a descent with its teacher and fake score, and its states stay the student's own for a few
-    small steps. With gan > 0 the critic's gradient joins: the x0 seen at hops k is shown re-noised to `level(k)`, or where
-    matching looks if there is no such rule.
+    A trajectory costs half as much as an update with its teacher and fake score, and its states stay the student's own for a
+    few small optimizer steps. With gan_loss_weight > 0 the discriminator's gradient is added, at the noise levels
+    gan_levels(prefix of stream names, k, u) [N]. Logs means over the updates.
     """
-    log: Metrics = {}
-    for turn in range(times):
-        name = f"match{turn or ''}"  # draws of its own
-        k = sample_exit_steps(rng, f"{name}.k", path.hops)
-        x, t = path.at(k)
-        u, e = rng.uniform(f"{name}.u", *u_range), rng.normal(f"{name}.e", path.x.shape[2:])
-        w = level(k) if level else u
-        parts = torch.arange(len(x)).split(micro)
-        parted = (distribution_matching_loss(cast, x[i], t[i], cond[i], u[i], e[i], k[i], w[i], gan) for i in parts)
-        log = cast.student.descend(parted, turn="match")
-    return log
+    logs: list[Metrics] = []
+    for update in range(updates):
+        name = f"match{update or ''}"  # every update has draws of its own
+        k = sample_exit_steps(rng, f"{name}.k", trajectory.num_steps)
+        x, t = trajectory.at(k)
+        u, e = rng.uniform(f"{name}.u", *renoise_range), rng.normal(f"{name}.e", trajectory.x.shape[2:])
+        w = gan_levels(name, k, u)
+        parts = torch.arange(len(x), device=x.device).split(micro_batch_size)
+        metrics, aux = models.student.update(
+            (student_loss(models, x[i], t[i], cond[i], k[i], u[i], e[i], w[i], gan_loss_weight) for i in parts), "dm"
+        )
+        logs.append(metrics | {f"student/{name}": v.mean().item() for name, v in aux.items()})
+    return mean_metrics(logs)
+
+
+def update_auc(models: DistillationModels, real: Tensor, fake: Tensor, level: int, decay: float) -> float:
+    """Move the running AUC of a level (1..K) by the logits of real [n] and generated [m] samples; returns it. decay in [0, 1)."""
+    now = losses.auc(real, fake) if len(real) else models.discriminator_auc[level - 1]
+    models.discriminator_auc[level - 1] = decay * models.discriminator_auc[level - 1] + (1 - decay) * now
+    return models.discriminator_auc[level - 1].item()
+
+
+def mean_metrics(logs: Sequence[Metrics]) -> Metrics:
+    """The mean of each number over several updates."""
+    return {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]} if logs else {}
+
+
+def _in_order(found: Sequence[Aux]) -> Aux:
+    """Values of several minibatches, each with the "index" [n] of its samples, as columns [N] in the order of the samples."""
+    index = torch.cat([aux["index"] for aux in found])
+    columns = {k: torch.cat([aux[k] for aux in found]) for k in found[0] if k != "index"}
+    return {k: torch.empty_like(v).index_copy_(0, index, v) for k, v in columns.items()}

@@ -1,9 +1,13 @@
 """The command line of evaluation: eval, score, metric, compare, and the converters of judges' weights."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from advdmd.models.sampler import SamplerConfig
+    from advdmd.types import Json
 
 app = typer.Typer()
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
@@ -12,19 +16,19 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale of a teache
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 
-def own_sampling(model: str, steps: int | None, guidance: float | None) -> Any:
-    """The model's own sampling with what the user changed."""
+def sampler_of(model: str, steps: int | None, guidance: float | None) -> "SamplerConfig":
+    """How a model is sampled by its metadata, with what the user has changed."""
     from dataclasses import replace
 
     from advdmd.models import loading
 
-    changes = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
+    changes = {k: v for k, v in {"steps": steps, "guidance_scale": guidance}.items() if v is not None}
     return replace(loading.default_sampling(loading.pipeline_folder(model)), **changes)
 
 
 SuiteName = Annotated[str, typer.Argument(help="mini-geneval, mini-dpg, geneval or dpg")]
 Split = Annotated[
-    str, typer.Option(help="Of a suite of the miniature: test, train, exam or pairs (held-out shape x colour pairs).")
+    str, typer.Option(help="Of a suite of the miniature: test, train, validation or pairs (held-out shape x colour pairs).")
 ]
 WorldName = Annotated[str, typer.Option(help="Of a suite of the miniature: half or full.")]
 Images = Annotated[
@@ -34,21 +38,26 @@ Prompts = Annotated[
     int, typer.Option(help="Of a suite of the miniature: prompts per task, at most, that the images are spread over.")
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="DPG-Bench's dpg_bench.csv, or OWNER/NAME/FILE.csv on the hub.")]
-Mode = Annotated[str, typer.Option(help="dpg: fixed, or official for the published script's arithmetic.")]
+Mode = Annotated[
+    Literal["fixed", "official"], typer.Option(help="dpg: fixed, or official for the published script's arithmetic.")
+]
 DetectorFolder = Annotated[Path | None, typer.Option("--detector", help="geneval: Mask2Former, a folder or hub id.")]
 ClipFolder = Annotated[Path | None, typer.Option("--clip", help="geneval: openai/clip-vit-large-patch14, a folder or hub id.")]
 JudgeName = Annotated[str | None, typer.Option("--judge", help="dpg: qwen-vl:FOLDER, mplug:INTERPRETER or endpoint:URL#MODEL.")]
-ShardText = Annotated[str, typer.Option("--shard", help="I/N: only the items of process I (from 0) of N.")]
+WorkerText = Annotated[str, typer.Option("--worker", help="I/N: only the items of process I (from 0) of N.")]
 Partial = Annotated[bool, typer.Option("--allow-partial", help="Give a figure, named partial, when not all images are judged.")]
 Tolerant = Annotated[bool, typer.Option("--keep-going", help="Count images on which the judge fails, and go on.")]
-TrainedOn = Annotated[bool, typer.Option("--trained-on", help="Score a model by its own training reward; the table says so.")]
+TrainingReward = Annotated[
+    bool, typer.Option("--allow-training-reward", help="Score a model by its own training reward; the table says so.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda, for real models and judges.")]
 
 
 def worker_of(text: str) -> tuple[int, int]:
+    """The text I/N as (I, N). Raises ValueError unless 0 <= I < N."""
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise ValueError(f"--shard {text!r}: write I/N with I from 0 to N - 1, such as 0/4")
+        raise ValueError(f"--worker {text!r}: write I/N with I from 0 to N - 1, such as 0/4")
     return int(i), int(n)
 
 
@@ -76,37 +85,38 @@ def evaluate(
         str, typer.Option(help="float32, bfloat16 or float16, for other pipelines than the miniature's.")
     ] = "float32",
     device: Device = "cpu",
-    shard: ShardText = "0/1",
+    worker: WorkerText = "0/1",
     allow_partial: Partial = False,
     keep_going: Tolerant = False,
-    trained_on: TrainedOn = False,
+    allow_training_reward: TrainingReward = False,
     against: Annotated[Path | None, typer.Option(help="Folder of another result: prints the paired difference.")] = None,
     threads: Threads = 2,
 ) -> None:
     """Generate a suite's images with any diffusers pipeline, judge them from disk, print the table."""
     import torch
 
-    from advdmd.commands import evaluate as go
+    from advdmd.commands import evaluate as commands
     from advdmd.evaluation import results, tables
-    from advdmd.models import loading
     from advdmd.models.diffusers_pipeline import DiffusersSampling
 
     torch.set_num_threads(threads)
-    bench = go.make_suite(suite, images, prompts, split, world, csv, mode)
-    part = worker_of(shard)
+    bench = commands.make_suite(suite, images, prompts, split, world, csv, mode)
+    part = worker_of(worker)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype!r}: float32, bfloat16 or float16")
     if against is not None:
         results.read_scores(against)
-    looks = go.make_judge(bench, detector, clip, judge, device)
-    looks.self_test()  # before any drawing: what is missing or broken is said now
-    how = go.ScoringOptions(shard=part, allow_partial=allow_partial, tolerant=keep_going, trained_on=trained_on)
-    if loading.is_mini_name(model) and (height, width) == (None, None):
-        go.generate_images(model, bench, out, own_sampling(model, steps, guidance), seed, shard=part)
+    suite_judge = commands.make_judge(bench, detector, clip, judge, device)
+    suite_judge.self_test()  # before any image is sampled
+    options = commands.ScoringOptions(
+        worker=part, allow_partial=allow_partial, tolerant=keep_going, allow_training_reward=allow_training_reward
+    )
+    if commands.is_native(model) and (height, width) == (None, None):
+        commands.generate_images(model, bench, out, sampler_of(model, steps, guidance), seed, worker=part)
     else:
-        told = DiffusersSampling(steps=steps, guidance=guidance, height=height, width=width)
-        go.generate_with_diffusers(model, bench, out, told, seed, part, revision, device, dtype)
-    summary = go.score(bench, out, looks, how)
+        sampling = DiffusersSampling(steps=steps, guidance_scale=guidance, height=height, width=width)
+        commands.generate_with_diffusers(model, bench, out, sampling, seed, part, revision, device, dtype)
+    summary = commands.score(bench, out, suite_judge, options)
     print(tables.markdown({Path(model).name: summary}))
     print(f"failures: {out / 'gallery.html'}")
     if against is not None:
@@ -127,23 +137,23 @@ def score(
     clip: ClipFolder = None,
     judge: JudgeName = None,
     device: Device = "cpu",
-    shard: ShardText = "0/1",
+    worker: WorkerText = "0/1",
     allow_partial: Partial = False,
     keep_going: Tolerant = False,
     against: Annotated[
         Path | None, typer.Option(help="Folder of another model's result: its images stand beside the failures.")
     ] = None,
 ) -> None:
-    """Judge images that are already there, of whatever model; joins shards."""
-    from advdmd.commands import evaluate as go
+    """Judge images that are already there, of whatever model; joins workers."""
+    from advdmd.commands import evaluate as commands
     from advdmd.evaluation import results, tables
 
-    bench = go.make_suite(suite, images, prompts, split, world, csv, mode)
-    how = go.ScoringOptions(shard=worker_of(shard), allow_partial=allow_partial, tolerant=keep_going)
-    looks = go.make_judge(bench, detector, clip, judge, device)
-    print(tables.markdown({folder.name: go.score(bench, folder, looks, how)}))
+    bench = commands.make_suite(suite, images, prompts, split, world, csv, mode)
+    options = commands.ScoringOptions(worker=worker_of(worker), allow_partial=allow_partial, tolerant=keep_going)
+    suite_judge = commands.make_judge(bench, detector, clip, judge, device)
+    print(tables.markdown({folder.name: commands.score(bench, folder, suite_judge, options)}))
     if against is not None:
-        go.write_comparison_gallery(folder, against)
+        commands.write_comparison_gallery(folder, against)
         print(_difference(results.compare([folder], [against])))
     print(f"failures: {folder / 'gallery.html'}")
 
@@ -168,14 +178,14 @@ def metric(
     prompts: Prompts = 48,
     csv: Csv = None,
     device: Device = "cpu",
-    trained_on: TrainedOn = False,
+    allow_training_reward: TrainingReward = False,
 ) -> None:
     """Measure images that are already drawn with a learned metric."""
     from advdmd.commands.evaluate import make_suite
     from advdmd.commands.metric import compute_metric
 
     bench = make_suite(suite, images, prompts, split, world, csv)
-    found = compute_metric(bench, folder, name, weights, reference, device, trained_on)
+    found = compute_metric(bench, folder, name, weights, reference, device, allow_training_reward)
     low, high = found.get("interval", (None, None))
     spread = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
     print(f"{found['name']}: {found['mean']:.4f}{spread} over {found['images']} images of {found['suite']}")
@@ -203,7 +213,7 @@ def convert_hps(
     print(convert(checkpoint, base, out))
 
 
-def _difference(result: dict[str, Any]) -> str:
+def _difference(result: "Json") -> str:
     d = result["difference"]["strict"]["overall"]
     low, high = d["interval"]
     return f"paired difference, strict: {d['mean']:+.3f} [{low:+.3f}, {high:+.3f}] to {d['against']:.3f}"

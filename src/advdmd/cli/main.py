@@ -3,12 +3,12 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from advdmd.cli import evaluate
-from advdmd.cli.evaluate import Guidance, Out, Steps, Threads, own_sampling
+from advdmd.cli.evaluate import Guidance, Out, Steps, Threads, sampler_of, worker_of
 
 app = typer.Typer(
     add_completion=False,
@@ -17,60 +17,26 @@ app = typer.Typer(
     help="Turn a text-to-image flow model into a 4- or 2-step student (AdvDMD, DMD2, TwinFlow).",
 )
 app.add_typer(evaluate.app)
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Lose the run that the folder holds.")]
-Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as algorithm.steps=2 or match.lr=3e-5.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that the folder holds.")]
+Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as algorithm.steps=2 or dm_optimizer.lr=3e-5.")]
 
 
 @app.command()
 def show(
-    recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; none lists them.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Recipe name or YAML file; without one: a table of recipes.")] = None,
     changes: Changes = None,
-    card: Annotated[
-        float | None, typer.Option(help="GB of the card it is to run on; by default the one it is named after.")
-    ] = None,
-    cards: Annotated[
-        int | None, typer.Option(min=1, help="How many of them, likewise; sharded recipes share networks among them.")
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Side of its images in pixels, likewise, for the memory of a published model.")
-    ] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GB of each GPU; by default those of the preset.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; by default that of the preset.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default that of the preset.")] = None,
 ) -> None:
-    """Print a resolved recipe, what an iteration costs and what it takes of a card, before anything is loaded."""
-    from advdmd.distillation import memory
+    """Print a resolved recipe, what an iteration costs and the GPU memory it takes; nothing is loaded."""
+    from advdmd.commands.show import describe, recipe_table
     from advdmd.recipes import registry
-    from advdmd.recipes.overrides import dump
-    from advdmd.recipes.published import preset_from_name
-    from advdmd.recipes.recipe import CachedData
 
     if recipe is None:
-        print("\n".join(registry.known_recipes()))
+        print(recipe_table())
         return
-    name, r = registry.resolve(recipe, changes or [])
-    print(dump(name, r))
-    parts = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
-    print(
-        "forwards per sample, a full iteration: "
-        + ", ".join(f"{k} {v:g}" for k, v in parts.items())
-        + f" = {sum(parts.values()):g}"
-    )
-    mean = r.forwards_until(r.iterations) / r.iterations
-    print(f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples")
-    if not isinstance(r.data, CachedData) and card is None:
-        return
-    if preset := preset_from_name(name):
-        card, cards, resolution = card or preset.card, cards or preset.cards, resolution or preset.side
-    cards, resolution = cards or 1, resolution or 1024
-    r.check_shares(cards)
-    need = memory.estimate(r, resolution, cards)
-    each = f", {need.adapter / 1e6:.0f} M in each of {memory.num_trainable(r)} adapters" if need.adapter else ""
-    print(f"transformer: {need.base / 1e9:.2f} B parameters{each}")
-    print(
-        f"memory of {'a card' if cards == 1 else f'each of {cards} cards'} at {resolution} pixels, GB: "
-        + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need.parts.items())
-    )
-    print(f"in all {need.total / 1e9:.1f} GB; activations are an estimate")
-    if card is not None:
-        print(memory.fit_advice(r, need, card))
+    print(describe(*registry.resolve(recipe, changes or []), gpu_memory, gpus, resolution))
 
 
 @app.command()
@@ -78,22 +44,22 @@ def pretrain(
     stage: Annotated[
         str,
         typer.Argument(
-            help="autoencoder, mini-sd35, mini-sd35-again, mini-sd35-deep, mini-sd3, in this order; "
-            "or qwen-autoencoder, qwen-autoencoder-again, mini-qwen, mini-qwen-again, mini-qwen-more"
+            help="autoencoder, mini-sd35, mini-sd35-stage2, mini-sd35-stage3, mini-sd3, in this order; "
+            "or qwen-autoencoder, qwen-autoencoder-stage2, mini-qwen, mini-qwen-stage2, mini-qwen-stage3"
         ),
     ],
     out: Out,
     start: Annotated[
-        Path | None, typer.Option(help="mini-sd35, qwen-autoencoder-again, mini-qwen: the vae folder; others: the pipeline.")
+        Path | None, typer.Option(help="mini-sd35, qwen-autoencoder-stage2, mini-qwen: the vae folder; others: the pipeline.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a stage of the miniature's teachers from scratch; rerun to resume."""
-    from advdmd.commands.pretrain import pretrain as go
+    from advdmd.commands.pretrain import pretrain as run
 
-    go(stage, out, start, steps, threads, device)
+    run(stage, out, start, steps, threads, device)
 
 
 @app.command()
@@ -104,12 +70,14 @@ def encode(
     teacher: Annotated[str, typer.Argument(help="Pipeline folder, hub id or shipped name: whose encoders.")],
     out: Out,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default the teacher's own.")] = None,
-    reals: Annotated[str, typer.Option(help="source, or teacher: it draws what the critic takes for real.")] = "source",
-    per_prompt: Annotated[int, typer.Option(help="Images of each prompt, with --reals teacher.")] = 1,
-    by_shape: Annotated[bool, typer.Option("--by-shape", help="Lying and standing images keep about their shape.")] = False,
-    shard: Annotated[
-        str | None, typer.Option(help="I/N: this is process I of N, from 0; by default what torchrun says.")
-    ] = None,
+    real_images: Annotated[
+        str, typer.Option(help="source, or teacher: it generates what the discriminator takes for real.")
+    ] = "source",
+    per_prompt: Annotated[int, typer.Option(help="Images of each prompt, with --real-images teacher.")] = 1,
+    aspect_buckets: Annotated[
+        bool, typer.Option("--aspect-buckets", help="Landscape and portrait images keep about their aspect ratio.")
+    ] = False,
+    worker: Annotated[str | None, typer.Option(help="I/N: this is process I of N, from 0; by default torchrun's rank.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts or images at a time.")] = 8,
     threads: Threads = 2,
@@ -117,15 +85,15 @@ def encode(
     """Encode prompts and captioned images once, for training; rerun to resume."""
     import torch
 
-    from advdmd.commands.encode import encode as go
+    from advdmd.commands.encode import encode as run
     from advdmd.models.loading import resolve_device
     from advdmd.training import distributed
 
     torch.set_num_threads(threads)
-    of = evaluate.worker_of(shard) if shard else distributed.rank_and_world_size()
+    part = worker_of(worker) if worker else distributed.rank_and_world_size()
     place = distributed.local_device(resolve_device(device))
-    done = go(source, teacher, out, resolution, reals, per_prompt, of, place, batch, by_shape=by_shape)
-    print(f"cache: {out}" if done else f"{out}: the shards of process {of[0]} of {of[1]} are done, others are missing")
+    done = run(source, teacher, out, resolution, real_images, per_prompt, part, place, batch, by_aspect=aspect_buckets)
+    print(f"cache: {out}" if done else f"{out}: the shards of process {part[0]} of {part[1]} are done, others are missing")
 
 
 @app.command()
@@ -134,17 +102,17 @@ def train(
     changes: Changes = None,
     out: Out = Path("runs/train"),
     overwrite: Overwrite = False,
-    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio, beside metrics.jsonl.")] = None,
+    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio, beside metrics.jsonl.")] = None,
 ) -> None:
     """Distil a teacher by a recipe; rerun the same command to resume."""
-    from advdmd.commands.train import train as go
+    from advdmd.commands.train import train as run
     from advdmd.monitoring import health
     from advdmd.recipes import registry
 
     name, r = registry.resolve(recipe, changes or [])
-    student = go(name, r, out, overwrite, track or ())
+    student = run(name, r, out, overwrite, report_to or ())
     print(f"student: {student}")
-    print(f"health: {health.summary(health.read(out), r)}")
+    print(f"health: {health.summary(health.read_metrics(out), r)}")
 
 
 @app.command()
@@ -152,18 +120,10 @@ def doctor(
     run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
     against: Annotated[list[Path] | None, typer.Option(help="Good runs to compare to, instead of the miniature's.")] = None,
 ) -> None:
-    """Explain a run: each panel beside its range in good runs, and what to do."""
-    from advdmd.monitoring import health
-    from advdmd.recipes import registry
+    """Explain a run: each diagnostic beside its range in good runs, and what to do."""
+    from advdmd.commands.doctor import doctor as explain
 
-    metrics = health.read(run)
-    r = registry.resolve(str(health.run_of(run) / "recipe.yaml"))[1]
-    ranges = health.ranges_of_runs([health.read(f) for f in against]) if against else health.ranges_for(r)
-    findings = health.diagnose(metrics, ranges)
-    for f in findings:
-        band = f"{f.band[0]:9.3g} to {f.band[1]:<9.3g}" if f.band else "   not measured       "
-        print(f"{'out' if f.remedy else 'ok ':4}{f.panel.key:22}{f.value:9.3g}   {band} {f.panel.meaning}")
-    print(f"\n{metrics[-1]['step'] + 1:.0f} iterations: {health.summarize(metrics, findings) if ranges else health.NO_RANGES}")
+    print(explain(run, against or ()))
 
 
 @app.command()
@@ -174,10 +134,10 @@ def report(
     ] = None,
     out: Out = Path("report.html"),
 ) -> None:
-    """Write runs as one HTML page that needs no network: verdict, curves, panels, samples, scores, failures."""
-    from advdmd.monitoring import html_report
+    """Write runs as one HTML page that needs no network: health, curves, samples, scores, failures."""
+    from advdmd.monitoring.html_report import write_report
 
-    print(html_report.write_report(runs, scores or [], out))
+    print(write_report(runs, scores or [], out))
 
 
 @app.command()
@@ -202,13 +162,13 @@ def sample(
     seed: int = 0,
     threads: Threads = 2,
 ) -> None:
-    """Draw prompts with a teacher or a student."""
+    """Sample prompts with a teacher or a student."""
     import torch
 
-    from advdmd.commands.sample import paint
+    from advdmd.commands.sample import sample as run
 
     torch.set_num_threads(threads)
-    for path in paint(model, prompts, out, own_sampling(model, steps, guidance), seed):
+    for path in run(model, prompts, out, sampler_of(model, steps, guidance), seed):
         print(path)
 
 
@@ -228,29 +188,49 @@ def mini(
     images: Annotated[int, typer.Option(help="Images per task.")] = 96,
 ) -> None:
     """The main job: distil the shipped teacher to 4 steps and score it beside its teacher."""
-    from advdmd.commands.mini import mini as go
+    from advdmd.commands.mini import mini as run
 
-    result = go(out, changes or [], overwrite, images)
+    result = run(out, changes or [], overwrite, images)
     print("\n" + result["table"])
     print(f"comparison: {out / 'comparison.png'}\nstudent:    {result['student']}")
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, kept from the command-line library, which would end without a word."""
+    """Ctrl-C, kept from the command-line library, which would end without a message."""
 
 
-def _interrupt(*_: Any) -> None:
+def _interrupt(*_: object) -> None:
     raise Interrupted
+
+
+RENAMED_OPTIONS = {
+    "--track": "--report-to",
+    "--card": "--gpu-memory",
+    "--cards": "--gpus",
+    "--reals": "--real-images",
+    "--by-shape": "--aspect-buckets",
+    "--shard": "--worker",
+    "--trained-on": "--allow-training-reward",
+}
+
+
+def _check_options(words: list[str]) -> None:
+    """Raises ValueError on an option of an earlier version; names the new one."""
+    for word in words:
+        option = word.partition("=")[0]
+        if option in RENAMED_OPTIONS:
+            raise ValueError(f"option {option} is now called {RENAMED_OPTIONS[option]}")
 
 
 def main() -> None:
     """Entry point."""
     signal.signal(signal.SIGINT, _interrupt)
     try:
+        _check_options(sys.argv[1:])
         app()
     except (ValueError, OSError) as e:
-        said = str(e)  # which may hold a prompt of any length
-        print("error:", said if len(said) < 3000 else f"{said[:1500]} [...] {said[-1000:]}", file=sys.stderr)
+        text = str(e)  # which may hold a prompt of any length
+        print("error:", text if len(text) < 3000 else f"{text[:1500]} [...] {text[-1000:]}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as e:
         print(f"stopped: {e}", file=sys.stderr)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from advdmd.mini.suites import MiniSuite, item_of
-from advdmd.mini.world.caption import check_prompt
+from advdmd.commands.sample import check_prompts
 from advdmd.models import loading
+from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_grid, image_sampler
 from advdmd.models.sampler import SamplerConfig
+from advdmd.recipes.registry import has_miniature
 
 MOST_STEPS, MOST_IMAGES, QUEUE, LONGEST = 50, 16, 8, 400  # what a visitor may ask for; characters of a prompt
 EXAMPLE = "a picture of a red circle left of a blue square"
@@ -26,42 +27,47 @@ class DemoModel:
     """A pipeline that is shown, with its own way of sampling."""
 
     label: str
-    backbone: Any
-    how: SamplerConfig
+    backbone: Backbone
+    sampler: SamplerConfig
 
     @property
     def is_teacher(self) -> bool:
         """Whether it takes any number of steps, as the ODE does."""
-        return self.how.eta is None and self.how.gap is None
+        return self.sampler.eta is None and self.sampler.last_time is None
 
     @classmethod
     def read(cls, name: str) -> "DemoModel":
         """Raises ValueError if it cannot be loaded."""
-        backbone, how = loading.load(name)
+        backbone, sampler = loading.load(name)
         path = loading.pipeline_folder(name)
         made_by = loading.read_metadata(path).get("recipe")
-        return cls(f"student of {made_by}" if made_by else f"teacher {path.name}", backbone, how)
+        return cls(f"student of {made_by}" if made_by else f"teacher {path.name}", backbone, sampler)
 
-    def draw(self, prompt: str, seed: int, images: int, steps: int | None = None) -> tuple[np.ndarray, str]:
+    def sample(self, prompt: str, seed: int, images: int, steps: int | None = None) -> tuple[np.ndarray, str]:
         """Images [images, H, W, 3] and a line: steps, evaluations, seconds, verdict. A student keeps its own steps."""
-        how = replace(self.how, steps=steps) if steps and self.is_teacher else self.how
+        sampler = replace(self.sampler, steps=steps) if steps and self.is_teacher else self.sampler
         began = time.perf_counter()
-        drawn = image_sampler(self.backbone, self.backbone.net, how)(
+        drawn = image_sampler(self.backbone, self.backbone.net, sampler)(
             [prompt] * images, [("demo", k, seed) for k in range(images)]
         )
         took = time.perf_counter() - began
-        line = f"**{self.label}**: {how.steps} steps, {how.nfe} evaluations an image, {took:.2f} s"
+        line = f"**{self.label}**: {sampler.steps} steps, {sampler.nfe} evaluations an image, {took:.2f} s"
         return drawn, f"{line}\n\n{self.verdict(prompt, drawn)}"
 
     def verdict(self, prompt: str, images: np.ndarray) -> str:
         """What the miniature's checker says, empty for other models."""
-        if not loading.is_mini_pipeline(self.backbone):
+        if not has_miniature():
+            return ""
+        from advdmd.mini.pipelines import is_mini_pipeline
+        from advdmd.mini.suites import MiniSuite, item_of
+
+        if not is_mini_pipeline(self.backbone):
             return ""
         try:
             item = item_of(prompt)
         except ValueError:
             return "no verdict: the prompt is not one of the checker's sentences"
-        found = MiniSuite("mini-dpg").judge([item] * len(images), images)
+        found = MiniSuite("mini-dpg").judge_images([item] * len(images), images)
         right = sum(v.strict == 1 for v in found)
         wrong = next((v.reason.replace("\n", "; ") for v in found if v.strict < 1), "")
         return f"{right} of {len(found)} right" + (f"; first miss: {wrong}" if wrong else "")
@@ -78,11 +84,11 @@ def compare(
     for name, value, most in (("steps", steps, MOST_STEPS), ("images", images, MOST_IMAGES), ("seed", seed + 1, 2**31)):
         if not (math.isfinite(value) and value == int(value) and 1 <= value <= most):
             raise ValueError(f"{name}={value - (name == 'seed'):g}: a whole number from {int(name != 'seed')} to {most}")
-    if any(loading.is_mini_pipeline(m.backbone) for m in models):
-        check_prompt(prompt)
+    for m in models:
+        check_prompts(m.backbone, [prompt])
     out = []
     for m in models:
-        drawn, line = m.draw(prompt, int(seed), int(images), int(steps))
+        drawn, line = m.sample(prompt, int(seed), int(images), int(steps))
         columns = math.ceil(math.sqrt(len(drawn)))
         blank = np.full((-len(drawn) % columns, *drawn.shape[1:]), 255, np.uint8)
         rows = np.concatenate([drawn, blank]).reshape(-1, columns, *drawn.shape[1:])
@@ -104,7 +110,7 @@ def page(models: Sequence[DemoModel]) -> Any:
         gr.Markdown("# Teacher beside students\nThe same prompt and noise for all. Students take the steps they were made for.")
         prompt = gr.Textbox(EXAMPLE, label="Prompt", max_length=LONGEST, elem_id="prompt")
         with gr.Row():
-            steps = gr.Slider(1, MOST_STEPS, teacher.how.steps, step=1, label="Teacher's steps")
+            steps = gr.Slider(1, MOST_STEPS, teacher.sampler.steps, step=1, label="Teacher's steps")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images, each with noise of its own")
         button = gr.Button("Draw", variant="primary", elem_id="draw")

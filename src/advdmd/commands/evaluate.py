@@ -1,41 +1,46 @@
-"""Evaluating: which suite, which judge, draw, look, score; for students, teachers and any other diffusers pipeline."""
+"""The commands eval and score: which suite, which judge; sample, judge, score. For students, teachers and other diffusers pipelines."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from advdmd.evaluation import failure_gallery, results, statistics, tables
-from advdmd.evaluation.benchmark import Benchmark, Judge, suite_hash
+from advdmd.evaluation.benchmark import Benchmark, Judge, Verdict, suite_hash
 from advdmd.evaluation.dpg import DPG
-from advdmd.evaluation.generate import GENERATE_AGAIN, Worker, generate, image_jobs, read_images
+from advdmd.evaluation.generate import GENERATE_AGAIN, Worker, generate, image_jobs
 from advdmd.evaluation.geneval import GenEval
 from advdmd.evaluation.judges import geneval_detector, vqa
 from advdmd.evaluation.judging import compute_verdicts, run_judge
 from advdmd.files import file_hash, read_object, write_text
-from advdmd.mini.diversity import diversity
-from advdmd.mini.suites import CheckerJudge, MiniSuite
 from advdmd.models import loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
 from advdmd.models.hub import download
 from advdmd.models.images import image_sampler
 from advdmd.models.sampler import SamplerConfig
 from advdmd.progress import Progress
+from advdmd.recipes.registry import has_miniature
+from advdmd.types import Json
 
-SUITES = ("mini-geneval", "mini-dpg", "geneval", "dpg")
+MINI_SUITES = ("mini-geneval", "mini-dpg")
 JUDGES = "qwen-vl:FOLDER, mplug:INTERPRETER or endpoint:URL#MODEL"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """How images are judged: what is refused, what is only counted."""
+    """How images are scored: what is refused, and what is only counted."""
 
-    shard: Worker = (0, 1)
-    allow_partial: bool = False  # a figure over what is there, named partial
+    worker: Worker = (0, 1)
+    allow_partial: bool = False  # a figure over the images that are there, named partial
     tolerant: bool = False  # go on when the judge fails on an image
-    trained_on: bool = False  # score a model by what it was rewarded with, and say so in the table
+    allow_training_reward: bool = False  # score a model by its own training reward; the table says so
+
+
+def suite_names() -> tuple[str, ...]:
+    """The suites that are installed."""
+    return (*(MINI_SUITES if has_miniature() else ()), "geneval", "dpg")
 
 
 def make_suite(
@@ -45,23 +50,29 @@ def make_suite(
     split: str = "test",
     world: str = "half",
     csv: Path | None = None,
-    mode: Any = "fixed",
+    mode: Literal["fixed", "official"] = "fixed",
 ) -> Benchmark:
-    """A suite by name. `images` per task of the miniature's (96), per prompt of the real ones (4)."""
-    if name not in SUITES:
-        raise ValueError(f"suite {name!r}: one of {', '.join(SUITES)}")
+    """A suite by name. images: per task of the miniature's suites (96), per prompt of the others (4).
+
+    prompts, split and world are of the miniature's suites, csv and mode of DPG-Bench. Raises ValueError on what is unknown or
+    does not go together.
+    """
+    if name not in suite_names():
+        raise ValueError(f"suite {name!r}: one of {', '.join(suite_names())}")
     if csv is not None and name != "dpg":
         raise ValueError(f"--csv is dpg's; {name} has its own prompts")
     if name == "dpg":
         if csv is None:
             raise ValueError("dpg needs --csv: DPG-Bench's prompts are not shipped, name its dpg_bench.csv")
-        return DPG(str(_table(csv)), images or 4, mode)
+        return DPG(str(_csv_file(csv)), images or 4, mode)
     if name == "geneval":
         return GenEval(images or 4)
+    from advdmd.mini.suites import MiniSuite
+
     return MiniSuite(name, images or 96, prompts, split, world)
 
 
-def _table(name: Path) -> Path:
+def _csv_file(name: Path) -> Path:
     """A local CSV, or OWNER/NAME/FILE.csv of a data set on the hub. Raises ValueError if it cannot be had."""
     owner, _, rest = str(name).partition("/")
     repo, _, file = rest.partition("/")
@@ -75,17 +86,19 @@ def _table(name: Path) -> Path:
         raise ValueError(f"{name}: no such file, and not to be had from the hub: {str(e).splitlines()[0]}") from None
 
 
-def make_judge(suite: Benchmark, detection: Path | None, clip: Path | None, judge: str | None, device: str) -> Judge:
-    """What looks at a suite's images."""
-    if isinstance(suite, MiniSuite):
+def make_judge(suite: Benchmark, detector: Path | None, clip: Path | None, judge: str | None, device: str) -> Judge:
+    """What judges a suite's images. Raises ValueError if weights that the suite's judge needs are not named."""
+    if suite.name in MINI_SUITES:
+        from advdmd.mini.suites import CheckerJudge
+
         return CheckerJudge()
-    if isinstance(suite, GenEval):
-        if detection is None or clip is None:
+    if suite.name == "geneval":
+        if detector is None or clip is None:
             raise ValueError(
                 "geneval needs --detector (a folder made by advdmd convert-detector, or facebook's Mask2Former, which is not "
                 "comparable) and --clip (openai/clip-vit-large-patch14 as a folder)"
             )
-        return geneval_detector.load_detector(download(detection), download(clip), device)
+        return geneval_detector.load_detector(download(detector), download(clip), device)
     kind, _, where = (judge or "").partition(":")
     if kind == "qwen-vl" and where:
         return vqa.qwen_vl(download(where), device)
@@ -97,143 +110,152 @@ def make_judge(suite: Benchmark, detection: Path | None, clip: Path | None, judg
     raise ValueError(f"judge {judge!r}: {suite.name} needs --judge {JUDGES}")
 
 
+def is_native(model: str) -> bool:
+    """Whether a model is sampled with its backbone rather than through diffusers' own call: those of the miniature are."""
+    if not has_miniature():
+        return False
+    from advdmd.mini.pipelines import is_mini_name
+
+    return is_mini_name(model)
+
+
 def generate_images(
     model: str,
     suite: Benchmark,
     folder: Path,
-    how: SamplerConfig | None = None,
+    sampler: SamplerConfig | None = None,
     seed: int = 0,
     batch: int = 512,
-    shard: Worker = (0, 1),
+    worker: Worker = (0, 1),
 ) -> None:
-    """Draw a suite with a model of the miniature; the manifest says which, and how many evaluations an image took."""
-    backbone, own = loading.load(model)
-    how = how or own
-    where = loading.pipeline_folder(model)
-    model_note = {"name": Path(model).name, **loading.read_metadata(where), **asdict(how)}
-    about = {"weights": file_hash(loading.weights_file(where)), "sampling": asdict(how), "nfe": how.nfe, "model": model_note}
-    say, done = _progress(suite, shard), [0]
+    """Sample a suite with a model that a backbone can load; the manifest says which, and its evaluations per image.
 
-    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
-        images = image_sampler(backbone, backbone.net, how, lambda n: say(done[0] + n))(prompts, keys)
+    sampler: by default the model's own. Raises ValueError if the folder holds images of another run.
+    """
+    backbone, default = loading.load(model)
+    sampler, path = sampler or default, loading.pipeline_folder(model)
+    sampling = sampler.to_json()
+    record = {"name": Path(model).name, **loading.read_metadata(path), **sampling}
+    about = {"weights": file_hash(loading.weights_file(path)), "sampling": sampling, "nfe": sampler.nfe, "model": record}
+    progress, done = _progress(suite, worker), [0]
+
+    def sample(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        report = image_sampler(backbone, backbone.net, sampler, lambda n: progress(done[0] + n))
+        images = report(prompts, keys)
         done[0] += len(prompts)
         return images
 
-    generate(suite, paint, folder, seed, about | {"suite_hash": suite_hash(suite.items())}, batch, shard)
+    generate(suite, sample, folder, seed, about | {"suite_hash": suite_hash(suite.items())}, batch, worker)
 
 
 def generate_with_diffusers(
     model: str,
     suite: Benchmark,
     folder: Path,
-    how: DiffusersSampling,
+    sampling: DiffusersSampling,
     seed: int = 0,
-    shard: Worker = (0, 1),
+    worker: Worker = (0, 1),
     revision: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> None:
-    """Draw a suite with any diffusers pipeline, from a folder or the hub."""
-    stock, say, done = DiffusersModel(model, how, revision, device, dtype), _progress(suite, shard), [0]
-    note = loading.read_metadata(Path(model)) if Path(model).is_dir() else {}
-    about: dict[str, Any] = {"revision": revision, "sampling": stock.told, "dtype": dtype, "nfe": stock.nfe}
-    about["model"] = {"name": model, **note, "sampling": stock.told}
-    if Path(model).is_dir():
-        weights = sorted(Path(model).rglob("*.safetensors"))
-        about["weights"] = [file_hash(f) for f in weights]
+    """Sample a suite with any diffusers pipeline, from a folder or the hub. Raises ValueError if it cannot be loaded."""
+    pipeline, progress, done = DiffusersModel(model, sampling, revision, device, dtype), _progress(suite, worker), [0]
+    folder_of_model = Path(model) if Path(model).is_dir() else None
+    metadata = loading.read_metadata(folder_of_model) if folder_of_model else {}
+    kwargs = pipeline.call_kwargs
+    about: Json = {"revision": revision, "sampling": kwargs, "dtype": dtype, "nfe": pipeline.nfe}
+    about["model"] = {"name": model, **metadata, "sampling": kwargs}
+    if folder_of_model:
+        about["weights"] = [file_hash(f) for f in sorted(folder_of_model.rglob("*.safetensors"))]
 
-    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
-        images = stock.paint(prompts, keys)
+    def sample(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        images = pipeline.sample(prompts, keys)
         done[0] += len(prompts)
-        say(done[0])
+        progress(done[0])
         return images
 
-    generate(suite, paint, folder, seed, about | {"suite_hash": suite_hash(suite.items())}, 1, shard)
+    generate(suite, sample, folder, seed, about | {"suite_hash": suite_hash(suite.items())}, 1, worker)
 
 
-def _progress(suite: Benchmark, shard: Worker) -> Callable[[int], None]:
-    return Progress(f"drawing {suite.name}", len(image_jobs(suite, shard)))
+def _progress(suite: Benchmark, worker: Worker) -> Callable[[int], None]:
+    return Progress(f"sampling {suite.name}", len(image_jobs(suite, worker)))
 
 
-def evaluate(model: str, suite: MiniSuite, folder: Path, how: SamplerConfig | None = None, seed: int = 0) -> dict[str, Any]:
-    """A model of the miniature on one of its suites: draw into `folder`, score from disk; returns the summary."""
-    generate_images(model, suite, folder, how, seed)
-    return score(suite, folder, CheckerJudge())
+def evaluate(
+    model: str, suite: Benchmark, folder: Path, sampler: SamplerConfig | None = None, seed: int = 0, judge: Judge | None = None
+) -> Json:
+    """Sample a suite with a model into `folder` and score it from disk; returns the summary.
+
+    judge: by default the miniature's checker, for its suites. Raises ValueError if another suite has no judge, or as `score`.
+    """
+    generate_images(model, suite, folder, sampler, seed)
+    return score(suite, folder, judge or make_judge(suite, None, None, None, "cpu"))
 
 
-def score(suite: Benchmark, folder: Path, judge: Judge, how: ScoringOptions = ScoringOptions()) -> dict[str, Any]:
-    """Score a folder of images and write what was found.
+def score(suite: Benchmark, folder: Path, judge: Judge, options: ScoringOptions = ScoringOptions()) -> Json:
+    """Score a folder of images and write the results there; returns the summary.
 
     Raises ValueError if images or verdicts are missing (unless partial figures are allowed), if the judge fails, or if the
-    model was trained on this judge's own answers.
+    model was trained with this judge as a reward.
     """
-    drawn = read_manifest(folder)
-    model, seed = drawn.get("model"), drawn.get("seed", 0)
-    taught = trained_on_metric(model or {}, judge.name, how.trained_on)
-    run_judge(
-        suite, folder, judge, how.shard, how.tolerant, Progress(f"judging {suite.name}", len(image_jobs(suite, how.shard)))
-    )
+    manifest = read_manifest(folder)
+    model, seed = manifest.get("model"), manifest.get("seed", 0)
+    own_reward = trained_on_metric(model or {}, judge.name, options.allow_training_reward)
+    progress = Progress(f"judging {suite.name}", len(image_jobs(suite, options.worker)))
+    run_judge(suite, folder, judge, options.worker, options.tolerant, progress)
     found, total = compute_verdicts(suite, folder, judge, seed), len(image_jobs(suite))
-    short = total - found.dropped - len(found.rows)
-    if short and not how.allow_partial:
+    short = total - found.excluded - len(found.rows)
+    if short and not options.allow_partial:
         what = f"{found.missing} images missing, {len(found.errors)} failed" + (f" ({found.errors[0]})" if found.errors else "")
-        hint = (
-            "the other shards, then score again" if how.shard != (0, 1) else "it again; --allow-partial gives a partial figure"
-        )
+        others = options.worker != (0, 1)
+        hint = "the other workers, then score again" if others else "it again; --allow-partial gives a partial figure"
         raise ValueError(f"{folder}: only {len(found.rows)}/{total} images have a verdict ({what}): run {hint}")
     if not found.rows:
         raise ValueError(f"{folder}: no image has a verdict")
     items = {i.id: i for i in suite.items()}
-    summary = {
+    verdicts = [Verdict.from_json(r) for r in found.rows]
+    summary: Json = {
         "suite": suite.name,
         "suite_hash": suite_hash(suite.items()),
         "split": suite.split,
-        "judge": judge.name + (tables.OWN_REWARD if taught else ""),
+        "judge": judge.name + (tables.OWN_REWARD if own_reward else ""),
         "judge_hash": judge.fingerprint,
         "seed": seed,
         "images": len(found.rows),
-        "of": total - found.dropped,
+        "of": total - found.excluded,
         "errors": len(found.errors),
-        "dropped": found.dropped,
-        "nfe": drawn.get("nfe"),
+        "dropped": found.excluded,
+        "nfe": manifest.get("nfe"),
         "model": model,
         "strict": statistics.summarize(found.rows, "strict"),
         "loose": statistics.summarize(found.rows, "loose"),
-        "breakdown": suite.breakdown([items[r["item"]] for r in found.rows], [results.verdict_of(r) for r in found.rows]),
-        "diversity": _spread(suite, folder) if not short else {},
+        "breakdown": suite.breakdown([items[r["item"]] for r in found.rows], verdicts),
+        "diversity": suite.diversity(folder) if not short else {},
     }
     results.write_results(folder, found.rows, summary)
     write_text(folder / "gallery.html", failure_gallery.failure_page([(folder.name, folder, found.rows)]))
     return summary
 
 
-def trained_on_metric(model: dict[str, Any], name: str, allowed: bool) -> bool:
-    """Whether a model's note lists a scorer or judge among its rewards; refused (ValueError) unless `allowed`."""
-    taught = name.partition("[")[0] in model.get("rewards", {})
-    if taught and not allowed:
+def trained_on_metric(model: Json, name: str, allow: bool) -> bool:
+    """Whether a model's metadata list a scorer or judge among its training rewards. Raises ValueError if so, unless `allow`."""
+    trained = name.partition("[")[0] in model.get("rewards", {})
+    if trained and not allow:
         raise ValueError(
-            f"this model was trained with {name} as a reward, so {name} is no evidence of its quality; --trained-on gives the "
-            "figure all the same, named so in the table"
+            f"this model was trained with {name} as a reward, so {name} is no evidence of its quality; --allow-training-reward "
+            "gives the figure all the same, named so in the table"
         )
-    return taught
+    return trained
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder's images; empty if something else drew them."""
+def read_manifest(folder: Path) -> Json:
+    """The manifest of a folder's images; empty if another program generated them."""
     manifest = folder / "manifest.json"
-    return read_object(manifest, way_out=GENERATE_AGAIN) if manifest.is_file() else {}
-
-
-def _spread(suite: Benchmark, folder: Path) -> dict[str, float]:
-    """Only the miniature knows what a prompt leaves open."""
-    if not isinstance(suite, MiniSuite):
-        return {}
-    return diversity(suite, read_images(suite, folder), [i.id for i, _ in image_jobs(suite)])
+    return read_object(manifest, hint=GENERATE_AGAIN) if manifest.is_file() else {}
 
 
 def write_comparison_gallery(ours: Path, theirs: Path) -> None:
-    """The gallery of our failures with another model's images of the same prompts and seeds beside them."""
-    columns = []
-    for folder in (ours, theirs):
-        columns.append((folder.name, folder, results.read_verdicts(folder)))
+    """Write the gallery of our failures with another model's images of the same prompts and seeds beside them."""
+    columns = [(folder.name, folder, results.read_verdicts(folder)) for folder in (ours, theirs)]
     write_text(ours / "gallery.html", failure_gallery.failure_page(columns))

@@ -2,68 +2,65 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from advdmd.algorithms.base import DistillationModels
-from advdmd.algorithms.twinflow import TwinFlowModels
-from advdmd.distillation import validation
-from advdmd.distillation.batches import open_cache
-from advdmd.distillation.build import extra_state, stage, student_sampling
-from advdmd.distillation.run_folder import _fingerprint
+from advdmd.distillation.build import setup
+from advdmd.distillation.run_folder import run_fingerprint
+from advdmd.distillation.validation import load_best
 from advdmd.exporters.diffusers import export_student
 from advdmd.models import loading
+from advdmd.models.backbone import Backbone
 from advdmd.recipes import registry
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import parse_reward
 from advdmd.training import checkpoint
 from advdmd.training.learner import Learner
-from advdmd.types import ONE_RANK, Ranks
-
-
-def _export(
-    r: Recipe,
-    name: str,
-    backbone: Any,
-    players: DistillationModels | TwinFlowModels,
-    run: Path,
-    out: Path,
-    team: Ranks = ONE_RANK,
-) -> Path:
-    """Write the averaged student as it is now or, where exams were sat, as it was at its best."""
-    with players.student.averaging() as net:
-        if team.rank:
-            return out
-        step = validation.load_best(run, net) if r.exam_every else 0
-        note = {"recipe": name, "seed": r.seed, "iterations": step or r.iterations}
-        note["forwards"] = r.forwards_until(note["iterations"]) * r.batch
-        if not loading.shipped_or_path(r.teacher).exists():  # on the hub, whose copy here is named after a revision
-            note["base_model"] = r.teacher.partition("@")[0]
-        if r.base_bits < 32:
-            note["base_bits"] = r.base_bits
-        if r.rewards:
-            note["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
-        drawn = [
-            p for p in (run / "samples").glob("step-*.png") if p.stem[5:].isdecimal() and int(p.stem[5:]) <= note["iterations"]
-        ]
-        samples = max(drawn, default=None)
-        return export_student(backbone, net, student_sampling(r), loading.pipeline_folder(r.teacher), out, note, samples)
+from advdmd.types import ONE_RANK, Json, Ranks
 
 
 def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
-    """The averaged student of a run's newest checkpoint, as a stock diffusers folder."""
-    if not (run / "recipe.yaml").is_file():
+    """Write the EMA student of a run's newest checkpoint into the folder `out`; returns it. `overwrite` may replace an export.
+
+    Raises ValueError if `run` is no run or has no checkpoint, if its student cannot be sampled by stock schedulers, or if `out`
+    holds something else.
+    """
+    record = run / "recipe.yaml"
+    if not record.is_file():
         raise ValueError(f"{run} is not a training run: it has no recipe.yaml")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        ours = (out / loading.METADATA_FILE).is_file() and (out / "model_index.json").is_file()
-        if not (overwrite and ours):
-            raise ValueError(f"{out} is not empty: choose another --out" + (", or --overwrite" if ours else ""))
-    text = (run / "recipe.yaml").read_text()
-    name, r = registry.resolve(str(run / "recipe.yaml"))
-    if student_sampling(r).eta != 1:
-        raise ValueError(f"eta={student_sampling(r).eta}: stock schedulers only know 1; train with algorithm.eta=1")
-    # Where there is a card or not: what was trained on one can be exported without it.
-    backbone, _, players = stage(replace(r, device="cpu"), encoded := open_cache(r))
-    learners = {k: p for k, p in players._asdict().items() if isinstance(p, Learner)}
-    if not checkpoint.resume(run / "checkpoints", learners, extra_state(players), _fingerprint(text, encoded)):
+        export = (out / loading.METADATA_FILE).is_file() and (out / "model_index.json").is_file()
+        if not (overwrite and export):
+            raise ValueError(f"{out} is not empty: choose another --out" + (", or --overwrite" if export else ""))
+    name, r = registry.resolve(str(record))
+    if (eta := r.algorithm.sampler().eta) != 1:
+        raise ValueError(f"eta={eta}: stock schedulers only know 1; train with algorithm.eta=1")
+    source = r.data.open(r.teacher)
+    # Whether there is a GPU or not: what was trained on one can be exported without it.
+    backbone, _, models = setup(replace(r, device="cpu"), source)
+    learners = {k: m for k, m in models._asdict().items() if isinstance(m, Learner)}
+    fingerprint = run_fingerprint(record.read_text(), source.plan)
+    if not checkpoint.resume(run / "checkpoints", learners, r.algorithm.extra_state(models), fingerprint):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
-    return _export(r, name, backbone, players, run, out)
+    return export_ema_student(r, name, backbone, models.student, run, out)
+
+
+def export_ema_student(
+    r: Recipe, name: str, backbone: Backbone, student: Learner, run: Path, out: Path, ranks: Ranks = ONE_RANK
+) -> Path:
+    """Write the EMA student as it is now or, where there were validations, as it was at its best. All ranks must call this."""
+    net = student.ema_model()
+    if ranks.rank:
+        return out
+    iteration = load_best(run, net) if r.eval_every else 0
+    metadata: Json = {"recipe": name, "seed": r.seed, "iterations": iteration or r.iterations}
+    metadata["forwards"] = r.forwards_until(metadata["iterations"]) * r.batch
+    if not loading.shipped_or_path(r.teacher).exists():  # on the hub, whose copy here is named after a revision
+        metadata["base_model"] = r.teacher.partition("@")[0]
+    if r.base_bits < 32:
+        metadata["base_bits"] = r.base_bits
+    if r.rewards:
+        metadata["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
+    grids = [
+        p for p in (run / "samples").glob("step-*.png") if p.stem[5:].isdecimal() and int(p.stem[5:]) <= metadata["iterations"]
+    ]
+    teacher, newest = loading.pipeline_folder(r.teacher), max(grids, default=None)
+    return export_student(backbone, net, r.algorithm.sampler(), teacher, out, metadata, newest)

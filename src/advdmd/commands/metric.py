@@ -41,7 +41,7 @@ def compute_metric(
     weights: Path,
     reference: Path | None = None,
     device: str = "cpu",
-    trained_on: bool = False,
+    allow_training_reward: bool = False,
 ) -> dict[str, Any]:
     """One metric over a suite's images in `folder`; writes metric-NAME.json there and returns it.
 
@@ -55,7 +55,7 @@ def compute_metric(
     paths = [image_path(folder, item, k) for item, k in wanted]
     if lost := [p for p in paths if not p.exists()]:
         raise ValueError(f"{folder}: {len(lost)} of {len(paths)} images are missing, the first {lost[0]}")
-    taught = trained_on_metric(read_manifest(folder).get("model") or {}, metric, trained_on)
+    taught = trained_on_metric(read_manifest(folder).get("model") or {}, metric, allow_training_reward)
     about = {"suite": suite.name, "suite_hash": suite_hash(suite.items()), "images": len(paths)}
     if metric in SCORERS:
         found = _mean_score(wanted, paths, load_scorer(metric, download(weights), device))
@@ -68,7 +68,7 @@ def compute_metric(
 
 def _mean_score(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> dict[str, Any]:
     """A figure per image; its mean over tasks with an interval over prompts."""
-    say, rows = Progress(scorer.name, len(paths)), []
+    progress, rows = Progress(scorer.name, len(paths)), []
     for i in range(0, len(paths), BATCH):
         part = wanted[i : i + BATCH]
         scores = scorer.score([read_image(p) for p in paths[i : i + BATCH]], [item.prompt for item, _ in part])
@@ -76,7 +76,7 @@ def _mean_score(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> di
             {"task": item.task, "item": item.id, "k": k, "score": round(float(s), 5)}
             for (item, k), s in zip(part, scores, strict=True)
         ]
-        say(min(i + BATCH, len(paths)))
+        progress(min(i + BATCH, len(paths)))
     if not all(np.isfinite(r["score"]) for r in rows):
         raise ValueError(f"{scorer.name} gave a score that is not finite: its weights are broken")
     return {"name": scorer.name, "weights": scorer.fingerprint, **statistics.summarize(rows, "score")["overall"], "rows": rows}
@@ -88,10 +88,10 @@ def _set_metric(
     network: Any = load_inception(weights, device) if metric in ("fid", "kid") else clip_score(download(weights), device)
 
     def features(files: Sequence[Path]) -> np.ndarray:
-        say, out = Progress(f"{metric}: features", len(files)), []
+        progress, out = Progress(f"{metric}: features", len(files)), []
         for i in range(0, len(files), BATCH):
             out.append(network.embed([read_image(p) for p in files[i : i + BATCH]]))
-            say(min(i + BATCH, len(files)))
+            progress(min(i + BATCH, len(files)))
         return torch.cat(out).numpy()
 
     name = metric if metric in ("fid", "kid") else f"{metric}[{network.name.partition('[')[2]}"

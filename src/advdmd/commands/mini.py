@@ -1,4 +1,4 @@
-"""The command mini, the main job: distil the shipped teacher, score the student beside it."""
+"""The command mini, the main job: distil a shipped teacher, score the student beside it."""
 
 import json
 import shutil
@@ -8,39 +8,44 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from advdmd.commands.evaluate import evaluate
 from advdmd.commands.train import train
-from advdmd.distillation.build import student_sampling
 from advdmd.evaluation import tables
 from advdmd.files import write_image, write_text
 from advdmd.mini.prompts import SAMPLE_PROMPTS
 from advdmd.mini.suites import MiniSuite
+from advdmd.mini.training_data import MiniData
 from advdmd.models import loading
 from advdmd.models.images import image_grid, image_sampler
 from advdmd.models.sampler import SamplerConfig
 from advdmd.progress import duration
 from advdmd.recipes import registry
-from advdmd.recipes.recipe import MiniData
+from advdmd.types import Json
+
+RECIPE = "mini-sd35-advdmd"
 
 
-def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> dict[str, Any]:
-    """The main job: distil the shipped mini-sd35 to 4 steps, score it beside its teacher, write table, grid, pipeline."""
+def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> Json:
+    """Distil the shipped mini-sd35 to 4 steps and score it beside its teacher, `images` per task; words: overrides of the recipe.
+
+    Writes table.md, table.json, comparison.png and the run into `folder`; returns table, summaries, the share of the gap that is
+    closed, and the student's folder. Raises ValueError on overrides that do not fit.
+    """
     began = time.monotonic()
-    name = "mini-sd35-advdmd"
-    r = registry.resolve(name, words)[1]
+    r = registry.resolve(RECIPE, words)[1]
     if not isinstance(r.data, MiniData):
         raise ValueError("advdmd mini draws its own data: leave data.folder out, or use advdmd train")
     suite = MiniSuite("mini-geneval", images_per_task=images, world=r.data.world)
-    steps, guided = r.algorithm.steps, loading.default_sampling(loading.pipeline_folder(r.teacher))
+    student_sampler, guided = r.algorithm.sampler(), loading.default_sampling(loading.pipeline_folder(r.teacher))
+    steps = student_sampler.steps
     labels = [f"teacher, {guided.steps} steps", f"teacher, {steps} steps", f"AdvDMD, {steps} steps"]
     places = [folder / x.replace(", ", "-").replace(" ", "-") for x in labels]
     if overwrite:
         for place in places:
             if (place / "manifest.json").is_file():
                 shutil.rmtree(place)
-    # The teacher's many steps are drawn by a second process on another core, while this one trains.
+    # The teacher's many steps are sampled by a second process on another core, while this one trains.
     reference = subprocess.Popen(
         [
             *(sys.executable, "-m", "advdmd", "eval", r.teacher, suite.name, "--out", str(places[0])),
@@ -50,15 +55,15 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
         stderr=subprocess.DEVNULL,
     )
     try:
-        student = train(name, r, folder / "run", overwrite)
-        reference.wait()  # should it have failed, its images are drawn below, where an error is heard
+        student = train(RECIPE, r, folder / "run", overwrite)
+        reference.wait()  # if it has failed, its images are sampled below, where an error is reported
     finally:
         reference.kill()
-    models = [(r.teacher, guided), (r.teacher, replace(guided, steps=steps)), (str(student), student_sampling(r))]
-    out = {x: evaluate(m, suite, p, how) for x, p, (m, how) in zip(labels, places, models, strict=True)}
+    models = [(r.teacher, guided), (r.teacher, replace(guided, steps=steps)), (str(student), student_sampler)]
+    out = {x: evaluate(m, suite, p, s) for x, p, (m, s) in zip(labels, places, models, strict=True)}
     means = [s["strict"]["overall"]["mean"] for s in out.values()]
     closed = (means[2] - means[1]) / (means[0] - means[1]) if means[0] != means[1] else float("nan")
-    _compare(models, folder / "comparison.png")
+    _write_comparison(models, folder / "comparison.png")
     took = duration(time.monotonic() - began)
     text = tables.markdown(out)
     text += f"\nShare of the gap between {steps} and {guided.steps} teacher steps closed: {closed:.0%}. Took {took}.\n"
@@ -67,11 +72,12 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     return {"table": text, "models": out, "gap_closed": closed, "student": student}
 
 
-def _compare(models: Sequence[tuple[str, SamplerConfig]], path: Path) -> None:
-    """The same prompts and noise, one row a model."""
+def _write_comparison(models: Sequence[tuple[str, SamplerConfig]], path: Path) -> None:
+    """The same prompts and noise, one row per model."""
     prompts = [p for p in SAMPLE_PROMPTS for _ in range(2)]
     rows = []
-    for m, how in models:
-        backbone, _ = loading.load(m)
-        rows.append(image_sampler(backbone, backbone.net, how)(prompts, [("compare", k) for k in range(len(prompts))]))
+    for model, sampler in models:
+        backbone, _ = loading.load(model)
+        generate = image_sampler(backbone, backbone.net, sampler)
+        rows.append(generate(prompts, [("compare", k) for k in range(len(prompts))]))
     write_image(path, image_grid(rows))

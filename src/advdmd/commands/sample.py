@@ -1,4 +1,4 @@
-"""The command sample: draw prompts with a teacher or a student."""
+"""The command sample: sample prompts with a teacher or a student."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,24 +6,35 @@ from pathlib import Path
 from PIL import Image
 
 from advdmd.files import write_image
-from advdmd.mini.world.caption import check_prompt
 from advdmd.models import loading
+from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
 from advdmd.models.sampler import SamplerConfig
+from advdmd.recipes.registry import has_miniature
 
 
-def paint(model: str, prompts: Sequence[str], folder: Path, how: SamplerConfig | None = None, seed: int = 0) -> list[Path]:
-    """Draw prompts with a model into `folder`; returns the files."""
-    backbone, own = loading.load(model)
-    if loading.is_mini_pipeline(backbone):
-        for p in prompts:
-            check_prompt(p)
-            limit = backbone.pipe.tokenizer.model_max_length
-            if len(backbone.pipe.tokenizer(p).input_ids) > limit:
-                raise ValueError(f"prompt {p!r} is longer than the {limit - 2} words this model reads: say less")
-    images = image_sampler(backbone, backbone.net, how or own)(prompts, [("sample", k, seed) for k in range(len(prompts))])
+def sample(model: str, prompts: Sequence[str], folder: Path, sampler: SamplerConfig | None = None, seed: int = 0) -> list[Path]:
+    """Sample prompts with a model into `folder`, by default as its metadata say; returns the files.
+
+    Raises ValueError if the model cannot be loaded, or does not know a word of a prompt.
+    """
+    backbone, default = loading.load(model)
+    check_prompts(backbone, prompts)
+    generate = image_sampler(backbone, backbone.net, sampler or default)
+    images = generate(prompts, [("sample", k, seed) for k in range(len(prompts))])
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{k:03d}.png" for k in range(len(prompts))]
     for path, image in zip(paths, images, strict=True):
         write_image(path, Image.fromarray(image))
     return paths
+
+
+def check_prompts(backbone: Backbone, prompts: Sequence[str]) -> None:
+    """Raises ValueError if a model of the miniature does not know a word of a prompt, or cannot read all of it."""
+    if has_miniature():
+        from advdmd.mini.pipelines import is_mini_pipeline
+        from advdmd.mini.prompts import check_prompt
+
+        if is_mini_pipeline(backbone):
+            for prompt in prompts:
+                check_prompt(backbone, prompt)

@@ -1,108 +1,111 @@
-"""The verbs of the product as functions: train, paint, evaluate, export, and the main job of the miniature."""
+"""The command train: run a recipe into a folder, or go on where it stopped."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from advdmd.algorithms.twinflow import TwinFlow
-from advdmd.commands.export import _export
-from advdmd.data.embedding_cache import TEACHER_IMAGES_WARNING
-from advdmd.data.loader import BatchFn, on_default_device
-from advdmd.distillation import validation
-from advdmd.distillation.batches import open_cache
-from advdmd.distillation.build import extra_state, stage, student_sampling
-from advdmd.distillation.run_folder import _claim, _fingerprint, _recorded
+from advdmd.commands.export import export_ema_student
+from advdmd.data.loader import BatchFn
+from advdmd.distillation.build import setup
+from advdmd.distillation.run_folder import create_or_resume, recipe_difference, recipe_text, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
-from advdmd.models import fingerprints, loading
+from advdmd.distillation.validation import should_stop_early, validate
+from advdmd.models import loading
+from advdmd.models.backbone import Backbone
+from advdmd.models.images import image_sampler
 from advdmd.models.quantization import import_bitsandbytes
 from advdmd.monitoring import health
-from advdmd.recipes import registry
-from advdmd.recipes.overrides import diff
 from advdmd.recipes.recipe import Recipe
-from advdmd.training import checkpoint, distributed, trainer
+from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.trackers import check_trackers
-from advdmd.types import Ranks
+from advdmd.training.trainer import Trainer
+from advdmd.types import Metrics, Ranks
+
+CONSOLE_KEYS = ("student/dm_loss", "fake_score/loss", "discriminator/logit_gap", "reward/final")
 
 
-def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, track: Sequence[str] = ()) -> Path:
-    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student. `track`: train/track.py.
+def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, trackers: Sequence[str] = ()) -> Path:
+    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student. trackers: training.trackers.
 
-    Under torchrun every process calls this and takes an equal part of each step's prompts; what is written is the first's.
+    Under torchrun every process calls this and takes an equal part of each step's prompts; rank 0 writes. Raises ValueError,
+    before any long work, on what is missing, damaged or does not fit; FloatingPointError if a loss is not finite.
     """
-    check_trackers(track)
-    if r.few_bits:
+    check_trackers(trackers)
+    if r.uses_bitsandbytes:
         import_bitsandbytes()
-    device = loading.resolve_device(r.device)
-    with distributed.init_distributed(device) as team, loading.default_device(device):
-        r.check_shares(team.size)
-        return _train(name, r, folder, overwrite and not team.rank, team, track)
+    with distributed.init_distributed(loading.resolve_device(r.device)) as ranks, loading.exact_convolutions():
+        r.check_world_size(ranks.world_size)
+        return _train(name, r, folder, overwrite and not ranks.rank, ranks, trackers)
 
 
-def _train(name: str, r: Recipe, folder: Path, overwrite: bool, team: Ranks, track: Sequence[str]) -> Path:
+def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, trackers: Sequence[str]) -> Path:
     torch.set_num_threads(r.threads)
-    encoded = open_cache(r)  # which is quick to miss, and a teacher may have to be fetched
+    main, student_folder = not ranks.rank, folder / "student"
+    source = r.data.open(r.teacher)  # quick to fail, and a teacher may have to be fetched
     loading.pipeline_folder(r.teacher)
-    text = _recorded(name, r, folder)
-
-    def change() -> str:
-        return "; ".join(diff(registry.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
-
-    if not team.rank:
-        _claim(folder, text, overwrite, change)
+    text = recipe_text(name, r, folder)
+    if main:
+        create_or_resume(folder, text, overwrite, lambda: recipe_difference(r, folder))
     distributed.barrier()
-    done = checkpoint.latest(folder / "checkpoints")
-    ended = done and (done[1]["step"] == r.iterations or validation.should_stop_early(r, folder))
-    if ended and (folder / "student" / loading.METADATA_FILE).is_file():
-        return folder / "student"
-    backbone, data, players = stage(r, encoded, team)
-    if encoded:
-        encoded.read_by(fingerprints.tokenization_fingerprint(backbone))
-    how = student_sampling(r)
+    if _has_ended(r, folder) and (student_folder / loading.METADATA_FILE).is_file():
+        return student_folder
+    backbone, data, models = setup(r, source, ranks)
+    sampler, validation = r.algorithm.sampler(), source.validation(r.eval_images)
 
-    def look(step: int) -> None:
-        with players.student.averaging() as net:
-            if not team.rank:
-                save_sample_grid(backbone, net, how, data.look, data.null, folder, step)
+    def save_samples(iteration: int) -> None:
+        net = models.student.ema_model()
+        if main:
+            save_sample_grid(backbone, net, sampler, data.sample_cond, data.null, folder, iteration)
 
-    if encoded and encoded.drawn_by_teacher and not team.rank:
-        print(TEACHER_IMAGES_WARNING, file=sys.stderr)
-    deal = on_default_device(data.deal)
-    trainer.train(
-        r.algorithm,
-        players,
-        deal,
-        folder,
+    def scores(iteration: int) -> Metrics:
+        net = models.student.ema_model()
+        if not main or validation is None:
+            return {}
+        return validate(r, validation, image_sampler(backbone, net, sampler), net, folder, iteration)
+
+    if source.warning and main:
+        print(source.warning, file=sys.stderr)
+    Trainer(
+        algorithm=r.algorithm,
+        models=models,
+        batch_fn=data.batch_fn,
+        folder=folder,
         seed=r.seed,
-        steps=r.iterations,
+        iterations=r.iterations,
         save_every=r.save_every,
-        look_every=r.look_every,
-        look=look,
-        exam_every=r.exam_every,
-        exam=lambda step: validation.validate(r, backbone, players.student, how, folder, step, team),
-        over=lambda: validation.should_stop_early(r, folder),
-        extra=extra_state(players),
-        fingerprint=_fingerprint(text, encoded),
-        team=team,
-        meter=_meter(r, backbone, deal),
-        show=("student/match/loss", "fake/loss", "critic/gap", "reward/end"),
-        verdict=(lambda: health.summary(health.read(folder), r)) if health.ranges_for(r) else None,
-        track=track,
+        device=backbone.device,
+        ranks=ranks,
+        extra_state=r.algorithm.extra_state(models),
+        fingerprint=run_fingerprint(text, source.plan),
+        sample_every=r.sample_every,
+        save_samples=save_samples,
+        eval_every=r.eval_every,
+        validate=scores,
+        should_stop=lambda: should_stop_early(r, folder),
+        efficiency=_efficiency_meter(r, backbone, data.batch_fn),
+        console_keys=CONSOLE_KEYS,
+        health=(lambda: health.summary(health.read_metrics(folder), r)) if health.ranges_for(r) else None,
+        trackers=trackers,
         label=name,
-    )
-    _export(r, name, backbone, players, folder, folder / "student", team)
+    ).run()
+    export_ema_student(r, name, backbone, models.student, folder, student_folder, ranks)
     distributed.barrier()
-    return folder / "student"
+    return student_folder
 
 
-def _meter(r: Recipe, backbone: Any, deal: BatchFn) -> EfficiencyMeter:
-    """Of the recipe's iterations, in forwards of its transformer."""
-    batch = deal(0)[0]
-    n = len(batch) if isinstance(r.algorithm, TwinFlow) else min(len(batch), r.algorithm.micro)
-    x, t, cond = batch.real[:n], torch.full((n,), 0.5), batch.cond[:n]
+def _has_ended(r: Recipe, folder: Path) -> bool:
+    newest = checkpoint.latest(folder / "checkpoints")
+    return newest is not None and (newest[1]["step"] == r.iterations or should_stop_early(r, folder))
+
+
+def _efficiency_meter(r: Recipe, backbone: Backbone, batch_fn: BatchFn) -> EfficiencyMeter:
+    """Of the recipe's iterations, in forward passes of its transformer."""
+    batch = batch_fn(0)[0].to(backbone.device)
+    n = r.algorithm.samples_per_pass(len(batch))
+    x, t, cond = batch.real_latents[:n], torch.full((n,), 0.5, device=backbone.device), batch.cond[:n]
     return EfficiencyMeter(
         lambda: backbone.velocity(backbone.net, x, t, cond), n, lambda i: sum(r.forwards(i).values()), len(batch)
     )

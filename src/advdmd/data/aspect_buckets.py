@@ -1,23 +1,27 @@
-"""Images of several shapes: sizes of about one area, a cache for each, one size a step."""
+"""Aspect buckets: image sizes of about one area, a cache for each, one size per step; and caches as a recipe's data."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from advdmd.data.embedding_cache import EmbeddingCache, bucket_names
-from advdmd.data.loader import BatchFn
+from advdmd.data.embedding_cache import TEACHER_IMAGES_WARNING, EmbeddingCache, bucket_names
+from advdmd.data.loader import BatchConfig, BatchFn, TrainingData, Validation, make_batch_fn
+from advdmd.models.backbone import Backbone
+from advdmd.models.fingerprints import encoder_fingerprint, tokenization_fingerprint
+from advdmd.models.loading import pipeline_folder
 from advdmd.rng import generator
-from advdmd.types import Batch, Cond
+from advdmd.types import Batch, Cond, Json
 
 RATIOS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9)  # of the longer side to the shorter
+SAMPLE_PROMPTS = 6  # prompts of a cache in sample grids
 Size = tuple[int, int]  # height, width in pixels
 
 
 def bucket_sizes(resolution: int, unit: int) -> list[Size]:
-    """A square of side `resolution` and about as large rectangles, lying and standing, sides multiples of `unit`."""
+    """A square of side `resolution` and rectangles of about its area, landscape and portrait; sides are multiples of `unit`."""
     found = []
     for ratio in RATIOS:
         long, short = (max(unit, round(resolution * f / unit) * unit) for f in (math.sqrt(ratio), math.sqrt(1 / ratio)))
@@ -26,9 +30,12 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
 
 
 def nearest_bucket(choices: Sequence[Size], size: Size) -> Size:
-    """The choice whose shape is most like that of an image."""
-    shape = lambda s: math.log(s[1] / s[0])  # noqa: E731
-    return min(choices, key=lambda s: abs(shape(s) - shape(size)))
+    """The choice whose aspect ratio is nearest to that of an image."""
+
+    def log_ratio(s: Size) -> float:
+        return math.log(s[1] / s[0])
+
+    return min(choices, key=lambda s: abs(log_ratio(s) - log_ratio(size)))
 
 
 def bucket_name(size: Size) -> str:
@@ -36,27 +43,53 @@ def bucket_name(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CachedData:
+    """A user's own prompts and images: `folder` is what `advdmd encode` wrote."""
+
+    folder: str = ""
+
+    @property
+    def has_validation(self) -> bool:
+        """There is no score on a user's own data while training."""
+        return False
+
+    def open(self, teacher: str) -> "BucketedCache":
+        """Raises ValueError if the cache is missing, not finished, damaged, without images or made by another teacher."""
+        cache = BucketedCache(Path(self.folder))
+        cache.check_teacher(encoder_fingerprint(pipeline_folder(teacher)))
+        cache.check_has_images()
+        return cache
+
+
 class BucketedCache:
-    """What a run's `data.folder` holds: a cache, or one for each size. Raises ValueError if any is not finished or damaged."""
+    """A finished cache, or a folder with one for each size. Raises ValueError if any is not finished or damaged."""
+
+    needs_encoders = False
 
     def __init__(self, folder: Path):
         named = bucket_names(folder)
         self.parts = [EmbeddingCache(folder / k) for k in named] if named else [EmbeddingCache(folder)]
         self.prompts = [p for part in self.parts for p in part.prompts]
-        self.resolution = self.parts[0].resolution  # all have one: the side of the square
-        plans = [p.plan for p in self.parts]
-        self.plan: Any = plans[0] if len(plans) == 1 else plans
+        self.resolution: int | None = self.parts[0].resolution  # the same for all: the side of the square
+        plans: list[Json] = [p.plan for p in self.parts]
+        self.plan: object = plans[0] if len(plans) == 1 else plans
 
-    def expect(self, teacher: Mapping[str, Any]) -> None:
+    def check_teacher(self, teacher: Mapping[str, object]) -> None:
+        """Raises ValueError if another teacher's encoders made a part (models.fingerprints.encoder_fingerprint)."""
         for part in self.parts:
-            part.expect(teacher)
+            part.check_teacher(teacher)
 
-    def with_images(self) -> None:
+    def check_has_images(self) -> None:
+        """Raises ValueError if a prompt has no image."""
         for part in self.parts:
-            part.with_images()
+            part.check_has_images()
 
-    def read_by(self, tokens: str) -> None:
-        """Raises ValueError if what encoded it read prompts otherwise (models.load.reading); an early cache does not say."""
+    def check_tokenization(self, tokens: str) -> None:
+        """Raises ValueError if the teacher tokenizes prompts otherwise now (models.fingerprints.tokenization_fingerprint).
+
+        A cache of an early version does not say how they were tokenized.
+        """
         for part in self.parts:
             if part.plan.get("tokens", tokens) != tokens:
                 raise ValueError(
@@ -65,28 +98,47 @@ class BucketedCache:
                 )
 
     @property
-    def drawn_by_teacher(self) -> bool:
-        """Whether what the critic takes for real the teacher has drawn."""
-        return any(part.plan.get("reals") != "source" for part in self.parts)
+    def warning(self) -> str:
+        """What images that the teacher has generated cost, if there are such."""
+        teacher = any(part.plan.get("reals") != "source" for part in self.parts)
+        return TEACHER_IMAGES_WARNING if teacher else ""
 
     @property
     def null(self) -> Cond:
+        """The empty prompt [1]."""
         return self.parts[0].null
 
+    def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
+        """Batches of one size each. Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded."""
+        self.check_tokenization(tokenization_fingerprint(backbone))
+        first, *others = self.parts
+        batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real, bool(others)) for p in self.parts]
+        sizes = [len(p.prompts) for p in self.parts]
+        batch_fn = mix_buckets(batch_fns, sizes, config.seed) if others else batch_fns[0]
+        shown = range(min(SAMPLE_PROMPTS, len(first.prompts)))
+        return TrainingData(batch_fn, self.prompts, self.null, first.cond(shown))
 
-def mix_buckets(deals: Sequence[BatchFn], prompts: Sequence[int], seed: int) -> BatchFn:
-    """One of several deals a step, drawn in proportion to its prompts, each going through its own in turn. `prompts`: how many
-    each has; the numbers of a batch's prompts count through all of them. Pure in the step."""
+    def validation(self, images: int) -> Validation | None:
+        """None."""
+        return None
+
+
+def mix_buckets(batch_fns: Sequence[BatchFn], prompts: Sequence[int], seed: int) -> BatchFn:
+    """One of several batch functions per step, drawn in proportion to its number of prompts; each goes through its own in order.
+
+    The prompt indices of a batch count through all prompts. Pure in the step.
+    """
     drawn: list[int] = []
     weights = torch.tensor(prompts, dtype=torch.float64)
 
-    def deal(step: int) -> tuple[Batch, list[int]]:
+    def batch_fn(step: int) -> tuple[Batch, list[int]]:
         while len(drawn) <= step:
             g = generator(seed, "bucket", len(drawn))
             drawn.append(int(torch.multinomial(weights, 1, generator=g)))
         k = drawn[step]
-        batch, samples = deals[k](drawn[:step].count(k))
-        assert batch.prompt is not None
-        return Batch(batch.cond, batch.real, batch.prompt + sum(prompts[:k]), batch.other), samples
+        batch, samples = batch_fns[k](drawn[:step].count(k))
+        assert batch.prompt_index is not None
+        index = batch.prompt_index + sum(prompts[:k])
+        return Batch(batch.cond, batch.real_latents, index, batch.mismatched_cond), samples
 
-    return deal
+    return batch_fn

@@ -74,12 +74,12 @@ def _text(path: Path) -> list[str]:
 
 
 def _caption(row: Any, where: str) -> str:
-    said = next((row[k] for k in CAPTION_KEYS if isinstance(row, dict) and k in row), None)
-    if not isinstance(said, str) or not said.strip():
+    texts = next((row[k] for k in CAPTION_KEYS if isinstance(row, dict) and k in row), None)
+    if not isinstance(texts, str) or not texts.strip():
         raise ValueError(f"{where}: needs an object with the caption under one of {', '.join(CAPTION_KEYS)}")
-    if any("\ud800" <= c <= "\udfff" for c in said):
+    if any("\ud800" <= c <= "\udfff" for c in texts):
         raise ValueError(f"{where}: the caption holds half a character (a lone surrogate)")
-    return said.strip()
+    return texts.strip()
 
 
 def _json(text: str, where: str) -> Any:
@@ -125,14 +125,14 @@ def _tar(path: Path) -> Iterator[CaptionedImage]:
                     parts.setdefault(key, {})[f"{dot}{kind.lower()}"] = m
             for key, found in parts.items():
                 image = next((found[k] for k in IMAGE_SUFFIXES if k in found), None)
-                said = next((found[k] for k in (".txt", ".json") if k in found), None)
-                if image is None or said is None:
+                texts = next((found[k] for k in (".txt", ".json") if k in found), None)
+                if image is None or texts is None:
                     continue
                 where = f"{path}, {key}"
-                file = tar.extractfile(said)
+                file = tar.extractfile(texts)
                 assert file is not None  # a regular file, as asked above
                 text = file.read().decode("utf-8-sig")
-                row = _json(text, where) if said is found.get(".json") else {"text": text}
+                row = _json(text, where) if texts is found.get(".json") else {"text": text}
                 yield CaptionedImage(_caption(row, where), path, image.name, image.offset_data, image.size)
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: {e}") from None
@@ -164,10 +164,10 @@ def _rows(folder: Path) -> tuple[Any, str | None]:
 def _dataset(folder: Path) -> Iterator[CaptionedImage]:
     """Captions are under one of CAPTION_KEYS; without a column of images it is a list of prompts."""
     rows, column = _rows(folder)
-    said = next((k for k in CAPTION_KEYS if k in rows.column_names), None)
-    if said is None:
+    texts = next((k for k in CAPTION_KEYS if k in rows.column_names), None)
+    if texts is None:
         raise ValueError(f"{folder}: captions are looked for in a column {' or '.join(CAPTION_KEYS)}, there is none")
-    for n, text in enumerate(rows[said]):
+    for n, text in enumerate(rows[texts]):
         yield CaptionedImage(
             _caption({"text": text}, f"{folder}, row {n}"), folder if column else None, row=n if column else None
         )

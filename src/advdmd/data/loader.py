@@ -1,74 +1,106 @@
-"""Which prompts and images a step takes: a function of the step alone, shared out over processes."""
+"""Which prompts and images a step takes: a pure function of the step, shared over ranks. And what a recipe's data must offer."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from advdmd.models.backbone import Backbone
+from advdmd.models.images import ImageSampler
 from advdmd.rng import generator
-from advdmd.types import ONE_RANK, Batch, Cond, Ranks
+from advdmd.types import ONE_RANK, Batch, Cond, Metrics, Ranks
 
-BatchFn = Callable[[int], tuple[Batch, list[int]]]
-
-
-def sample_indices(n_pool: int, n: int, seed: int, step: int) -> tuple[Tensor, list[int]]:
-    """Which n pool entries step takes (without repeats within an epoch), and the samples' ids. Pure in its arguments."""
-    ids = range(step * n, step * n + n)
-    epochs = {i // n_pool for i in ids}
-    orders = {k: torch.randperm(n_pool, generator=generator(seed, "epoch", k)) for k in epochs}
-    return torch.stack([orders[i // n_pool][i % n_pool] for i in ids]), list(ids)
+BatchFn = Callable[[int], tuple[Batch, list[int]]]  # step -> (this rank's batch, ids of its samples); pure
+Validation = Callable[[ImageSampler], Metrics]  # scores of a model by name; "strict" is the one that selects checkpoints
 
 
-def on_default_device(deal: BatchFn) -> BatchFn:
-    """Its batches where tensors are made by default; data, text encoders and autoencoder live on the CPU."""
+class TrainingData(NamedTuple):
+    """What a run needs of its data: batches, all prompts, the empty prompt [1], and conditions [n] for sample grids."""
 
-    def moved(step: int) -> tuple[Batch, list[int]]:
-        with torch.device("cpu"):
-            batch, samples = deal(step)
-        return batch.to(torch.get_default_device()), samples
+    batch_fn: BatchFn
+    prompts: Sequence[str]
+    null: Cond
+    sample_cond: Cond
 
-    return moved
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """A step's samples: `prompts` prompts, `group_size` samples of each, shared over ranks; the seed of their order."""
+
+    prompts: int
+    group_size: int
+    seed: int
+    ranks: Ranks = ONE_RANK
+
+
+class DataSource(Protocol):
+    """Opened training data: what they need of the teacher, and the batches."""
+
+    resolution: int | None  # side of the images in pixels; None: the teacher's own
+    needs_encoders: bool  # whether prompts are encoded while training
+    plan: object  # what identifies the data, for the run's fingerprint; None: the recipe does
+    warning: str  # printed when training starts, unless empty
+
+    def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
+        """The batches. Raises ValueError if the data are not for this teacher."""
+        ...
+
+    def validation(self, images: int) -> Validation | None:
+        """Scores while training, on about so many images per task; None where the data have none."""
+        ...
+
+
+class DataConfig(Protocol):
+    """The part of a recipe that says what a run trains on: a frozen dataclass."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are scores while training."""
+        ...
+
+    def open(self, teacher: str) -> DataSource:
+        """Raises ValueError, before a network is loaded, if the data are missing, damaged or not for this teacher."""
+        ...
+
+
+def sample_indices(n: int, k: int, seed: int, step: int) -> tuple[Tensor, list[int]]:
+    """Which k of n entries a step takes [k], without repeats within an epoch, and the ids of the samples. Pure in its arguments."""
+    ids = range(step * k, step * k + k)
+    epochs = {i // n for i in ids}
+    orders = {e: torch.randperm(n, generator=generator(seed, "epoch", e)) for e in epochs}
+    return torch.stack([orders[i // n][i % n] for i in ids]), list(ids)
 
 
 def make_batch_fn(
     n: int,
-    prompts: int,
-    group: int,
-    seed: int,
+    config: BatchConfig,
     cond: Callable[[Sequence[int]], Cond],
     real: Callable[[int, int], Tensor],
-    team: Ranks = ONE_RANK,
-    few: bool = False,
+    allow_repeats: bool = False,
 ) -> BatchFn:
-    """step -> groups of one prompt each with real latents of the same prompt, other images every epoch, and the samples' ids.
+    """The batch function over n prompts, pure in the step.
 
-    Of n prompts a step takes `prompts`, of which this process gets its share. cond(i) are the conditions of prompts i, real(p,
-    k) the k-th image of prompt p, counted round. Raises ValueError if there are too few prompts, unless `few` may come twice.
+    A step takes config.prompts of the n prompts, without repeats within an epoch, and config.group_size samples of each; every
+    rank gets an equal, contiguous share. cond(indices) -> conditions; real(p, k) -> the k-th latent [C, H, W] of an image of
+    prompt p, modulo the number it has, so every epoch shows the next ones. Batches are on the CPU.
+    Raises ValueError if n < config.prompts, unless prompts may repeat within a step.
     """
-    if n < prompts and not few:
-        raise ValueError(f"the data hold {n} prompts, an iteration takes prompts_per_step={prompts}")
+    if n < config.prompts and not allow_repeats:
+        raise ValueError(f"the data hold {n} prompts, an iteration takes prompts_per_step={config.prompts}")
+    group, ranks = config.group_size, config.ranks
 
-    def deal(step: int) -> tuple[Batch, list[int]]:
-        every, order = sample_indices(n, prompts, seed, step)
-        here = team.share(prompts)
-        mine, turns = every[here.start : here.stop].tolist(), order[here.start : here.stop]
-        # The prompt before mine belongs to another process; alone, a batch holds it itself.
-        before = [int(every[here.start - 1])] if team.size > 1 else []
-        said, member = cond([*before, *mine]), torch.arange(len(mine)).repeat_interleave(group) + len(before)
-        reals = torch.stack([real(p, g + k // n) for p, k in zip(mine, turns, strict=True) for g in range(group)])
-        other = said[member - 1] if before else None
-        return Batch(said[member], reals, torch.tensor(mine).repeat_interleave(group), other), [
-            k * group + g for k in turns for g in range(group)
-        ]
+    def batch_fn(step: int) -> tuple[Batch, list[int]]:
+        every, order = sample_indices(n, config.prompts, config.seed, step)
+        share = ranks.local_slice(config.prompts)
+        own, positions = every[share.start : share.stop].tolist(), order[share.start : share.stop]
+        # The prompt before this rank's first belongs to another rank; a single rank's batch holds it itself.
+        before = [int(every[share.start - 1])] if ranks.world_size > 1 else []
+        conds, member = cond([*before, *own]), torch.arange(len(own)).repeat_interleave(group) + len(before)
+        latents = torch.stack([real(p, g + k // n) for p, k in zip(own, positions, strict=True) for g in range(group)])
+        mismatched = conds[member - 1] if before else None
+        batch = Batch(conds[member], latents, torch.tensor(own).repeat_interleave(group), mismatched)
+        return batch, [k * group + g for k in positions for g in range(group)]
 
-    return deal
-
-
-class TrainingData(NamedTuple):
-    """What a run needs from its data: `deal` is pure in the step; `look` are conditions to draw while training."""
-
-    deal: BatchFn
-    prompts: Sequence[str]
-    null: Cond
-    look: Cond
+    return batch_fn

@@ -1,176 +1,191 @@
-"""The players of a recipe: networks of the cast with their optimizers, and how the student will be sampled."""
+"""From a recipe to a run: teacher, data, trainable networks with their optimizers."""
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.base import DistillationModels, ExtraRewards
-from advdmd.algorithms.twinflow import TwinFlow, TwinFlowModels
-from advdmd.data.aspect_buckets import BucketedCache
-from advdmd.data.loader import TrainingData
-from advdmd.distillation.batches import load_training_data
+from advdmd.data.loader import BatchConfig, DataSource, TrainingData
 from advdmd.models import loading, networks
+from advdmd.models.backbone import Backbone
 from advdmd.models.images import to_uint8
 from advdmd.models.quantization import import_bitsandbytes, quantize
 from advdmd.models.qwen_image import QwenImage
-from advdmd.models.sampler import SamplerConfig, decode
+from advdmd.models.sampler import decode
 from advdmd.models.target_time import TargetTime
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import load_scorer, parse_reward
-from advdmd.rng import to_default_device
 from advdmd.training import distributed
 from advdmd.training.learner import Learner
+from advdmd.training.optimizer import OptimizerConfig, ParamGroup
 from advdmd.types import ONE_RANK, Cond, Ranks
 
 
-def build_extra_rewards(r: Recipe, backbone: Any, prompts: Sequence[str]) -> ExtraRewards | None:
-    """What a recipe pays beside the critic: its scorers, on final images as people would see them."""
-    if not r.rewards:
-        return None
-    with torch.device("cpu"):  # where scorers live, whatever the device of the run
-        paid = [(weight, load_scorer(kind, where)) for weight, kind, where in map(parse_reward, r.rewards)]
+class Setup(NamedTuple):
+    """A run that is ready to train: the teacher's backbone, the data, and the models of the recipe's algorithm."""
 
-    def bonus(x0: Tensor, prompt: Tensor | None) -> dict[str, tuple[float, Tensor]]:
-        assert prompt is not None
-        images = list(to_uint8(decode(backbone, x0)))
-        said = [prompts[int(i)] for i in prompt]
-        with torch.device("cpu"):
-            scores = {scorer.name: (weight, scorer.score(images, said)) for weight, scorer in paid}
-        return {name: (weight, to_default_device(score)) for name, (weight, score) in scores.items()}
-
-    return bonus
+    backbone: Backbone
+    data: TrainingData
+    models: Any
 
 
-def build_models(
-    r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (), team: Ranks = ONE_RANK
-) -> DistillationModels:
-    """The players of distribution matching: student, fake score and critic, whole networks or adapters on the teacher.
+def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
+    """Load a recipe's teacher on its device, its data and its models. With encoded data the text encoders stay on disk.
 
-    `null`: the empty prompt's condition, for guidance; `prompts`: what a batch's prompt numbers mean, for further rewards.
+    Raises ValueError if something is missing, damaged or does not fit.
     """
-    how = (r.lora_rank, r.checkpointing)
-    student, fake = networks.build_student_and_fake_score(backbone, r.critic, r.seed, r.algorithm.steps, null, *how)
-    plain = _apply_fsdp(r, backbone, [student, fake.score] + [fake.trunk] * (fake.trunk is not None), team)
-    velocity = backbone.velocity
-    turns = {"match": (r.match, [(student.parameters(), 1.0)]), "policy": (r.policy, [(student.parameters(), 1.0)])}
-    groups = [(fake.score.parameters(), 1.0), (fake.heads.parameters(), r.heads_rate), ([fake.exits], r.exits_rate)]
-    if fake.trunk is not None:
-        groups.append((fake.trunk.parameters(), r.trunk_rate))
-    return DistillationModels(
-        teacher=networks.Teacher(backbone, r.guidance, null),
-        student=Learner("student", student, lambda x, t, c: velocity(student, x, t, c), turns, r.ema, plain),
-        fake=Learner("fake", fake, lambda x, t, c, k: velocity(fake.score, x, t, fake.told(c, k)), {"main": (r.fake, groups)}),
-        critic=networks.Discriminator(backbone, fake, r.critic),
-        auc=torch.full((r.algorithm.steps,), 0.5),
-        bonus=build_extra_rewards(r, backbone, prompts),
-        team=team,
-    )
-
-
-def _apply_fsdp(r: Recipe, backbone: Any, nets: Sequence[Any], team: Ranks) -> Callable[[], torch.nn.Module] | None:
-    """Where the recipe says so, spread teacher and players over the processes; returns what makes a network that is not."""
-    if not r.spread_over(team.size):
-        return None
-    kind, config, device = type(backbone.net), backbone.net.config, loading.resolve_device(r.device)
-
-    def plain() -> torch.nn.Module:
-        with torch.device("cpu"):  # where it may be float32 at first
-            net = kind.from_config(config).to(backbone.dtype)
-        return net.to(device).requires_grad_(False).eval()
-
-    for net in nets:  # made on the CPU; each goes to the devices in shares
-        distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device)
-    distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
-    return plain
-
-
-def build_twinflow(r: Recipe, backbone: Any, null: Cond) -> TwinFlowModels:
-    """TwinFlow's one player: a copy of the teacher that also reads a target time, and the same with averaged weights."""
-    if r.lora_rank:
-        return _build_twinflow_adapters(r, backbone, null)
-    (copied,) = networks.trainable_copies(backbone, ["student"], 0, r.seed, r.checkpointing)
-    torch.manual_seed(r.seed)
-    net = TargetTime(copied, backbone.time_scale, copied=isinstance(backbone, QwenImage))
-
-    def call(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        with net.toward(target):
-            return backbone.velocity(net, x, t, cond)
-
-    student = Learner("student", net, call, {"main": (r.match, [(net.parameters(), 1.0)])}, ema=r.ema)
-    mean = copy.deepcopy(net)
-    _alias_ema(student, mean)
-
-    @torch.no_grad()
-    def average(x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        with mean.toward(target):
-            return backbone.velocity(mean, x, t, cond)
-
-    return TwinFlowModels(student, average, null)
-
-
-def _alias_ema(student: Learner, net: torch.nn.Module) -> None:
-    """Make the parameters of a network like the student's the student's averages, from now on."""
-    for k, p in net.requires_grad_(False).named_parameters():
-        p.data = student.ema[k]
-
-
-def _build_twinflow_adapters(r: Recipe, backbone: Any, null: Cond) -> TwinFlowModels:
-    """With adapters TwinFlow has no second time embedding: the one time fed is t - r / 2 (2512.05150, its LoRA code)."""
-    net, mean = networks.trainable_copies(backbone, ["student", "average"], r.lora_rank, r.seed, r.checkpointing)
-
-    def through(role: torch.nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Any) -> Tensor:
-        return backbone.velocity(role, x, t - target / 2, cond)
-
-    turns = {"main": (r.match, [(net.parameters(), 1.0)])}
-    student = Learner("student", net, lambda *at: through(net, *at), turns, ema=r.ema)
-    _alias_ema(student, mean)
-    return TwinFlowModels(student, torch.no_grad()(lambda *at: through(mean, *at)), null)
-
-
-def build(
-    r: Recipe, backbone: Any, null: Cond, prompts: Sequence[str] = (), team: Ranks = ONE_RANK
-) -> DistillationModels | TwinFlowModels:
-    return (
-        build_twinflow(r, backbone, null)
-        if isinstance(r.algorithm, TwinFlow)
-        else build_models(r, backbone, null, prompts, team)
-    )
-
-
-def extra_state(players: DistillationModels | TwinFlowModels) -> dict[str, Tensor]:
-    """Tensors beside the players that belong to a run's state."""
-    return {"auc": players.auc} if isinstance(players, DistillationModels) else {}
-
-
-def student_sampling(r: Recipe) -> SamplerConfig:
-    """How a recipe's student wants to be sampled."""
-    a = r.algorithm
-    if isinstance(a, TwinFlow):
-        return SamplerConfig(steps=a.steps, eta=1.0, gap=a.gap)
-    return SamplerConfig(steps=a.steps, shift=a.shift, eta=a.eta if isinstance(a, AdvDMD) else 1.0)
-
-
-def stage(
-    r: Recipe, encoded: BucketedCache | None, team: Ranks = ONE_RANK
-) -> tuple[Any, TrainingData, DistillationModels | TwinFlowModels]:
-    """Load a recipe's teacher on its device, its data and its players. With a cache, text encoders stay on disk."""
-    if r.few_bits:
+    if r.uses_bitsandbytes:
         import_bitsandbytes()
-    with torch.device("cpu"):  # where all but the transformer stays
-        size = encoded.resolution if encoded else None
-        dtype = getattr(torch, r.base_dtype(team.size))
-        backbone, _ = loading.load(r.teacher, encoders=not encoded, dtype=dtype, resolution=size)
-        if encoded is None and not loading.is_mini_pipeline(backbone):
-            raise ValueError(f"teacher={r.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
-        data = load_training_data(r, backbone, encoded, team)
+    dtype = getattr(torch, r.base_dtype(ranks.world_size))
+    backbone, _ = loading.load(r.teacher, encoders=source.needs_encoders, dtype=dtype, resolution=source.resolution)
+    data = source.load(backbone, BatchConfig(r.prompts_per_step, r.algorithm.group_size, r.seed, ranks))
     device = loading.resolve_device(r.device)
-    if not r.spread_over(team.size):  # it goes there in shares
+    if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shares
         if r.base_bits < 32:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
         backbone.net.to(device)
-    data = data._replace(null=data.null.to(device), look=data.look.to(device))
-    return backbone, data, build(r, backbone, data.null, data.prompts, team)
+    data = data._replace(null=data.null.to(device), sample_cond=data.sample_cond.to(device))
+    return Setup(backbone, data, build_models(r, backbone, data.null, data.prompts, ranks))
+
+
+def build_models(r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK) -> Any:
+    """The models of a recipe's algorithm. null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards."""
+    return r.algorithm.build(Builder(r, backbone, null, prompts, ranks))
+
+
+class Builder:
+    """algorithms.base.ModelBuilder: networks of a recipe, whole or as adapters on the teacher."""
+
+    def __init__(self, r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK):
+        self.recipe, self.backbone, self.null, self.prompts, self.ranks = r, backbone, null, prompts, ranks
+
+    def teacher(self) -> networks.Teacher:
+        """The frozen teacher under the recipe's guidance scale."""
+        return networks.Teacher(self.backbone, self.recipe.guidance_scale, self.null)
+
+    def student(self, *optimizers: str) -> Learner:
+        """A copy of the teacher, trained by optimizers of the recipe ("dm", "policy")."""
+        (net,), ema_net = self._copies("student")
+        return self._student(net, ema_net, self._shard([net]), *optimizers)
+
+    def distillation_models(self, num_steps: int, *optimizers: str) -> DistillationModels:
+        """Teacher, a student of `num_steps` steps trained by the optimizers, its fake score and the discriminator."""
+        r, velocity = self.recipe, self.backbone.velocity
+        config = r.discriminator
+        trunks = ["trunk"] if config.trunk == "own" else []
+        (net, score, *trunk), ema_net = self._copies("student", "fake", *trunks)
+        both = networks.make_fake_score_and_discriminator(
+            self.backbone, config, r.seed, num_steps, self.null, score, trunk[0] if trunk else None
+        )
+        make_unsharded = self._shard([net, score, *trunk])
+        groups = [
+            ParamGroup(both.score.parameters()),
+            ParamGroup(both.heads.parameters(), r.discriminator_lr_scale),
+            ParamGroup([both.exit_embedding], r.exit_embedding_lr_scale),
+        ]
+        if both.trunk is not None:
+            groups.append(ParamGroup(both.trunk.parameters(), r.trunk_lr_scale))
+
+        def fake_velocity(x: Tensor, t: Tensor, cond: Cond, k: Tensor) -> Tensor:
+            return velocity(both.score, x, t, both.with_exit_embedding(cond, k))
+
+        return DistillationModels(
+            teacher=self.teacher(),
+            student=self._student(net, ema_net, make_unsharded, *optimizers),
+            fake_score=Learner("fake_score", both, fake_velocity, {"main": (r.fake_score_optimizer, groups)}),
+            discriminator=networks.Discriminator(self.backbone, both, config),
+            discriminator_auc=torch.full((num_steps,), 0.5, device=self.null.embeds.device),
+            extra_rewards=self._extra_rewards(),
+            ranks=self.ranks,
+        )
+
+    def target_time_student(self) -> tuple[Learner, Callable[..., Tensor]]:
+        """A student (x, t, r, cond) that also takes a target time r [N], trained by "main"; and the same with EMA weights.
+
+        With adapters there is no second time embedding: the one time that the network takes is t - r / 2 (2512.05150, its
+        LoRA code).
+        """
+        r, velocity = self.recipe, self.backbone.velocity
+        (net,), ema_net = self._copies("student")
+        if ema_net is not None:
+
+            def adapter(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
+                return velocity(net, x, t - target / 2, cond)
+
+            student = self._learner(net, lambda *args: adapter(net, *args), ema_net, None, {"main": r.dm_optimizer})
+            return student, torch.no_grad()(lambda *args: adapter(ema_net, *args))
+        torch.manual_seed(r.seed)
+        target_net = TargetTime(net, self.backbone.time_scale, copied=isinstance(self.backbone, QwenImage))
+
+        def whole(net: TargetTime, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
+            with net.targeting(target):
+                return velocity(net, x, t, cond)
+
+        student = self._learner(target_net, lambda *args: whole(target_net, *args), None, None, {"main": r.dm_optimizer})
+        ema_copy = student.ema_copy(target_net)
+        return student, torch.no_grad()(lambda *args: whole(ema_copy, *args))
+
+    def _copies(self, *names: str) -> tuple[list[nn.Module], nn.Module | None]:
+        """A trainable network for each name; with adapters also one that holds the EMA of the first."""
+        r = self.recipe
+        every = [*names, "average"] if r.lora_rank else names
+        nets = networks.trainable_copies(self.backbone, every, r.lora_rank, r.seed, r.gradient_checkpointing)
+        return (nets[:-1], nets[-1]) if r.lora_rank else (nets, None)
+
+    def _student(
+        self,
+        net: nn.Module,
+        ema_net: nn.Module | None,
+        make_unsharded: Callable[[], nn.Module] | None,
+        *optimizers: str,
+    ) -> Learner:
+        configs = {name: self.recipe.optimizers[f"{name}_optimizer"] for name in optimizers}
+        velocity = self.backbone.velocity
+        return self._learner(net, lambda x, t, cond: velocity(net, x, t, cond), ema_net, make_unsharded, configs)
+
+    def _learner(
+        self,
+        net: nn.Module,
+        call: Callable[..., Tensor],
+        ema_net: nn.Module | None,
+        make_unsharded: Callable[[], nn.Module] | None,
+        configs: dict[str, OptimizerConfig],
+    ) -> Learner:
+        return Learner(
+            "student",
+            net,
+            call,
+            {name: (config, [ParamGroup(net.parameters())]) for name, config in configs.items()},
+            ema_decay=self.recipe.ema_decay,
+            ema_net=ema_net,
+            make_unsharded=make_unsharded,
+            log_prefixes={"policy": "policy/"},
+        )
+
+    def _shard(self, nets: Sequence[nn.Module]) -> Callable[[], nn.Module] | None:
+        """Where the recipe says so, shard teacher and networks over ranks; returns what makes a network that is not sharded."""
+        r, backbone = self.recipe, self.backbone
+        if not r.uses_fsdp(self.ranks.world_size):
+            return None
+        base: Any = backbone.net
+        kind, config, device = type(base), base.config, loading.resolve_device(r.device)
+        for net in nets:  # made on the CPU; each goes to the devices in shares
+            distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device)
+        distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
+        return lambda: kind.from_config(config).to(backbone.dtype).to(device).requires_grad_(False).eval()
+
+    def _extra_rewards(self) -> ExtraRewards | None:
+        """The recipe's scorers on final images; they run on the CPU, whatever the device of the run."""
+        if not self.recipe.rewards:
+            return None
+        scorers = [(weight, load_scorer(kind, folder)) for weight, kind, folder in map(parse_reward, self.recipe.rewards)]
+
+        def rewards(x0: Tensor, index: Tensor | None) -> dict[str, tuple[float, Tensor]]:
+            assert index is not None
+            images = list(to_uint8(decode(self.backbone, x0)))
+            texts = [self.prompts[int(i)] for i in index]
+            return {scorer.name: (weight, scorer.score(images, texts).to(x0.device)) for weight, scorer in scorers}
+
+        return rewards

@@ -1,44 +1,44 @@
-"""What a recipe takes of a card, by part, from the transformer's configuration alone: nothing is loaded."""
+"""The memory of a GPU that a recipe takes, by part, from the transformer's configuration alone: nothing is loaded."""
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import torch
+from torch import nn
 
-from advdmd.algorithms.advdmd import AdvDMD
-from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.files import read_object
 from advdmd.models import loading, quantization
-from advdmd.models.backbone import ATTENTION
+from advdmd.models.backbone import ATTENTION, Module
 from advdmd.recipes.published import MODELS
 from advdmd.recipes.recipe import Recipe
 
 GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-BLOCK_WIDTHS = (
-    34  # widths a block holds for its own backward, per token: queries, keys, values, the wide layer and what lies between
-)
+BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
 COUNTED_CLASSES = ("SD3Transformer2DModel", "QwenImageTransformer2DModel")
-DEFAULT_TEXT_TOKENS = 77  # tokens of a prompt where nobody says
+DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
+USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Parameters, and bytes of a card by part; `activations` is an estimate, the rest is counted."""
+    """Numbers of parameters, and bytes of each GPU by part; "activations" is an estimate, the rest is counted."""
 
     base: int
-    adapter: int  # of one role; 0 for whole networks
+    adapter: int  # of one network; 0 for whole networks
+    networks: int  # that are trained
     parts: dict[str, float]
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 @functools.cache
-def transformer(teacher: str) -> tuple[Any, int]:
-    """A teacher's transformer without memory behind it, and how many tokens of text it sees.
+def transformer(teacher: str) -> tuple[Module, int]:
+    """A teacher's transformer without memory for its weights, and how many tokens of text it takes.
 
     Raises ValueError if the teacher is neither published nor a pipeline folder, or has a transformer of another class.
     """
@@ -51,10 +51,10 @@ def transformer(teacher: str) -> tuple[Any, int]:
         name, config, text = model.transformer, model.config, model.text
     else:
         folder = loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES)
-        config = read_object(folder / "transformer/config.json", "_class_name", way_out="download the teacher again")
-        name, note = config["_class_name"], loading.read_metadata(folder)
+        config = read_object(folder / "transformer/config.json", "_class_name", hint="download the teacher again")
+        name, metadata = config["_class_name"], loading.read_metadata(folder)
         text = {m.transformer: m.text for m in MODELS.values()}.get(name, DEFAULT_TEXT_TOKENS)
-        text = DEFAULT_TEXT_TOKENS + note["t5_length"] if "t5_length" in note else text
+        text = DEFAULT_TEXT_TOKENS + metadata["t5_length"] if "t5_length" in metadata else text
     if name not in COUNTED_CLASSES:
         raise ValueError(f"{teacher} has a {name}: memory is counted for {' and '.join(COUNTED_CLASSES)} only")
     cls = getattr(diffusers, name)
@@ -62,70 +62,69 @@ def transformer(teacher: str) -> tuple[Any, int]:
         return cls.from_config(config) if "_class_name" in config else cls(**config), text
 
 
-def num_trainable(r: Recipe) -> int:
-    """Trainable networks of a recipe, or adapters on one."""
-    return 1 if isinstance(r.algorithm, TwinFlow) else 2 + (r.critic.trunk == "own")
+def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate:
+    """Bytes of each of `gpus` GPUs that training a recipe takes, at a resolution in pixels.
 
-
-def estimate(r: Recipe, resolution: int = 1024, cards: int = 1) -> MemoryEstimate:
-    """Bytes of a card that a recipe takes at a resolution in pixels, when it runs on so many of them. Text encoders and
-    autoencoder are not on it: text is encoded before, and pictures to look at are decoded on the CPU."""
+    Text encoders and autoencoder are not on a GPU: text is encoded before, and sample grids are decoded on the CPU. Raises
+    ValueError if the transformer is of a class whose memory is not known.
+    """
     net, text = transformer(r.teacher)
-    base = sum(p.numel() for p in net.parameters())
-    # Every target of SD3 and Qwen-Image is a linear layer of a block, in attention or behind it.
-    layers = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and _is_adapted(k)]
+    algorithm, base = r.algorithm, sum(p.numel() for p in net.parameters())
+    # Every adapted layer of SD3 and Qwen-Image is a linear layer of a block, in attention or in the MLP after it.
+    layers = [m for k, m in net.named_modules() if isinstance(m, nn.Linear) and _is_adapted(k)]
     adapter = r.lora_rank * sum(m.in_features + m.out_features for m in layers)
-    learned, n, bytes_each = adapter or base, num_trainable(r), DTYPE_BYTES[r.base_dtype(cards)]
-    linear = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and "transformer_blocks." in k]
-    few = sum(m.weight.numel() for m in linear) if r.base_bits < 32 else 0
-    moments = [r.fake] * (n - 1) + [r.match] + [r.policy] * isinstance(r.algorithm, AdvDMD)  # two of each, for each optimizer
+    trained = algorithm.trained_networks(r.discriminator.trunk == "own")
+    learned, n, bytes_each = adapter or base, len(trained), DTYPE_BYTES[r.base_dtype(gpus)]
+    linear = [m for k, m in net.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." in k]
+    quantized = sum(m.weight.numel() for m in linear) if r.base_bits < 32 else 0
+    optimizers = [r.optimizers[name] for name in chain(*trained.values())]  # each keeps two moments
+    at_once = max(sum(name in names for names in trained.values()) for name in r.optimizers)  # networks of one update
     parts = {
-        "frozen base": float((base - few) * bytes_each + few * quantization.BYTES_PER_WEIGHT.get(r.base_bits, 0)),
+        "frozen base": float((base - quantized) * bytes_each + quantized * quantization.BYTES_PER_WEIGHT.get(r.base_bits, 0)),
         "trained weights": 4.0 * learned * n,
-        "gradients": 4.0 * learned * max(1, n - 1),  # fake score and trunk learn together, the student after them
-        "Adam": learned * sum(o.bits / 4 for o in moments),
-        "average": 4.0 * learned,
+        "gradients": 4.0 * learned * at_once,
+        "Adam": learned * sum(o.state_bits / 4 for o in optimizers),
+        "EMA": 4.0 * learned,
     }
-    spread = r.spread_over(cards)
-    if spread:  # every card holds its share, and what the pass is at: the block that is used and the next
-        parts = {k: v / cards for k, v in parts.items()}
+    sharded = r.uses_fsdp(gpus)
+    if sharded:  # every GPU holds its share, and the block that is used and the next one whole
+        parts = {k: v / gpus for k, v in parts.items()}
         parts["gathered"] = 2.0 * base / net.config.num_layers * bytes_each
     width = net.inner_dim
     patch = net.config.patch_size if "patch_size" in net.config else 2
     tokens = (resolution // 8 // patch) ** 2 + text
-    mine = max(1, r.batch // cards)
-    samples = 2 * min(getattr(r.algorithm, "micro", mine), mine)  # guidance, or real beside generated, as one double batch
-    inside = 1 if r.checkpointing else BLOCK_WIDTHS
-    held = net.config.num_layers * inside + BLOCK_WIDTHS
-    parts["activations"] = float(samples * tokens * width * bytes_each * held)
-    if adapter and r.base_bits == 32 and r.base_dtype(cards) == "float32" and not r.checkpointing:
+    samples = 2 * algorithm.samples_per_pass(max(1, r.batch // gpus))  # guidance, or real beside generated, in one pass
+    per_block = 1 if r.gradient_checkpointing else BLOCK_WIDTHS
+    kept = net.config.num_layers * per_block + BLOCK_WIDTHS
+    parts["activations"] = float(samples * tokens * width * bytes_each * kept)
+    if adapter and r.base_bits == 32 and r.base_dtype(gpus) == "float32" and not r.gradient_checkpointing:
         # Merged weights (models/lora.py) of the networks of one graph: the student, and a trunk that follows it.
         parts["activations"] += 4.0 * min(n, 2) * sum(m.weight.numel() for m in layers)
-    path = (2 * r.algorithm.steps + 3) * 16 * (resolution // 8) ** 2
-    said = text * net.config.joint_attention_dim * (2 if getattr(r.algorithm, "mismatch", 0) else 1)
-    parts["paths and text"] = 4.0 * r.batch / cards * (path + said)
-    if spread:  # while pictures are drawn the first card holds the student whole, instead of what a pass takes
-        standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "average"))
-        parts["more while pictures are drawn"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
-    return MemoryEstimate(base, adapter, parts)
+    trajectory = (2 * algorithm.steps + 3) * 16 * (resolution // 8) ** 2
+    words = text * net.config.joint_attention_dim * algorithm.conditions_per_sample
+    parts["trajectories and text"] = 4.0 * r.batch / gpus * (trajectory + words)
+    if sharded:  # while samples are generated the first GPU holds the student whole, instead of what a pass takes
+        standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "EMA"))
+        parts["more during sampling"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
+    return MemoryEstimate(base, adapter, n, parts)
 
 
 def _is_adapted(name: str) -> bool:
     return "transformer_blocks." in name and (name.endswith(ATTENTION) or (".net." in name))
 
 
-def fit_advice(r: Recipe, found: MemoryEstimate, card: float) -> str:
-    """Whether a card of so many GB will do, and if not what to change."""
-    free = card * 0.94 - found.total / GB  # what the driver and fragments leave
+def fit_advice(r: Recipe, found: MemoryEstimate, gpu_memory: float) -> str:
+    """Whether a GPU of so many GB is enough, and if not what to change."""
+    free = gpu_memory * USABLE - found.total / GB
     if free >= 0:
-        return f"fits a {card:g} GB card with {free:.0f} GB to spare"
+        return f"fits a {gpu_memory:g} GB card with {free:.0f} GB to spare"
     ways = []
     if not r.lora_rank:
-        ways += ["lora_rank=32 shard=false (adapters on one base)"] + ["more cards"] * r.shard
-    if not r.checkpointing:
-        ways.append("checkpointing=true")
-    if getattr(r.algorithm, "micro", 1) > 1:
-        ways.append("algorithm.micro=1")
+        ways += ["lora_rank=32 fsdp=false (adapters on one base)"] + ["more cards"] * r.fsdp
+    if not r.gradient_checkpointing:
+        ways.append("gradient_checkpointing=true")
+    if r.algorithm.samples_per_pass(r.batch) < r.batch and r.algorithm.samples_per_pass(r.batch) > 1:
+        ways.append("algorithm.micro_batch_size=1")
     if found.parts["activations"] > 0.2 * found.total:
         ways.append("a smaller resolution when encoding")
     if r.lora_rank > 16:
@@ -135,6 +134,6 @@ def fit_advice(r: Recipe, found: MemoryEstimate, card: float) -> str:
     least = found.parts["frozen base"] / GB  # of which a sharded run needs its share only
     if r.lora_rank:
         least = min(least, found.base * quantization.BYTES_PER_WEIGHT[4] / GB)
-    if least > card * 0.94:
+    if least > gpu_memory * USABLE:
         ways = [f"the frozen base alone takes {least:.0f} GB: only a larger card or a smaller model will do"]
-    return f"needs {found.total / GB:.0f} GB, too much for a {card:g} GB card: " + ", ".join(ways or ["a larger card"])
+    return f"needs {found.total / GB:.0f} GB, too much for a {gpu_memory:g} GB card: " + ", ".join(ways or ["a larger card"])

@@ -1,4 +1,4 @@
-"""The folder of a training run: what belongs to it, whose it is, and the recipe it was started with."""
+"""The folder of a training run: what belongs to it, which run it is of, and the recipe that it was started with."""
 
 import hashlib
 import json
@@ -7,14 +7,13 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from advdmd.data.aspect_buckets import BucketedCache
 from advdmd.files import write_text
 from advdmd.recipes import registry
-from advdmd.recipes.overrides import dump
+from advdmd.recipes.overrides import diff, dump
 from advdmd.recipes.recipe import Recipe
 
-# What a run writes, and --overwrite may lose.
-OURS = (
+# What a run writes, and --overwrite may remove.
+RUN_FILES = (
     ".*",
     "recipe.yaml",
     "metrics.jsonl",
@@ -28,34 +27,42 @@ OURS = (
 )
 
 
-def _claim(folder: Path, text: str, overwrite: bool = False, change: Callable[[], str] = lambda: "another recipe") -> None:
-    """Make `folder` this run's: accept our own to resume, refuse another run's unless told to overwrite it."""
+def create_or_resume(folder: Path, recipe_text: str, overwrite: bool, difference: Callable[[], str]) -> None:
+    """Make `folder` this run's: resume a run with the same recipe, refuse another run's unless it is to be overwritten.
+
+    difference() says in words how the recipe that is there differs. Raises ValueError if the folder holds something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out")
     record = folder / "recipe.yaml"
-    there = [p.name for p in folder.iterdir()] if folder.exists() else []
-    strangers = [name for name in there if not any(fnmatch(name, ours) for ours in OURS)]
-    if strangers and (overwrite or not record.exists()):
-        raise ValueError(f"{folder} holds what no run of ours wrote ({strangers[0]}): choose another --out")
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in RUN_FILES)]
+    if others and (overwrite or not record.exists()):
+        raise ValueError(f"{folder} holds what no run of advdmd wrote ({others[0]}): choose another --out")
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if record.exists() and record.read_text() != text:
-        raise ValueError(f"{folder} holds another run ({change()}): choose another --out, or --overwrite to lose it")
+    if record.exists() and record.read_text() != recipe_text:
+        raise ValueError(f"{folder} holds another run ({difference()}): choose another --out, or --overwrite to lose it")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(record, text)
+    write_text(record, recipe_text)
 
 
-def _recorded(name: str, r: Recipe, folder: Path) -> str:
-    """The recipe as text: as the folder has it if that is the same recipe (an older version may say less), or new."""
+def recipe_text(name: str, r: Recipe, folder: Path) -> str:
+    """The recipe as text: as the folder has it if that is the same recipe (an older version may have other keys), or new."""
     record = folder / "recipe.yaml"
     try:
         if record.is_file() and registry.resolve(str(record)) == (name, r):
             return record.read_text()
     except ValueError:
-        pass  # not ours, or not readable any more: `_claim` will say so
+        pass  # not a run of this package, or not readable any more: `create_or_resume` refuses it
     return dump(name, r)
 
 
-def _fingerprint(text: str, encoded: BucketedCache | None) -> str:
-    """Of a run: its recipe and, where it has one, its cache's plan."""
-    return hashlib.sha256((text + (json.dumps(encoded.plan) if encoded else "")).encode()).hexdigest()
+def recipe_difference(r: Recipe, folder: Path) -> str:
+    """How the recipe in a run's folder differs from `r`, in words."""
+    return "; ".join(diff(registry.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
+
+
+def run_fingerprint(recipe: str, plan: object) -> str:
+    """Hash of a run's recipe and, where it has one, of its cache's plan."""
+    return hashlib.sha256((recipe + (json.dumps(plan) if plan is not None else "")).encode()).hexdigest()

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from advdmd.evaluation.benchmark import ExcludedItem, Judgement, SuiteItem, Verdict
 from advdmd.files import file_hash
+from advdmd.types import Json
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 YES = 0.5  # probability from which an answer counts as yes
@@ -129,12 +130,12 @@ class DPG:
         questions = item.meta["questions"]
         return questions[1:] if self.mode == "official" and item.id == next(iter(self.table)) else questions
 
-    def verdict(self, item: SuiteItem, perception: Judgement) -> Verdict:
+    def verdict(self, item: SuiteItem, judgement: Judgement) -> Verdict:
         """`loose` is DPG's score, the share of questions that hold; `strict` wants all of them.
 
         Raises Dropped where the official arithmetic loses the prompt, KeyError if the judge left a question unanswered.
         """
-        asked, said = self._asked(item), {int(k): v for k, v in perception["answers"].items()}
+        asked, said = self._asked(item), {int(k): v for k, v in judgement["answers"].items()}
         yes = {q.id: said[q.id] >= YES for q in asked}
         if self.mode == "fixed":
             holds = apply_dependencies(asked, yes)
@@ -151,7 +152,7 @@ class DPG:
         for q in asked:
             for kind in {q.category, q.category.split(" - ")[0].strip()}:
                 kinds.setdefault(kind, []).append(float(counted[q.id]))
-        details: dict[str, Any] = {"answers": perception["answers"], "kinds": kinds}
+        details: Json = {"answers": judgement["answers"], "kinds": kinds}
         return Verdict(score, float(not failed), "\n".join(failed), details)
 
     def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -164,3 +165,7 @@ class DPG:
             for kind, scores in v.details["kinds"].items():
                 kinds.setdefault(kind, []).extend(scores)
         return {k: float(np.mean(v)) for k, v in sorted(kinds.items())}
+
+    def diversity(self, folder: Path) -> dict[str, float]:
+        """Empty: what a prompt leaves open cannot be measured on photographs."""
+        return {}

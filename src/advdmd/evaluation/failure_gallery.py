@@ -83,9 +83,9 @@ def failure_cards(columns: Sequence[Column], limit: int) -> tuple[str, str, str]
             f"<h2>{html.escape(r['prompt'])} <small>{html.escape(r['task'])} · {html.escape(r['item'])}/{r['k']}</small></h2>"
         )
         out.append(f'<article>{head}<div class="row">{"".join(figures)}</div></article>')
-    told = f"{html.escape(label)}: {len(failed)} of {len(rows)} images fail the strict rule"
+    kwargs = f"{html.escape(label)}: {len(failed)} of {len(rows)} images fail the strict rule"
     note = f"{len(shown)} of them are shown, at most {share} a task." if len(shown) < len(failed) else ""
-    return "".join(out), told, note
+    return "".join(out), kwargs, note
 
 
 def html_document(title: str, body: str, style: str = "") -> str:

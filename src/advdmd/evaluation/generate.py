@@ -1,6 +1,7 @@
-"""Prompts x seeds to PNG files and a manifest; what is already drawn is not drawn again."""
+"""Prompts x seeds to PNG files and a manifest. Images that are there already are not generated again."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from zlib import crc32
 
@@ -12,39 +13,45 @@ from advdmd.files import read_object, write_image, write_text
 from advdmd.models.images import ImageSampler
 
 Worker = tuple[int, int]  # (i, n): process i of n
-GENERATE_AGAIN = "delete the folder's manifest.json and images, and draw them again"
+GENERATE_AGAIN = "delete the folder's manifest.json and images, and generate them again"
 
 
 def image_path(folder: Path, item: SuiteItem, k: int) -> Path:
-    """Where an image is: our own layout, or GenEval's (ITEM/samples/0000K.png) where a folder has that."""
+    """Where image k of an item is: this package's layout, or GenEval's (ITEM/samples/0000K.png) where a folder has that."""
     theirs = folder / item.id / "samples"
     return theirs / f"{k:05d}.png" if theirs.is_dir() else folder / "images" / item.id / f"{k}.png"
 
 
-def image_jobs(benchmark: Benchmark, shard: Worker = (0, 1)) -> list[tuple[SuiteItem, int]]:
-    """Every (item, image index) of a suite, in order; of shard (i, n) those whose item falls to process i of n."""
-    mine = [i for i in benchmark.items() if crc32(i.id.encode()) % shard[1] == shard[0]]
-    return [(item, k) for item in mine for k in range(item.n_images)]
+def image_jobs(benchmark: Benchmark, worker: Worker = (0, 1)) -> list[tuple[SuiteItem, int]]:
+    """Every (item, image index) of a suite, in order; for worker (i, n) those whose item falls to process i of n."""
+    items = [i for i in benchmark.items() if crc32(i.id.encode()) % worker[1] == worker[0]]
+    return [(item, k) for item in items for k in range(item.n_images)]
 
 
 def generate(
-    benchmark: Benchmark, paint: ImageSampler, folder: Path, seed: int, about: dict, batch: int = 512, shard: Worker = (0, 1)
+    benchmark: Benchmark,
+    sampler: ImageSampler,
+    folder: Path,
+    seed: int,
+    about: Mapping[str, object],
+    batch: int = 512,
+    worker: Worker = (0, 1),
 ) -> None:
-    """Draw what is missing of a suite's shard into `folder`; an image's noise is keyed by suite, item, index and seed.
+    """Generate the missing images of a worker's part of a suite into `folder`; an image's noise is keyed by suite, item, index and seed.
 
-    Raises ValueError if the folder holds images of another model, sampling, suite or seed.
+    about: what else the manifest records. Raises ValueError if the folder holds images of another model, sampler, suite or seed.
     """
     manifest = folder / "manifest.json"
     record = {"suite": benchmark.name, "seed": seed, **about}
-    if manifest.exists() and (found := read_object(manifest, way_out=GENERATE_AGAIN)) != record:
+    if manifest.exists() and (found := read_object(manifest, hint=GENERATE_AGAIN)) != record:
         changed = sorted(k for k in {*found, *record} if found.get(k) != record.get(k))
         raise ValueError(f"{folder} holds images of another run ({', '.join(changed)} differ): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(manifest, json.dumps(record, indent=1))
-    missing = [(item, k) for item, k in image_jobs(benchmark, shard) if not image_path(folder, item, k).exists()]
+    missing = [(item, k) for item, k in image_jobs(benchmark, worker) if not image_path(folder, item, k).exists()]
     for i in range(0, len(missing), batch):
         part = missing[i : i + batch]
-        images = paint([item.prompt for item, _ in part], [(benchmark.name, item.id, k, seed) for item, k in part])
+        images = sampler([item.prompt for item, _ in part], [(benchmark.name, item.id, k, seed) for item, k in part])
         for (item, k), image in zip(part, images, strict=True):
             path = image_path(folder, item, k)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +59,10 @@ def generate(
 
 
 def read_images(benchmark: Benchmark, folder: Path) -> np.ndarray:
-    """All images of a suite [N, H, W, 3]; raises ValueError if any is missing: a partial run has no score."""
-    wanted = image_jobs(benchmark)
-    missing = [str(image_path(folder, item, k)) for item, k in wanted if not image_path(folder, item, k).exists()]
+    """All images of a suite [N, H, W, 3] uint8. Raises ValueError if any is missing: a partial run has no score."""
+    jobs = image_jobs(benchmark)
+    missing = [str(image_path(folder, item, k)) for item, k in jobs if not image_path(folder, item, k).exists()]
     if missing:
-        done = len(wanted) - len(missing)
-        raise ValueError(f"{folder}: only {done}/{len(wanted)} images are there (first missing: {missing[0]}); run it again")
-    return np.stack([np.asarray(Image.open(image_path(folder, item, k)).convert("RGB")) for item, k in wanted])
+        done = len(jobs) - len(missing)
+        raise ValueError(f"{folder}: only {done}/{len(jobs)} images are there (first missing: {missing[0]}); run it again")
+    return np.stack([np.asarray(Image.open(image_path(folder, item, k)).convert("RGB")) for item, k in jobs])

@@ -5,12 +5,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from advdmd.evaluation.benchmark import Judgement, SuiteItem, Verdict
 from advdmd.evaluation.geneval_rule import Detection, geneval_correct
+from advdmd.types import Json
 
 NAMES = (  # in COCO's order, three of them renamed
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
@@ -38,12 +39,12 @@ def _many(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def _record(tag: str, include: list[dict[str, Any]], said: str, exclude: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def _record(tag: str, include: list[Json], said: str, exclude: list[Json] | None = None) -> Json:
     more = {} if exclude is None else {"exclude": exclude}
     return {"tag": tag, "include": include, **more, "prompt": f"a photo of {said}"}
 
 
-def _drawn() -> list[dict[str, Any]]:
+def _drawn() -> list[Json]:
     """All draws of the benchmark's one generator, in its order."""
     rng, names, person = np.random.default_rng(43), COCO, COCO.index("person")
     one = lambda c, **more: {"class": names[c], "count": 1, **more}  # noqa: E731
@@ -95,12 +96,12 @@ class GenEval:
         found = [json.loads(line) for line in metadata()]
         return [SuiteItem(f"{i:05d}", m["prompt"], m["tag"], m, self.images) for i, m in enumerate(found)]
 
-    def verdict(self, item: SuiteItem, perception: Judgement) -> Verdict:
+    def verdict(self, item: SuiteItem, judgement: Judgement) -> Verdict:
         """`loose` is GenEval's own verdict; `strict` also wants exactly as many of each named class as were asked for."""
         sure = COUNTING_THRESHOLD if item.task == "counting" else THRESHOLD
         found = [
             Detection(o["label"], o.get("color"), tuple(o["box"]), o["confidence"])
-            for o in perception["objects"]
+            for o in judgement["objects"]
             if o["confidence"] > sure
         ]
         correct, reason = geneval_correct(item.meta, found)
@@ -109,7 +110,11 @@ class GenEval:
             wanted[clause["class"]] = wanted.get(clause["class"], 0) + clause["count"]
         counts = {c: sum(d.label == c for d in found) for c in wanted}
         stray = [f"expected exactly {n} {c}, found {counts[c]}" for c, n in wanted.items() if counts[c] != n]
-        return Verdict(float(correct), float(correct and not stray), "\n".join(filter(None, [reason, *stray])), perception)
+        return Verdict(float(correct), float(correct and not stray), "\n".join(filter(None, [reason, *stray])), judgement)
 
     def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
+        return {}
+
+    def diversity(self, folder: Path) -> dict[str, float]:
+        """Empty: what a prompt leaves open cannot be measured on photographs."""
         return {}

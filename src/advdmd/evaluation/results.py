@@ -1,11 +1,9 @@
-"""Verdicts to tables: means per task, prompt-clustered bootstrap intervals, paired differences."""
+"""Results on disk: verdicts and scores beside the images, and comparisons of them."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,20 +12,18 @@ from advdmd.evaluation.generate import image_jobs
 from advdmd.evaluation.statistics import Rows, paired_difference
 from advdmd.evaluation.tables import markdown
 from advdmd.files import file_hash, object_hash, read_lines, read_object, write_text
+from advdmd.types import Json
 
 SCORE_AGAIN = "score again"
 
 
 def verdict_rows(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> Rows:
+    """A row per image of a suite, from one verdict for each, in the order of `image_jobs`."""
     pairs = zip(image_jobs(benchmark), verdicts, strict=True)
-    return [{"item": i.id, "k": k, "task": i.task, "prompt": i.prompt, **asdict(v)} for (i, k), v in pairs]
+    return [{"item": i.id, "k": k, "task": i.task, "prompt": i.prompt, **v.to_json()} for (i, k), v in pairs]
 
 
-def verdict_of(row: dict[str, Any]) -> Verdict:
-    return Verdict(*(row[k] for k in ("loose", "strict", "reason", "details")))
-
-
-def write_results(folder: Path, table: Rows, summary: dict[str, Any]) -> None:
+def write_results(folder: Path, table: Rows, summary: Json) -> None:
     """Beside the images: verdicts.jsonl, table.json, table.md; and scores.json, small enough to keep, for `compare`."""
     scores: dict[str, dict[str, list[list[float]]]] = {}
     for r in table:
@@ -46,38 +42,38 @@ def read_verdicts(folder: Path) -> Rows:
     file, table = folder / "verdicts.jsonl", folder / "table.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no verdicts.jsonl: score it first")
-    told = read_object(table, way_out=SCORE_AGAIN) if table.is_file() else {}
-    if (wanted := told.get("verdicts_sha256")) and file_hash(file) != wanted:
+    kwargs = read_object(table, hint=SCORE_AGAIN) if table.is_file() else {}
+    if (wanted := kwargs.get("verdicts_sha256")) and file_hash(file) != wanted:
         raise ValueError(f"{file} is damaged (its hash differs from table.json): {SCORE_AGAIN}")
-    return read_lines(file, "item", "k", way_out=SCORE_AGAIN)
+    return read_lines(file, "item", "k", hint=SCORE_AGAIN)
 
 
-def read_scores(path: Path) -> tuple[dict[str, Any], Rows]:
+def read_scores(path: Path) -> tuple[Json, Rows]:
     """Summary and rows from scores.json, or from the folder that holds it."""
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no scores.json: score it first with advdmd eval")
-    summary = read_object(file, "scores", way_out=f"name an evaluation's folder or its scores.json, or {SCORE_AGAIN}")
+    summary = read_object(file, "scores", hint=f"name an evaluation's folder or its scores.json, or {SCORE_AGAIN}")
     if (wanted := summary.pop("sha256", None)) and object_hash(summary) != wanted:
         raise ValueError(f"{file} is damaged (what it says has another hash): {SCORE_AGAIN}")
     try:
         same = {k: summary[k] for k in ("suite", "suite_hash", "seed")}
         rows = [
-            {"task": task, "item": item, "k": k, "loose": float(loose), "strict": float(strict), **same}
+            {"task": task, "item": item, "k": k, "loose": float(official), "strict": float(strict), **same}
             for task, items in summary.pop("scores").items()
             for item, images in items.items()
-            for k, (loose, strict) in enumerate(images)
+            for k, (official, strict) in enumerate(images)
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{file} is damaged ({e!r}): score again") from None
     return summary, rows
 
 
-def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
+def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> Json:
     """Two sides, each one or more evaluations (training seeds): their means, and the paired difference."""
     a, b = ([read_scores(f) for f in side] for side in (ours, theirs))
 
-    def side(found: Sequence[tuple[dict[str, Any], Rows]]) -> dict[str, Any]:
+    def side(found: Sequence[tuple[Json, Rows]]) -> Json:
         summaries = [summary for summary, _ in found]
         spread = [s["diversity"]["mean"] for s in summaries if s["diversity"]]
         return {

@@ -1,14 +1,14 @@
 """Means with prompt-clustered bootstrap intervals, and paired differences."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from advdmd.types import Json
+
 RESAMPLES = 2000
 
-
-Rows = list[dict[str, Any]]  # one per image: item, k, task, loose, strict, reason, ...
+Rows = list[Json]  # one per image: item, k, task, loose (the suite's official rule), strict, reason, ...
 
 
 def _by_prompt(table: Rows, key: str) -> dict[str, list[np.ndarray]]:
@@ -31,7 +31,7 @@ def interval(means: np.ndarray) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def summarize(table: Rows, key: str) -> dict[str, Any]:
+def summarize(table: Rows, key: str) -> Json:
     """Mean and interval of each task, and of `overall`: the unweighted mean of the tasks, as in GenEval."""
     rng, tasks = np.random.default_rng(0), _by_prompt(table, key)
     means = {t: float(np.concatenate(p).mean()) for t, p in tasks.items()}
@@ -48,7 +48,7 @@ def _check_same_images(tables: Sequence[Rows]) -> None:
         raise ValueError("these results are of different suites, sizes or seeds: a paired difference needs the same images")
 
 
-def paired_difference(ours: Sequence[Rows], theirs: Sequence[Rows], key: str = "strict") -> dict[str, Any]:
+def paired_difference(ours: Sequence[Rows], theirs: Sequence[Rows], key: str = "strict") -> Json:
     """Mean difference ours - theirs, overall and per task, images paired by prompt and index; also relative to theirs.
 
     One table per training seed; `theirs` may be a single one, for a model that was not trained here. The interval resamples

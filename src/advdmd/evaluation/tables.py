@@ -1,26 +1,29 @@
 """Summaries of evaluations as tables: one column per model."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+
+from advdmd.evaluation.benchmark import PUBLISHED
+from advdmd.types import Json
 
 OWN_REWARD = " (its own training reward)"
 
 
-def _cell(x: dict[str, Any]) -> str:
+def _cell(x: Json) -> str:
     return f"{x['mean']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}]"
 
 
-def _headline(summary: dict[str, Any]) -> tuple[str, str]:
-    """(rule of the headline, the other one): the miniature's is strict, a published benchmark's its own."""
-    return ("strict", "loose") if str(summary.get("suite", "mini-")).startswith("mini-") else ("loose", "strict")
+def _headline(summary: Json) -> tuple[str, str]:
+    """(rule of the headline, the other one), by their keys: a published benchmark's is its own, "loose" in files."""
+    return ("loose", "strict") if summary.get("suite") in PUBLISHED else ("strict", "loose")
 
 
-def markdown(summaries: dict[str, dict[str, Any]]) -> str:
-    """`cells` as a table of Markdown."""
+def markdown(summaries: Mapping[str, Json]) -> str:
+    """`table_cells` of summaries by name, as a table of Markdown."""
     lines = ["| " + " | ".join(row) + " |" for row in table_cells(summaries)]
     return "\n".join([lines[0], "|---" * (len(summaries) + 1) + "|", *lines[1:]]) + "\n"
 
 
-def table_cells(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
+def table_cells(summaries: Mapping[str, Json]) -> list[list[str]]:
     """One column per model: the headline rule by task, the other rule, kinds, diversity, what it cost; names first.
 
     Raises ValueError if the columns were judged by different judges: their figures are not one row.
@@ -31,7 +34,10 @@ def table_cells(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
         raise ValueError(f"figures of different judges ({', '.join(sorted(judges))}) are not one table")
     judge, (rule, other) = next(iter(judges)), _headline(first)
     title = first.get("suite", "") + (f"[{judge}]" if judge != "checker" else "")
-    row = lambda label, cell: [label, *(cell(summaries[n]) for n in names)]  # noqa: E731
+
+    def row(label: str, cell: Callable[[Json], str]) -> list[str]:
+        return [label, *(cell(summaries[n]) for n in names)]
+
     lines = [[f"{title} {'strict' if rule == 'strict' else 'official'}".strip(), *names]]
     if any(s.get("judge", "").endswith(OWN_REWARD) for s in summaries.values()):
         lines.append(row("**trained on this judge**", lambda s: "yes" if s["judge"].endswith(OWN_REWARD) else "no"))
@@ -42,7 +48,7 @@ def table_cells(summaries: dict[str, dict[str, Any]]) -> list[list[str]]:
     for task in first[rule]:
         label = f"**{task}**" if task == "overall" else task
         lines.append(row(label, lambda s, task=task: _cell(s[rule][task])))
-    lines.append(row(f"{other}, overall", lambda s: _cell(s[other]["overall"])))
+    lines.append(row(f"{'official' if other == 'loose' else other}, overall", lambda s: _cell(s[other]["overall"])))
     for kind in first.get("breakdown") or {}:
         lines.append(row(kind, lambda s, kind=kind: f"{s['breakdown'].get(kind, float('nan')):.3f}"))
     if any(s.get("diversity") for s in summaries.values()):

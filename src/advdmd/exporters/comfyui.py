@@ -1,20 +1,18 @@
 """A student's workflow for ComfyUI."""
 
-from typing import Any
-
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig
+from advdmd.types import Json
 
 
-def _node(kind: str, **inputs: Any) -> dict[str, Any]:
+def _node(kind: str, **inputs: object) -> Json:
     return {"class_type": kind, "inputs": inputs}
 
 
-def workflow(backbone: Backbone, how: SamplerConfig, lora: str | None = None) -> dict[str, Any]:
-    """In its API format, for a transformer file or for the base with the adapter file `lora`; names are to be filled in.
+def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None) -> Json:
+    """A workflow in ComfyUI's API format, for a transformer file or for the base with the adapter file `lora`; names are to be filled in.
 
-    Sampler "lcm" re-noises fully and "simple" takes equal steps before the shift: the student's grid. Written from the nodes'
-    published signatures, never run there.
+    The sampler "lcm" re-noises fully and the scheduler "simple" takes equal steps before the shift: the student's grid.
     """
     kind = type(backbone.pipe).__name__
     side = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
@@ -24,11 +22,11 @@ def workflow(backbone: Backbone, how: SamplerConfig, lora: str | None = None) ->
     if kind in (one := {"QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"), "ZImagePipeline": ("qwen_3_4b", "lumina2")}):
         text = _node("CLIPLoader", clip_name=f"{one[kind][0]}.safetensors", type=one[kind][1])
         shift = "ModelSamplingAuraFlow"
-    flow = {
+    nodes = {
         "model": _node("UNETLoader", unet_name="transformer.safetensors", weight_dtype="default"),
         "clip": text,
         "vae": _node("VAELoader", vae_name="vae.safetensors"),
-        "shift": _node(shift, model=["model", 0], shift=how.shift),
+        "shift": _node(shift, model=["model", 0], shift=sampler.shift),
         "prompt": _node("CLIPTextEncode", clip=["clip", 0], text="a picture of a red circle"),
         "none": _node("CLIPTextEncode", clip=["clip", 0], text=""),
         "latent": _node("EmptySD3LatentImage", width=side, height=side, batch_size=1),
@@ -38,12 +36,12 @@ def workflow(backbone: Backbone, how: SamplerConfig, lora: str | None = None) ->
             positive=["prompt", 0],
             negative=["none", 0],
             latent_image=["latent", 0],
-            **{"seed": 0, "steps": how.steps, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0},
+            **{"seed": 0, "steps": sampler.steps, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0},
         ),
         "image": _node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
         "save": _node("SaveImage", images=["image", 0], filename_prefix="advdmd"),
     }
     if lora:
-        flow["adapter"] = _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora, strength_model=1.0)
-        flow["shift"]["inputs"]["model"] = ["adapter", 0]
-    return flow
+        nodes["adapter"] = _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora, strength_model=1.0)
+        nodes["shift"]["inputs"]["model"] = ["adapter", 0]
+    return nodes

@@ -1,4 +1,4 @@
-"""A student as other people load it: a stock diffusers folder, its scheduler, a model card."""
+"""A student as a stock diffusers folder: its pipeline, its scheduler, a model card, and a workflow for ComfyUI."""
 
 import json
 import shutil
@@ -10,138 +10,80 @@ from safetensors.torch import save_file
 from torch import nn
 
 from advdmd.exporters.comfyui import workflow
+from advdmd.exporters.model_card import LORA_FILE, SAMPLES_FILE, model_card
 from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
 from advdmd.models.loading import ENCODERS, TARGET_TIME, read_index, read_metadata, save_pipeline
 from advdmd.models.lora import LoraModel
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.target_time import TargetTime
-
-LORA = "pytorch_lora_weights.safetensors"
-SAMPLES = "samples.png"
-
-
-def stock(how: SamplerConfig) -> bool:
-    """Whether stock schedulers can sample so: they re-noise fully, on the shifted grid."""
-    return how.eta == 1 and how.gap is None
-
-
-def snippet(folder: str, backbone: Backbone, steps: int) -> str:
-    """Lines that draw an image with the stock pipeline."""
-    told = "".join(f", {k}={v!r}" for k, v in backbone.stock_load.items())
-    words = "".join(f"    {k}={v!r},\n" for k, v in backbone.stock_call(steps).items())
-    return f"""import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{folder}"{told})
-torch.manual_seed(0)  # the noise of the hops is drawn from the global generator
-image = pipe(
-    "a picture of a red circle",
-{words}).images[0]
-"""
+from advdmd.types import Json
 
 
 def export_student(
     backbone: Backbone,
     net: nn.Module,
-    how: SamplerConfig,
+    sampler: SamplerConfig,
     teacher: Path,
     folder: Path,
-    note: dict[str, Any],
+    metadata: Json,
     samples: Path | None = None,
 ) -> Path:
-    """Write the teacher's pipeline with the student as its transformer and the student's scheduler; all or nothing. `samples`:
-    a picture of what the student draws, if there is one.
+    """Write the teacher's pipeline with the student `net` as its transformer and the student's scheduler into `folder`; all or nothing.
 
-    Stock schedulers re-noise fully: only eta = 1 is the same sampler there. The card of another eta says so.
+    metadata: what else advdmd.json records, such as the recipe. samples: a picture of what the student generates. Stock
+    schedulers re-noise fully: only eta = 1 is the same sampler there, and the model card of another eta says so.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    parts, standing, adapter = dict(backbone.pipe.components), None, None
+    parts, target_embedding, adapter = dict(backbone.pipe.components), None, None
     if isinstance(net, TargetTime):
-        standing, net = net.standing(), net.net
+        target_embedding, net = net.zero_target_embedding(), net.net
     if isinstance(net, LoraModel):
-        adapter, net = net.weights(), plain(net)
+        adapter, net = net.lora_state_dict(), _fused(net)
     parts["transformer"] = net
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=how.shift, stochastic_sampling=how.eta == 1)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=sampler.shift, stochastic_sampling=sampler.eta == 1)
     pipe = type(backbone.pipe)(**parts)
-    sampling = {"steps": how.steps, "shift": how.shift, "eta": how.eta} | ({"gap": how.gap} if how.gap else {})
+    sampling = {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}
+    if sampler.last_time:
+        sampling |= {"gap": sampler.last_time}
+    stock = {"stock_load": backbone.pipeline_load_kwargs, "stock_call": backbone.pipeline_call_kwargs(sampler.steps)}
     base = read_metadata(teacher).get("name", teacher.name)
-    told = {"stock_load": backbone.stock_load, "stock_call": backbone.stock_call(how.steps)}
-    record = {"sampling": sampling, **backbone.note, **told, "base_model": base, **note}
+    record = {"sampling": sampling, **backbone.metadata, **stock, "base_model": base, **metadata}
 
     def write(making: Path) -> None:
         save_pipeline(pipe, making, record)
-        _complete(making, teacher)
+        _copy_encoders(making, teacher)
         if adapter is not None:
-            told = {"format": "pt", "advdmd": json.dumps(record)}
-            save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA, told)
-        if stock(how):
-            nodes = workflow(backbone, how, LORA if adapter is not None else None)
+            header = {"format": "pt", "advdmd": json.dumps(record)}
+            save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA_FILE, header)
+        if sampler.stock:
+            nodes = workflow(backbone, sampler, LORA_FILE if adapter is not None else None)
             (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
         if samples:
-            shutil.copyfile(samples, making / SAMPLES)
-        if standing is not None:
-            save_file({"standing": standing}, making / TARGET_TIME)
-        (making / "README.md").write_text(_card(making, folder.name, how, backbone, record))
+            shutil.copyfile(samples, making / SAMPLES_FILE)
+        if target_embedding is not None:
+            save_file({"standing": target_embedding}, making / TARGET_TIME)
+        (making / "README.md").write_text(model_card(making, folder.name, sampler, backbone, record))
 
     write_folder(folder, write)
     return folder
 
 
-def plain(role: LoraModel) -> Any:
+def _fused(adapter: LoraModel) -> nn.Module:
     """A transformer to be saved, on the CPU, with an adapter's weights added to the base's."""
-    base: Any = role.roles.net
-    with torch.device("meta"):  # whatever is no weight stays there and is not saved
+    base: Any = adapter.shared_base.net
+    with torch.device("meta"):  # what is no weight stays there and is not saved
         net = type(base).from_config(base.config)
-    net.load_state_dict(role.fused(), assign=True)
+    net.load_state_dict(adapter.fused_state_dict(), assign=True)
     return net.eval()
 
 
-def _complete(folder: Path, teacher: Path) -> None:
-    """Text encoders that stayed on disk during a run come from the teacher's folder."""
+def _copy_encoders(folder: Path, teacher: Path) -> None:
+    """Copy text encoders that stayed on disk during a run from the teacher's folder."""
     index, ours = (read_index(f) for f in (teacher, folder))
     for part, kind in index.items():
         if part in ENCODERS and kind[0] and ours.get(part, [None])[0] is None:
             shutil.copytree(teacher / part, folder / part)
             ours[part] = kind
     (folder / "model_index.json").write_text(json.dumps(ours, indent=2) + "\n")
-
-
-def _card(folder: Path, name: str, how: SamplerConfig, backbone: Backbone, record: dict[str, Any]) -> str:
-    warning = "" if how.eta == 1 else f"\n**eta = {how.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
-    if how.gap is not None:
-        warning = "\n**TwinFlow has times of its own: stock pipelines cannot sample it, `advdmd sample` can.**\n"
-    if "base_bits" in record:
-        bits = f"the base in {record['base_bits']} bits"
-        warning += (
-            f"\nIts adapter learned on {bits}, which is fused here: on the published base `{LORA}` is only close to it.\n"
-        )
-    more = ""
-    if (folder / LORA).is_file():
-        more += (
-            f"\n`{LORA}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, so "
-            "the two draw nearly, not exactly, the same unless that is float32.\n"
-        )
-    if (folder / SAMPLES).is_file():
-        more += f"\n![what it draws: the averaged student while it learned, {how.steps} steps]({SAMPLES})\n"
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-base_model: {record["base_model"]}
-base_model_relation: finetune
-license: other
-license_name: that-of-the-base-model
-tags: [advdmd, distillation, few-step]
----
-# {record["base_model"]} in {how.steps} steps
-
-Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {how.steps} steps:
-{warning}
-```python
-{snippet(name, backbone, how.steps)}```
-
-Pass what is shown: other values mean another grid or another function. With stochastic sampling the pipeline's `generator`
-seeds only the first noise: call `torch.manual_seed` to repeat an image.
-The scheduler has shift {how.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
-{more}"""

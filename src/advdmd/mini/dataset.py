@@ -75,7 +75,7 @@ def make_dataset(
     n: int,
     seed: int,
     world: World = FULL,
-    say: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None,
     reals: int = 1,
     workers: int = 1,
 ) -> MiniDataset:
@@ -92,13 +92,13 @@ def make_dataset(
         for said, drawn in (pool.map if pool else map)(draw_some, parts):
             prompts += said
             images.append(drawn)
-            if say:
-                say(len(prompts))
+            if progress:
+                progress(len(prompts))
     return MiniDataset(tuple(prompts), np.concatenate(images).reshape(n, reals, *images[0].shape[1:]))
 
 
 @torch.no_grad()
-def encode_dataset(backbone: Backbone, pool: MiniDataset, say: Callable[[int], object] | None = None) -> Tensor:
+def encode_dataset(backbone: Backbone, pool: MiniDataset, progress: Callable[[int], object] | None = None) -> Tensor:
     """Latents [n, R, C, h, w] of all images of a pool."""
     n, reals = pool.images.shape[:2]
     out = []
@@ -107,6 +107,6 @@ def encode_dataset(backbone: Backbone, pool: MiniDataset, say: Callable[[int], o
             pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))).to(backbone.vae.device)
         ).cpu()
         out.append(z.unflatten(0, (len(i), reals)))
-        if say:
-            say(int(i[-1]) + 1)
+        if progress:
+            progress(int(i[-1]) + 1)
     return torch.cat(out)

@@ -1,14 +1,13 @@
 """Spread of what a prompt leaves open, against the renderer's own: a student that wins by collapse has not won."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 
-from advdmd.mini.suites import MiniSuite
 from advdmd.mini.world.checker import ObservedScene, read_scene
 from advdmd.mini.world.render import render, to_uint8
-from advdmd.mini.world.scene import WORLDS, Spec, draw_scene
+from advdmd.mini.world.scene import Spec, World, draw_scene
 
 FACTORS = ("background", "color", "size", "position")
 
@@ -31,7 +30,7 @@ def _pair(a: ObservedScene, b: ObservedScene, spec: Spec) -> dict[str, float]:
     return out
 
 
-def _spread(seen: Sequence[ObservedScene], prompts: Sequence[str], specs: dict[str, Spec]) -> dict[str, float]:
+def _spread(seen: Sequence[ObservedScene], prompts: Sequence[str], specs: Mapping[str, Spec]) -> dict[str, float]:
     """Mean difference within prompts, per factor (an unbiased estimate whatever the number of images)."""
     by_prompt: dict[str, list[ObservedScene]] = {}
     for s, p in zip(seen, prompts, strict=True):
@@ -44,10 +43,16 @@ def _spread(seen: Sequence[ObservedScene], prompts: Sequence[str], specs: dict[s
     return {f: float(np.mean(v)) for f, v in found.items() if v}
 
 
-def diversity(suite: MiniSuite, images: np.ndarray, ids: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """Spread of each open factor as a share of the renderer's on the same prompts, and their mean; 1 is as varied."""
-    rng, world = np.random.default_rng(seed), WORLDS[suite.world]
-    true = to_uint8(render([draw_scene(suite.specs[i], rng, world, pairs=suite.split == "pairs") for i in ids]))
-    mine, theirs = (_spread(read_scene(x), ids, suite.specs) for x in (images, true))
-    shares = {f: mine[f] / theirs[f] for f in FACTORS if f in mine and theirs.get(f)}
+def diversity(
+    specs: Mapping[str, Spec], world: World, images: np.ndarray, ids: Sequence[str], *, pairs: bool = False, seed: int = 0
+) -> dict[str, float]:
+    """Spread of each open factor as a share of the renderer's on the same prompts, and their mean; 1 is as varied.
+
+    images [N, 32, 32, 3] uint8 of the specs `ids` [N], drawn from `world`; pairs: with held-out shape x colour pairs. Empty if the
+    prompts leave nothing open.
+    """
+    rng = np.random.default_rng(seed)
+    true = to_uint8(render([draw_scene(specs[i], rng, world, pairs=pairs) for i in ids]))
+    ours, rendered = (_spread(read_scene(x), ids, specs) for x in (images, true))
+    shares = {f: ours[f] / rendered[f] for f in FACTORS if f in ours and rendered.get(f)}
     return {**shares, "mean": float(np.mean(list(shares.values())))} if shares else {}

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from advdmd.models.backbone import Backbone
+from advdmd.models.loading import read_metadata, shipped_or_path
+
 IMAGE, LATENT, CHANNELS = 32, 8, 4  # pixels, latent side, latent channels: 256 numbers an image
 QWEN_TEMPLATE = (  # the pipeline's own; its tokenizer must know it, for 34 tokens of it are dropped
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -33,9 +36,9 @@ class MiniConfig:
     def __post_init__(self) -> None:
         for name in ("width", "text_width"):
             if getattr(self, name) < 32 or getattr(self, name) % 32:
-                raise ValueError(f"Size({name}={getattr(self, name)}): must be a positive multiple of 32, the head size")
+                raise ValueError(f"MiniConfig({name}={getattr(self, name)}): must be a positive multiple of 32, the head size")
         if LATENT % self.patch:
-            raise ValueError(f"Size(patch={self.patch}): must divide the latent side {LATENT}")
+            raise ValueError(f"MiniConfig(patch={self.patch}): must divide the latent side {LATENT}")
 
 
 def clip_tokenizer(corpus: Sequence[str]) -> Any:
@@ -286,3 +289,16 @@ def as_sd3(pipe: Any, seed: int = 0) -> Any:
     new.load_state_dict(kept)
     pipe.register_modules(transformer=new)
     return pipe
+
+
+def is_mini_pipeline(backbone: Backbone) -> bool:
+    """Whether a pipeline is of the miniature, whose vocabulary is closed."""
+    return len(backbone.pipe.tokenizer) < 2000
+
+
+def is_mini_name(name: str) -> bool:
+    """Whether a name is a local pipeline of the miniature: a shipped teacher, or a folder whose metadata say so."""
+    path = shipped_or_path(name)
+    if not (path / "model_index.json").is_file() or not (metadata := read_metadata(path)):
+        return False
+    return metadata.get("t5_length") == 0 or "side" in metadata

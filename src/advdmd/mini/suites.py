@@ -4,20 +4,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from advdmd.evaluation.benchmark import Judgement, SuiteItem, Verdict
+from advdmd.evaluation.generate import image_jobs, read_images
 from advdmd.evaluation.geneval_rule import Detection, geneval_correct, relative_position
 from advdmd.mini.dataset import DENSE, HELD_OUT_TASKS, caption_for, held_out, is_validation_prompt
+from advdmd.mini.diversity import diversity
 from advdmd.mini.world import checker
 from advdmd.mini.world.caption import PLURALS, parse
 from advdmd.mini.world.checker import ObservedObject, ObservedScene
 from advdmd.mini.world.render import render, to_uint8
 from advdmd.mini.world.scene import COLORS, SIZE, TASKS, WORLDS, Scene, SceneObject, Spec, specs, stable_hash
 
-SPLITS = ("test", "train", "exam", "pairs")
+SPLITS = ("test", "train", "validation", "pairs")
+SEED_OF_SPLIT = {"validation": "exam"}  # prompts are drawn from a hash of this name: it is a seed and never changes
 
 
 def metadata(task: str, spec: Spec) -> dict[str, Any]:
@@ -75,7 +79,7 @@ class CheckerJudge:
         if [(b.shape, b.color, b.size) for b in seen.blobs] != [("circle", "red", "large")]:
             raise ValueError(f"self-test: a drawn large red circle was read as {seen}")
 
-    def look(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
+    def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
         if wrong := {im.shape for im in images if im.shape != (SIZE, SIZE, 3)}:
             raise ValueError(
                 f"images of {SIZE} x {SIZE} pixels, not {sorted(wrong)[0]}: the miniature's suites are not for others"
@@ -83,10 +87,10 @@ class CheckerJudge:
         return [asdict(seen) for seen in checker.read_scene(np.stack(list(images)))]
 
 
-def from_json(perception: Judgement) -> ObservedScene:
+def from_json(judgement: Judgement) -> ObservedScene:
     """Inverse of the checker's perception as JSON."""
     return ObservedScene(
-        perception["background"], tuple(ObservedObject(**{**b, "box": tuple(b["box"])}) for b in perception["blobs"])
+        judgement["background"], tuple(ObservedObject(**{**b, "box": tuple(b["box"])}) for b in judgement["blobs"])
     )
 
 
@@ -172,7 +176,7 @@ class MiniSuite:
     """A suite of the miniature.
 
     `images_per_task` images for each task, spread evenly over at most `prompts_per_task` prompts. split: "test" are
-    prompts kept out of training, "exam" dense ones kept out of both, for scores while training; "pairs" name a shape x colour
+    prompts kept out of training, "validation" dense ones kept out of both, for scores while training; "pairs" name a shape x colour
     pair that training never showed, "train" the rest.
     """
 
@@ -189,8 +193,8 @@ class MiniSuite:
             raise ValueError(f"world {self.world!r}: one of {', '.join(WORLDS)}")
         if self.split not in SPLITS:
             raise ValueError(f"split {self.split!r}: one of {', '.join(SPLITS)}")
-        if self.split == "exam" and self.name != "mini-dpg":
-            raise ValueError(f"split 'exam' of {self.name}: only mini-dpg has prompts enough to keep some for exams")
+        if self.split == "validation" and self.name != "mini-dpg":
+            raise ValueError(f"split 'validation' of {self.name}: only mini-dpg has prompts enough to keep some for validation")
         if min(self.images_per_task, self.prompts_per_task) < 1:
             raise ValueError(f"{self.images_per_task} images of {self.prompts_per_task} prompts: both must be at least 1")
 
@@ -202,13 +206,13 @@ class MiniSuite:
 
     def _prompts(self, task: str) -> dict[str, Spec]:
         """Distinct prompts of the split, in an order fixed by the suite; fewer where the task has no more."""
-        rng = np.random.default_rng(stable_hash(f"{self.name}/{self.split}/{task}"))
+        rng = np.random.default_rng(stable_hash(f"{self.name}/{SEED_OF_SPLIT.get(self.split, self.split)}/{task}"))
         found: dict[str, Spec] = {}
         for spec in islice(specs(task, rng, WORLDS[self.world], pairs=self.split == "pairs"), 60 * self.prompts_per_task):
             prompt = caption_for(task, spec)
-            kept, exam = held_out(task, prompt), is_validation_prompt(task, prompt)
-            test = (kept and not exam) or task not in HELD_OUT_TASKS
-            if {"test": test, "train": not kept, "exam": exam, "pairs": True}[self.split]:
+            kept, validation = held_out(task, prompt), is_validation_prompt(task, prompt)
+            test = (kept and not validation) or task not in HELD_OUT_TASKS
+            if {"test": test, "train": not kept, "validation": validation, "pairs": True}[self.split]:
                 found.setdefault(prompt, spec)
             if len(found) == min(self.prompts_per_task, self.images_per_task):
                 break
@@ -231,12 +235,12 @@ class MiniSuite:
                 out.append(SuiteItem(key, caption_for(task, spec), task, meta, base + (i < more)))
         return out
 
-    def verdict(self, item: SuiteItem, perception: Judgement) -> Verdict:
-        return (dpg_verdict if item.task == DENSE else geneval_verdict)(item.meta, from_json(perception))
+    def verdict(self, item: SuiteItem, judgement: Judgement) -> Verdict:
+        return (dpg_verdict if item.task == DENSE else geneval_verdict)(item.meta, from_json(judgement))
 
-    def judge(self, items: Sequence[SuiteItem], images: np.ndarray) -> list[Verdict]:
+    def judge_images(self, items: Sequence[SuiteItem], images: np.ndarray) -> list[Verdict]:
         """One verdict per image [N, 32, 32, 3], items repeated as the images are."""
-        return [self.verdict(i, p) for i, p in zip(items, CheckerJudge().look(items, list(images)), strict=True)]
+        return [self.verdict(i, p) for i, p in zip(items, CheckerJudge().judge(items, list(images)), strict=True)]
 
     def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
         """mini-dpg: share of questions of each kind that hold."""
@@ -245,3 +249,11 @@ class MiniSuite:
             for kind, share in v.details.get("by_kind", {}).items():
                 kinds.setdefault(kind, []).append(share)
         return {k: float(np.mean(v)) for k, v in sorted(kinds.items())}
+
+    def spread(self, images: np.ndarray, ids: Sequence[str]) -> dict[str, float]:
+        """Diversity of images [N, 32, 32, 3] of the items `ids` [N], against the renderer's (mini.diversity)."""
+        return diversity(self.specs, WORLDS[self.world], images, ids, pairs=self.split == "pairs")
+
+    def diversity(self, folder: Path) -> dict[str, float]:
+        """Diversity of all images of the suite in a folder."""
+        return self.spread(read_images(self, folder), [i.id for i, _ in image_jobs(self)])

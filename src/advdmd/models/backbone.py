@@ -1,4 +1,4 @@
-"""What a family of models must offer; everything above this file is the same for all of them."""
+"""What a family of flow models must offer. Everything above this file is the same for all families."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -7,9 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from advdmd.types import Cond
+from advdmd.types import Cond, Json
 
-# What diffusers names the projections of joint attention, for text and for image.
+Pipeline = Any  # a pipeline of diffusers, whose annotations do not allow for absent parts
+Module = Any  # a model of diffusers or transformers, whose outputs are not annotated
+
+# diffusers' names for the projections of joint attention, for text and for image.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -17,19 +20,19 @@ class _LastBlockDone(Exception):
     """Raised by the last hook of a pass that wants block outputs only: the rest of the network need not run."""
 
 
-def block_outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[int], run: Callable[[], object]) -> list[Any]:
-    """What the blocks `taps` of `net` put out while `run()` walks it; what lies behind the last of them is not run."""
+def block_outputs(net: nn.Module, blocks: Sequence[nn.Module], indices: Sequence[int], run: Callable[[], object]) -> list[Any]:
+    """The outputs of the blocks `indices` of `net` in the pass `run()`, which ends after the last of them."""
     found: dict[int, Any] = {}
 
-    def keep(i: int) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+    def keep(i: int) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, out: object) -> None:
             found[i] = out
-            if i == max(taps):
+            if i == max(indices):
                 raise _LastBlockDone
 
         return hook
 
-    handles = [blocks[i].register_forward_hook(keep(i)) for i in taps]
+    handles = [blocks[i].register_forward_hook(keep(i)) for i in indices]
     try:
         with suppress(_LastBlockDone):
             run()
@@ -37,56 +40,88 @@ def block_outputs(net: nn.Module, blocks: Sequence[nn.Module], taps: Sequence[in
         for h in handles:
             h.remove()
         _reshard(net)
-    return [found[i] for i in taps]
+    return [found[i] for i in indices]
 
 
 def _reshard(net: nn.Module) -> None:
-    """What a pass that ended early has left gathered of a network that is spread over processes (train.parallel)."""
-    from torch.distributed.fsdp import FSDPModule  # a second of import, for those who learn
+    """Free what a pass that ended early has left gathered of a network that is sharded over ranks (training.distributed)."""
+    from torch.distributed.fsdp import FSDPModule  # a second of import
 
     if isinstance(net, FSDPModule) and not torch.is_grad_enabled():
         net.reshard()
 
 
-def kl_encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] -> latents of an AutoencoderKL, the posterior's mean."""
+def kl_encode(vae: Module, pixels: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w] of an AutoencoderKL, the posterior's mean."""
     z = vae.encode(pixels).latent_dist.mean
     return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def kl_decode(vae: Any, latents: Tensor) -> Tensor:
-    """Its latents -> images [N, 3, H, W] in [-1, 1]."""
+def kl_decode(vae: Module, latents: Tensor) -> Tensor:
+    """Latents [N, C, h, w] of an AutoencoderKL -> images [N, 3, H, W] in [-1, 1]."""
     z = latents / vae.config.scaling_factor + vae.config.shift_factor
     return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
 
 
 class Backbone(Protocol):
-    """One family of flow models, read from a diffusers pipeline folder: a new one is one file.
+    """One family of flow models, read from a diffusers pipeline folder. A new one is one file.
 
-    Conversions to the house's convention (data at t = 0, v = e - x0, latents [N, C, H, W]) happen here and only here.
+    Conversions to this package's convention (data at t = 0, v = e - x0, latents [N, C, H, W]) happen here and only here.
     """
 
-    pipe: Any  # the diffusers pipeline it was read from
+    pipe: Pipeline  # the diffusers pipeline it was read from
     net: nn.Module  # the pipeline's own transformer: the teacher
-    vae: Any  # its autoencoder
-    dtype: torch.dtype  # of its weights; velocities and features leave in float32
-    latent_shape: tuple[int, ...]
-    token_width: int  # of the image tokens that blocks put out
-    time_scale: float  # what times are multiplied by before the transformer sees them
+    vae: Module  # its autoencoder
+    dtype: torch.dtype  # of the transformer's weights; velocities and features are returned in float32
+    latent_shape: tuple[int, ...]  # [C, H, W]
+    hidden_size: int  # of the image tokens that blocks return
+    time_scale: float  # what times are multiplied by before the transformer takes them
     lora_targets: tuple[str, ...]  # endings of the names of the linear layers that adapters are put on
-
-    note: dict[str, Any]  # what must be known beside the pipeline to read it again (load.as_backbone)
-    stock_load: dict[str, Any]  # what the stock pipeline must be told when it is loaded
+    metadata: Json  # what must be known beside the pipeline to read it again (loading.backbone_from_pipeline)
+    pipeline_load_kwargs: Json  # what the stock pipeline needs as arguments when it is loaded
 
     @property
-    def encoders(self) -> Sequence[nn.Module]: ...
-    def stock_call(self, steps: int) -> dict[str, Any]: ...  # and when it is called: a student's grid, guidance off
+    def encoders(self) -> Sequence[nn.Module]:
+        """The text encoders."""
+        ...
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor: ...
-    def embed(self, ids: Tensor) -> Cond: ...
-    def encode(self, pixels: Tensor) -> Tensor: ...  # images [N, 3, H, W] in [-1, 1] -> latents
-    def decode(self, latents: Tensor) -> Tensor: ...
-    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
-    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor: ...
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]: ...
-    def blocks(self, net: nn.Module) -> Sequence[nn.Module]: ...
+    @property
+    def device(self) -> torch.device:
+        """Of the transformer."""
+        ...
+
+    def pipeline_call_kwargs(self, steps: int) -> Json:
+        """What the stock pipeline needs as arguments when it is called: a student's grid, guidance off."""
+        ...
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of N prompts [N, ...]."""
+        ...
+
+    def encode_text(self, ids: Tensor) -> Cond:
+        """Token ids [N, ...] -> conditions [N]."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
+        ...
+
+    def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v = e - x0 [N, C, H, W] by a transformer of this family, at x [N, C, H, W] and t [N] in [0, 1]."""
+        ...
+
+    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance of velocities [N, C, H, W] as the stock pipeline has it."""
+        ...
+
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
+        """Image tokens [N, T, hidden_size] after each of the blocks `indices`; later blocks are not run."""
+        ...
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The transformer's blocks, in order."""
+        ...

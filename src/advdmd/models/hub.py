@@ -10,9 +10,9 @@ DTYPE_VARIANTS = ("*.fp16*", "*.bf16*", "*.fp8*")  # the same weights in another
 
 
 def download(name: str | Path, which: Sequence[str] = SAFE_FILES) -> Path:
-    """A local folder, or those of its files that match `which` of OWNER/NAME or OWNER/NAME@REVISION from the hub.
+    """A local folder, or the files that match `which` of OWNER/NAME or OWNER/NAME@REVISION on the hub, as a folder.
 
-    Raises ValueError if it is neither, or cannot be had.
+    Raises ValueError if it is neither, or cannot be fetched.
     """
     path = Path(name)
     if path.exists():

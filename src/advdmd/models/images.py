@@ -1,16 +1,15 @@
-"""Pictures to look at: prompts to bytes, rows of images as one sheet, the same prompts and noise over a run."""
+"""Pictures: tensors to bytes, prompts to bytes, rows of images as one picture."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 
-ImageSampler = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys) -> [N, H, W, 3] uint8
+ImageSampler = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys of noise) -> [N, H, W, 3] uint8
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -19,19 +18,19 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def image_sampler(
-    backbone: Any, net: torch.nn.Module, how: SamplerConfig, say: Callable[[int], object] | None = None
+    backbone: Backbone, net: nn.Module, sampler: SamplerConfig, progress: Callable[[int], object] | None = None
 ) -> ImageSampler:
-    """What evaluation calls to draw: prompts and keys to images."""
+    """A function from prompts and keys of noise to images, with a network of the backbone, on the network's device."""
 
-    def paint(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
-        noise = draw_noise(keys, backbone.latent_shape, how.steps if how.eta is not None else 1)
-        return to_uint8(sample(backbone, net, prompts, noise, how, say=say))
+    def generate(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+        noise = draw_noise(keys, backbone.latent_shape, sampler.steps if sampler.eta is not None else 1)
+        return to_uint8(sample(backbone, net, prompts, noise.to(backbone.device), sampler, progress=progress))
 
-    return paint
+    return generate
 
 
 def image_grid(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
-    """Rows of images [n, H, W, 3] as one picture, enlarged without smoothing, with a thin gap."""
+    """Rows of images [n, H, W, 3] uint8 as one picture, enlarged without smoothing, with a gap of two pixels."""
     gap = np.pad(np.stack(rows), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     r, n, h, w, c = gap.shape
     sheet = Image.fromarray(gap.transpose(0, 2, 1, 3, 4).reshape(r * h, n * w, c))

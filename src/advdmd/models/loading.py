@@ -1,4 +1,4 @@
-"""Pipeline folders to backbones: shipped names, diffusers folders, and students we exported."""
+"""Pipeline folders to backbones: shipped names, diffusers folders, hub ids, and students that this package exported."""
 
 import json
 import logging
@@ -8,68 +8,77 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
-from advdmd.models.backbone import Backbone
+from advdmd.models.backbone import Backbone, Pipeline
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.sd3 import SD3
 from advdmd.models.target_time import attach_zero_target
 from advdmd.models.z_image import ZImage
+from advdmd.types import Json
 
-SHIPPED = ("mini-sd3", "mini-sd35", "mini-qwen")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
-HASH_KEY = "transformer_sha256"  # in a note: of the weights it was written for
+HASH_KEY = "transformer_sha256"  # in the metadata: of the weights that it was written for
+METADATA_FILE = "advdmd.json"  # beside a pipeline: how to sample it, and what `backbone_from_pipeline` must know
 EXPORT_AGAIN = "export or download it again"
-METADATA_FILE = "advdmd.json"  # beside a pipeline: how it wants to be sampled, and what as_backbone must know
-# Of a pipeline on the hub: its parts, and not the same weights once more in files for other programs, which are there too.
+# Of a pipeline on the hub: its parts, and not the same weights once more in files for other programs.
 PIPELINE_FILES = (
     "*.json",
     TARGET_TIME,
     *(f"{part}/{kind}" for part in ("transformer", "scheduler", *ENCODERS) for kind in hub.SAFE_FILES),
 )
-DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)  # what it says of itself
+DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)
+KNOWN_PIPELINES = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
+
+
+def shipped() -> dict[str, Path]:
+    """The teachers that are installed with this package, by name."""
+    folder = Path(str(files("advdmd") / "mini" / "teachers"))
+    return {f.name: f for f in sorted(folder.iterdir()) if f.is_dir()} if folder.is_dir() else {}
 
 
 def shipped_or_path(name: str | Path) -> Path:
     """The folder of a shipped teacher, or a path as it is."""
-    return Path(str(files("advdmd") / "mini" / "teachers" / str(name))) if str(name) in SHIPPED else Path(name)
+    return shipped().get(str(name), Path(name))
 
 
 def pipeline_folder(name: str, which: Sequence[str] = PIPELINE_FILES) -> Path:
-    """`located`, or fetched from the hub (the files `which`), and checked: raises ValueError if it is not a pipeline."""
+    """The folder of a shipped teacher, a local pipeline or one on the hub, of which the files `which` are fetched.
+
+    Raises ValueError if it is not a pipeline.
+    """
     path = shipped_or_path(name)
     if not path.exists() and hub.HUB_ID.fullmatch(name):
         path = hub.download(name, which)
     if not (path / "model_index.json").is_file():
         raise ValueError(
-            f"{name!r} is neither a shipped model ({', '.join(SHIPPED)}) nor a diffusers pipeline folder (no "
+            f"{name!r} is neither a shipped model ({', '.join(shipped())}) nor a diffusers pipeline folder (no "
             "model_index.json); advdmd pretrain makes teachers of the miniature"
         )
     return path
 
 
 def weights_file(folder: Path) -> Path:
-    """The weights that tell a pipeline or an autoencoder from another."""
+    """The file of weights by which a pipeline or an autoencoder is known. Raises ValueError if there is none."""
     found = [f for f in (folder / "transformer", folder) if (f / "diffusion_pytorch_model.safetensors").is_file()]
     if not found:
         raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors: name a pipeline or a vae folder")
     return found[0] / "diffusion_pytorch_model.safetensors"
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What a folder says of itself, but for the hash that `intact` asks for; empty if it is not ours."""
+def read_metadata(path: Path) -> Json:
+    """This package's metadata of a pipeline folder, without the hash that `verify_weights` reads; empty if there are none."""
     return {k: v for k, v in _metadata(path).items() if k != HASH_KEY}
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    return read_object(path / METADATA_FILE, way_out=EXPORT_AGAIN) if (path / METADATA_FILE).is_file() else {}
+def _metadata(path: Path) -> Json:
+    return read_object(path / METADATA_FILE, hint=EXPORT_AGAIN) if (path / METADATA_FILE).is_file() else {}
 
 
 def _weights_hash(path: Path) -> str:
@@ -77,23 +86,23 @@ def _weights_hash(path: Path) -> str:
 
 
 def verify_weights(path: Path) -> None:
-    """Raises ValueError if a pipeline's transformer has not the weights that its note was written for."""
+    """Raises ValueError if a pipeline's transformer does not have the weights that its metadata were written for."""
     wanted = _metadata(path).get(HASH_KEY)
     if wanted and _weights_hash(path) != wanted:
         raise ValueError(
-            f"{path / 'transformer'} is damaged (its weights have not the hash in {METADATA_FILE}): {EXPORT_AGAIN}, or delete {HASH_KEY} there if "
-            "they were changed on purpose"
+            f"{path / 'transformer'} is damaged (its weights have not the hash in {METADATA_FILE}): {EXPORT_AGAIN}, or delete "
+            f"{HASH_KEY} there if they were changed on purpose"
         )
 
 
-def read_index(path: Path) -> dict[str, Any]:
-    """What a diffusers folder says it is made of."""
-    return read_object(path / "model_index.json", "_class_name", way_out=EXPORT_AGAIN)
+def read_index(path: Path) -> Json:
+    """The model_index.json of a diffusers folder: its class and its parts. Raises ValueError if it is damaged."""
+    return read_object(path / "model_index.json", "_class_name", hint=EXPORT_AGAIN)
 
 
 def silence_libraries() -> None:
-    """No warnings and no progress bars of the libraries' own."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before anything imports it: it misses kernels nobody asked for
+    """Turn off warnings and progress bars of transformers, diffusers and bitsandbytes."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before anything imports it: it misses kernels nobody needs
     import transformers
     from diffusers.utils import logging as diffusers_logging
 
@@ -103,25 +112,27 @@ def silence_libraries() -> None:
 
 
 def load_pipeline(
-    path: Path, encoders: bool = True, dtype: torch.dtype = torch.float32, text: torch.dtype = torch.float32
-) -> Any:
-    """A diffusers pipeline from a local folder, quietly; never runs code from it and never reaches a network.
+    path: Path,
+    encoders: bool = True,
+    dtype: torch.dtype = torch.float32,
+    text_dtype: torch.dtype = torch.float32,
+) -> Pipeline:
+    """A diffusers pipeline from a local folder; never runs code from it and never reaches a network.
 
-    `encoders`: without them the text encoders stay on disk, for runs whose text is encoded already. `dtype` is the
-    transformer's, `text` the text encoders'; the autoencoder is float32.
+    encoders: False leaves the text encoders on disk, for runs whose text is encoded already. dtype: of the transformer;
+    text_dtype: of the text encoders; the autoencoder is float32. Raises ValueError if the folder cannot be loaded.
     """
     import diffusers
 
     silence_libraries()
     index = read_index(path)
-    known = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
-    if index.get("_class_name") not in known:
-        raise ValueError(f"{path} holds a {index.get('_class_name')}: {', '.join(known)} are supported")
-    # A pipeline saved without its third encoder must be told so again when it is loaded.
+    if index["_class_name"] not in KNOWN_PIPELINES:
+        raise ValueError(f"{path} holds a {index['_class_name']}: {', '.join(KNOWN_PIPELINES)} are supported")
+    # A pipeline that was saved without its third encoder must be given None for it when it is loaded.
     absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [True])[0] is None}
     if not encoders:
         absent |= {k: None for k in TEXT_ENCODERS if k in index}
-    dtypes = {"transformer": dtype, "default": torch.float32} | {k: text for k in TEXT_ENCODERS if k in index}
+    dtypes = {"transformer": dtype, "default": torch.float32} | {k: text_dtype for k in TEXT_ENCODERS if k in index}
     try:
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype=dtypes, **absent
@@ -132,106 +143,90 @@ def load_pipeline(
     return pipe
 
 
-def save_pipeline(pipe: Any, path: Path, note: dict[str, Any]) -> None:
-    """A diffusers folder with its note; the folders its parts were read from (`_name_or_path`) are nobody else's business."""
+def save_pipeline(pipe: Pipeline, path: Path, metadata: Json) -> None:
+    """Write a diffusers folder with its metadata, without the names of the folders that its parts were read from."""
     pipe.save_pretrained(path)
     for file in path.rglob("*.json"):
         config = json.loads(file.read_text())
         if "_name_or_path" in config:
             del config["_name_or_path"]
             file.write_text(json.dumps(config, indent=2) + "\n")
-    (path / METADATA_FILE).write_text(json.dumps(note | {HASH_KEY: _weights_hash(path)}, indent=1))
+    (path / METADATA_FILE).write_text(json.dumps(metadata | {HASH_KEY: _weights_hash(path)}, indent=1))
 
 
 def default_sampling(path: Path) -> SamplerConfig:
-    """A folder's own way of sampling; a teacher without a note: 40 steps, guidance 4."""
+    """How a folder's metadata say that it is sampled; without metadata 40 steps at guidance 4. Raises ValueError if they are bad."""
     try:
-        return SamplerConfig(**read_metadata(path).get("sampling", {"steps": 40, "guidance": 4.0}))
-    except TypeError as e:
+        return SamplerConfig.from_json(read_metadata(path).get("sampling", {"steps": 40, "guidance": 4.0}))
+    except ValueError as e:
         raise ValueError(f"{path / METADATA_FILE}: {e}") from None
 
 
-def backbone_from_pipeline(pipe: Any, note: dict[str, Any]) -> Backbone:
-    """The backbone of a pipeline; its note may say `t5_length` (SD3) and the latents' `side`."""
+def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
+    """The backbone of a pipeline; its metadata may hold `t5_length` (SD3) and the latents' `side`."""
     kind = type(pipe).__name__
     if kind == "QwenImagePipeline":
-        return QwenImage(pipe, side=note.get("side", pipe.default_sample_size))
+        return QwenImage(pipe, side=metadata.get("side", pipe.default_sample_size))
     if kind == "ZImagePipeline":
-        return ZImage(pipe, side=note.get("side", 128))
-    return SD3(pipe, t5_length=note.get("t5_length", 256), side=note.get("side"))
+        return ZImage(pipe, side=metadata.get("side", 128))
+    return SD3(pipe, t5_length=metadata.get("t5_length", 256), side=metadata.get("side"))
 
 
 def load(
     name: str,
     encoders: bool = True,
     dtype: torch.dtype = torch.float32,
-    text: torch.dtype = torch.float32,
+    text_dtype: torch.dtype = torch.float32,
     resolution: int | None = None,
 ) -> tuple[Backbone, SamplerConfig]:
-    """Backbone and its own way of sampling, at another side in pixels if told; the rest as in `load_pipeline`.
+    """A backbone and how it is sampled, on the CPU, at another side in pixels if `resolution` is given. The rest as in `load_pipeline`.
 
     Raises ValueError if the autoencoder or the transformer cannot do that side, or if the transformer's files are not those
-    that its note was written for.
+    that the metadata were written for.
     """
     path = pipeline_folder(name)
     verify_weights(path)
-    pipe, note = load_pipeline(path, encoders, dtype, text), read_metadata(path)
+    pipe, metadata = load_pipeline(path, encoders, dtype, text_dtype), read_metadata(path)
     if resolution is not None:
         scale = pipe.vae_scale_factor
         if resolution < 1 or resolution % scale:
             raise ValueError(f"resolution={resolution}: a multiple of {scale}, of which this autoencoder makes one latent")
-        note = note | {"side": resolution // scale}
-    backbone = backbone_from_pipeline(pipe, note)
+        metadata = metadata | {"side": resolution // scale}
+    backbone = backbone_from_pipeline(pipe, metadata)
     if (path / TARGET_TIME).is_file():
-        attach_zero_target(
-            backbone.net, read_tensors(path / TARGET_TIME, "standing", way_out=EXPORT_AGAIN)["standing"], backbone.time_scale
-        )
+        embedding = read_tensors(path / TARGET_TIME, "standing", hint=EXPORT_AGAIN)["standing"]
+        attach_zero_target(backbone.net, embedding, backbone.time_scale)
     backbone.net.requires_grad_(False).eval()
-    own = default_sampling(path)
-    if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in note:
-        own = replace(own, shift=dynamic_shift(pipe.scheduler.config, backbone.latent_shape[-1]))
-    return backbone, own
+    sampler = default_sampling(path)
+    if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in metadata:
+        sampler = replace(sampler, shift=dynamic_shift(pipe.scheduler.config, backbone.latent_shape[-1]))
+    return backbone, sampler
 
 
-def dynamic_shift(config: Any, side: int) -> float:
-    """The time shift e^mu of a scheduler that shifts by image size, mu linear in the number of tokens, two latents on a side
-    (Qwen-Image's pipeline; its `shift_terminal`, which moves the last step slightly, is left out here)."""
+def dynamic_shift(config: Json, side: int) -> float:
+    """The time shift e^mu of a scheduler that shifts by image size, mu linear in the number of tokens; `side` of the latents.
+
+    As in Qwen-Image's pipeline, two latents on a side of a token. Its `shift_terminal`, which moves the last step slightly, is
+    left out.
+    """
     tokens = (side // 2) ** 2
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return math.exp(config["base_shift"] + slope * (tokens - config["base_image_seq_len"]))
 
 
-def is_mini_pipeline(backbone: Backbone) -> bool:
-    """Whether a pipeline is one of the miniature's, whose vocabulary is closed."""
-    return len(backbone.pipe.tokenizer) < 2000
-
-
-def is_mini_name(name: str) -> bool:
-    """Whether a name is a local pipeline of the miniature: shipped, or with a note that says so."""
-    path = shipped_or_path(name)
-    if not (path / "model_index.json").is_file() or not (note := read_metadata(path)):
-        return False
-    return note.get("t5_length") == 0 or "side" in note
-
-
-def resolve_device(asked: str) -> str:
-    """Raises ValueError if a GPU is asked for and there is none."""
-    if asked == "cuda" and not torch.cuda.is_available():
+def resolve_device(device: str) -> str:
+    """The device to use for `device`: auto, cpu or cuda. Raises ValueError if a GPU is wanted and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch sees no GPU here; use device=cpu or auto")
-    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
-def default_device(device: str) -> Iterator[None]:
-    """Tensors are made on `device` inside, and sums on a card are as exact as the CPU's: convolutions would be rounded."""
-    if device == "cpu":  # not otherwise: a default device costs the CPU's small calls time
-        yield
-        return
-    before, rounded = torch.get_default_device(), torch.backends.cudnn.allow_tf32
+def exact_convolutions() -> Iterator[None]:
+    """Inside, a GPU's convolutions are as exact as the CPU's: cuDNN would round float32 to TF32."""
+    before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    torch.set_default_device(device)
     try:
         yield
     finally:
-        torch.set_default_device(None if before.type == "cpu" else before)
-        torch.backends.cudnn.allow_tf32 = rounded
+        torch.backends.cudnn.allow_tf32 = before

@@ -1,8 +1,8 @@
-"""Adapters of several roles on one frozen base, and gradient checkpointing that remembers the role.
+"""Adapters of several networks on one frozen base, and gradient checkpointing that remembers which adapter was active.
 
-Switching adapters the libraries' way flips `requires_grad`, and checkpointing recomputes under whatever adapter is active when
-gradients flow: both corrupt gradients without a word. Here a pass only changes the routing, and what is recomputed runs in
-the role, and with the frozen parameters, that it first ran with.
+Switching adapters the libraries' way flips `requires_grad`, and checkpointing recomputes with the adapter that is active at
+backward time: both corrupt gradients silently. Here a pass only changes the routing, and what is recomputed runs with the
+adapter, and with the frozen adapters, that it first ran with.
 """
 
 import warnings
@@ -21,10 +21,15 @@ from advdmd.models import quantization
 
 SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does not allow
 
+Pairs = Mapping[str, tuple[nn.Parameter, nn.Parameter]]  # adapter -> its A [rank, in] and B [out, rank] in one layer
+
 
 class _MergedLoraLinear(torch.autograd.Function):
-    """x (W + B A)^T + bias, W frozen. The sum is made once a pass and kept for its backward, so a token pays for one product
-    instead of three, two of them thin, which a network of tiny width feels most (benchmarks/iteration.py)."""
+    """x (W + B A)^T + bias with W frozen.
+
+    The sum is made once per pass and kept for its backward, so a token costs one product instead of three, two of them thin:
+    a network of tiny width gains most (benchmarks/iteration.py).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
@@ -36,25 +41,25 @@ class _MergedLoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, merged, a, b = ctx.saved_tensors
-        down, told_a, told_b = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        g, said = grad.flatten(0, -2), x.flatten(0, -2)
-        grad_x = (g @ merged).view_as(x) if down else None
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        g, tokens = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_x = (g @ merged).view_as(x) if needs_x else None
         # Rank x tokens, and no product of two transposed: thin ones are several times as quick that way on a CPU (docs/log.md).
-        grad_a = (b.t().contiguous() @ g.t()) @ said if told_a else None
-        grad_b = ((a @ said.t()) @ g).t() if told_b else None
+        grad_a = (b.t().contiguous() @ g.t()) @ tokens if needs_a else None
+        grad_b = ((a @ tokens.t()) @ g).t() if needs_b else None
         return grad_x, None, None, grad_a, grad_b
 
 
-def _lora_forward(
-    roles: "SharedBase", base: nn.Module, pairs: Mapping[str, tuple[nn.Parameter, nn.Parameter]], x: Tensor
-) -> Tensor:
-    """What peft's layer does without dropout and with a scale of 1, in the role of the moment. On a base of another type than
-    the adapter the adapter's share is its own sum, or what is small in it would be rounded away beside the weight; it is in the
-    type of what flows."""
-    if not roles.now:
+def _lora_forward(shared_base: "SharedBase", base: nn.Module, pairs: Pairs, x: Tensor) -> Tensor:
+    """What peft's layer does without dropout and with a scale of 1, with the active adapter; x [..., in] -> [..., out].
+
+    On a base of another type than the adapter the adapter's part is added on its own, in the type of x: merged into the weight
+    its small numbers would be rounded away.
+    """
+    if not shared_base.active_adapter:
         return base(x)
-    a, b = pairs[roles.now]
-    if roles.now in roles.still:
+    a, b = pairs[shared_base.active_adapter]
+    if shared_base.active_adapter in shared_base.frozen_adapters:
         a, b = a.detach(), b.detach()
     if type(base) is nn.Linear and base.weight.dtype == x.dtype == a.dtype:
         if not torch.is_grad_enabled():
@@ -65,9 +70,9 @@ def _lora_forward(
 
 
 class SharedBase:
-    """One network with an adapter for each of `names`; outside `playing` it is the untouched base, bit for bit.
+    """One frozen network with an adapter for each of `names`; outside `active` it is the untouched base, bit for bit.
 
-    `targets`: endings of the names of the linear layers that get one. Alpha equals the rank, so the scale is 1 and an
+    targets: endings of the names of the linear layers that get adapters. Alpha equals the rank, so the scale is 1 and an
     exported adapter means the same with or without its metadata. Adapters are float32 on a base of any type.
     """
 
@@ -78,11 +83,11 @@ class SharedBase:
         net.requires_grad_(False)
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
-        with warnings.catch_warnings(), torch.device("cpu"):  # the same numbers on any device; each goes to its layer's
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-            for name in names:
+            for name in names:  # made on the CPU, the same numbers on any device; each goes to its layer's
                 inject_adapter_in_model(config, net, name)
-        self.net, self.names, self.now, self.still = net, tuple(names), "", frozenset[str]()
+        self.net, self.names, self.active_adapter, self.frozen_adapters = net, tuple(names), "", frozenset[str]()
         layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
             pairs = {name: (layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names}
@@ -93,31 +98,36 @@ class SharedBase:
                 p.requires_grad_(True)
 
     @contextmanager
-    def playing(self, name: str, still: frozenset[str] | None = None) -> Iterator[None]:
-        """Passes inside go through the adapter `name`, through the base alone if it is empty; the adapters of the roles
-        `still` are constants, by default those that were."""
-        before = self.now, self.still
-        self.now, self.still = name, self.still if still is None else still
+    def active(self, name: str, frozen_adapters: frozenset[str] | None = None) -> Iterator[None]:
+        """Passes inside go through the adapter `name`, or through the base alone if the name is empty.
+
+        frozen_adapters: those that are constants inside; by default those that were.
+        """
+        before = self.active_adapter, self.frozen_adapters
+        self.active_adapter = name
+        self.frozen_adapters = self.frozen_adapters if frozen_adapters is None else frozen_adapters
         try:
             yield
         finally:
-            self.now, self.still = before
+            self.active_adapter, self.frozen_adapters = before
 
     def checkpoint(self, blocks: Sequence[nn.Module]) -> None:
-        """Keep only what enters these blocks and run them again when gradients flow, as they ran: in their role, and with what
-        was constant then."""
+        """Keep only the inputs of these blocks and run the blocks again in the backward pass, as they first ran."""
 
-        def forward(run: Callable[..., Any], mine: Mapping[str, Sequence[nn.Parameter]], *args: Any, **kw: Any) -> Any:
+        def forward(run: Callable[..., Any], own: Mapping[str, Sequence[nn.Parameter]], *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
-                return run(*args, **kw)
-            learning = [] if self.now in self.still else mine.get(self.now, [])
-            given = (*args, *kw.values())
-            named = lambda *a: run(*a[: len(args)], **dict(zip(kw, a[len(args) :], strict=True)))  # noqa: E731
-            return _Recompute.apply(self, named, len(given), *given, *learning)
+                return run(*args, **kwargs)
+            learning = [] if self.active_adapter in self.frozen_adapters else own.get(self.active_adapter, [])
+            inputs, n = (*args, *kwargs.values()), len(args)
+
+            def positional(*values: Any) -> Any:
+                return run(*values[:n], **dict(zip(kwargs, values[n:], strict=True)))
+
+            return _Recompute.apply(self, positional, len(inputs), *inputs, *learning)
 
         for block in blocks:
-            mine = {n: [p for k, p in block.named_parameters() if f".{n}." in k and "lora_" in k] for n in self.names}
-            block.forward = partial(forward, block.forward, mine)
+            own = {n: [p for k, p in block.named_parameters() if f".{n}." in k and "lora_" in k] for n in self.names}
+            block.forward = partial(forward, block.forward, own)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters, named by their place: "blocks.0.attn.to_q.lora_A"."""
@@ -126,107 +136,109 @@ class SharedBase:
 
 
 class _Recompute(torch.autograd.Function):
-    """run(*given), of which only what was given is kept: it runs once more when gradients flow, in the role of the first time.
-    The last of `given` are the adapter's parameters, which `run` does not take but which get their gradients here; tensors in
-    tuples or dicts (rotary embeddings) are constants.
+    """run(*inputs), of which only the inputs are kept: it runs once more in the backward pass, with the adapter of the first time.
 
-    torch's own checkpointing keeps a record of every tensor inside, which costs more than the launches of a small block.
+    The last inputs are the adapter's parameters, which `run` does not take but which get their gradients here. Tensors in tuples
+    or dicts (rotary embeddings) are constants. torch's own checkpointing keeps a record of every tensor inside, which costs
+    more than the launches of a small block.
     """
 
     @staticmethod
-    def forward(ctx: Any, roles: SharedBase, run: Callable[..., Any], n: int, *given: Any) -> Any:  # pyright: ignore
+    def forward(ctx: Any, shared_base: SharedBase, run: Callable[..., Any], n: int, *inputs: Any) -> Any:  # pyright: ignore
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.n, ctx.moment = run, n, partial(roles.playing, roles.now, roles.still)
-        ctx.plain = [None if isinstance(x, Tensor) else x for x in given]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in given))
-        return run(*given[:n])
+        ctx.run, ctx.n = run, n
+        ctx.active = partial(shared_base.active, shared_base.active_adapter, shared_base.frozen_adapters)
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        return run(*inputs[:n])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        asked = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[3:]
         kept = [plain if x is None else x for x, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
-        given, learning = kept[: ctx.n], kept[ctx.n :]
-        given = [x.detach().requires_grad_(a) if isinstance(x, Tensor) else x for x, a in zip(given, asked, strict=False)]
-        with torch.enable_grad(), ctx.moment():
-            out = ctx.run(*given)
+        inputs, learning = kept[: ctx.n], kept[ctx.n :]
+        inputs = [x.detach().requires_grad_(n) if isinstance(x, Tensor) else x for x, n in zip(inputs, needed, strict=False)]
+        with torch.enable_grad(), ctx.active():
+            out = ctx.run(*inputs)
         pairs = zip(out if isinstance(out, tuple) else (out,), grads, strict=True)
         both = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
-        leaves = [x for x, a in zip(given + learning, asked, strict=True) if a]
+        leaves = [x for x, n in zip(inputs + learning, needed, strict=True) if n]
         found = iter(torch.autograd.grad([y for y, _ in both], leaves, [g for _, g in both], allow_unused=True))
-        return None, None, None, *(next(found) if a else None for a in asked)
+        return None, None, None, *(next(found) if n else None for n in needed)
 
 
 class LoraModel(nn.Module):
-    """The base in one role: called like the transformer, but its parameters are the adapter's alone."""
+    """The base with one adapter: called like the transformer, but its parameters are the adapter's alone."""
 
-    def __init__(self, roles: SharedBase, name: str):
+    def __init__(self, shared_base: SharedBase, name: str):
         super().__init__()
-        self._roles, self.name = (roles,), name  # in a tuple: the base is nobody's submodule
-        for key, p in roles.parameters(name).items():
+        self._shared_base, self.name = (shared_base,), name  # in a tuple: the base is nobody's submodule
+        for key, p in shared_base.parameters(name).items():
             self.register_parameter(key.replace(".", SEP), p)
 
     @property
-    def roles(self) -> SharedBase:
-        return self._roles[0]
+    def shared_base(self) -> SharedBase:
+        """The base and all of its adapters."""
+        return self._shared_base[0]
 
-    def forward(self, *args: Any, **kw: Any) -> Any:
-        with self.roles.playing(self.name):
-            return self.roles.net(*args, **kw)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.shared_base.active(self.name):
+            return self.shared_base.net(*args, **kwargs)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """Of the base: where backbones look for blocks and embeddings."""
-        return self.roles.net.get_submodule(target) if target else self
+        """A submodule of the base: where backbones look for blocks and embeddings."""
+        return self.shared_base.net.get_submodule(target) if target else self
 
-    def weights(self) -> dict[str, Tensor]:
-        """The adapter as diffusers and ComfyUI name it: "transformer.blocks.0.attn.to_q.lora_A.weight"."""
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """The adapter's weights as diffusers and ComfyUI name them: "transformer.blocks.0.attn.to_q.lora_A.weight"."""
         return {f"transformer.{k.replace(SEP, '.')}.weight": v.detach() for k, v in self.named_parameters()}
 
     @torch.no_grad()
-    def fused(self) -> dict[str, Tensor]:
-        """State dict of a plain transformer, on the CPU: base weights, as numbers, with this adapter added to them."""
-        net = self.roles.net
+    def fused_state_dict(self) -> dict[str, Tensor]:
+        """State dict of a plain transformer, on the CPU: the base's weights, dequantized, with this adapter added to them."""
+        net = self.shared_base.net
         plain = ((k.replace(".base_layer", ""), v) for k, v in net.state_dict().items() if ".lora_" not in k)
         state = {k: v.cpu() for k, v in plain if torch.is_tensor(v)}
         for name, layer in net.named_modules():
-            if (numbers := quantization.dequantize(layer)) is not None:
+            if (weight := quantization.dequantize(layer)) is not None:
                 name = name.replace(".base_layer", "")
                 for k in layer.state_dict():
                     if k != "bias":
                         state.pop(f"{name}.{k}", None)
-                state[f"{name}.weight"] = numbers.cpu()
-        mine = dict(self.named_parameters())
-        for key, a in mine.items():
+                state[f"{name}.weight"] = weight.cpu()
+        own = dict(self.named_parameters())
+        for key, a in own.items():
             place, _, kind = key.rpartition(f"{SEP}lora_")
             if kind == "A":
-                weight, b = place.replace(SEP, ".") + ".weight", mine[f"{place}{SEP}lora_B"]
+                weight, b = place.replace(SEP, ".") + ".weight", own[f"{place}{SEP}lora_B"]
                 state[weight] = (state[weight].to(b.dtype) + (b @ a).cpu()).to(state[weight].dtype)
         return state
 
 
 def enable_gradient_checkpointing(net: nn.Module) -> None:
-    """Have a diffusers transformer keep only what enters its blocks and run them again when gradients flow.
+    """Have a diffusers transformer keep only the inputs of its blocks and run the blocks again in the backward pass.
 
-    A block runs again with the same parameters frozen as before (models.cast.frozen), or the graphs of the two passes would
-    differ.
+    A block runs again with the same parameters frozen as before (networks.no_param_grad), or the graphs of the two passes
+    would differ.
     """
 
     def run(block: nn.Module, *args: Any) -> Any:
-        were = [p.requires_grad for p in block.parameters()]
+        flags = [p.requires_grad for p in block.parameters()]
 
         def again(*args: Any) -> Any:
-            with set_requires_grad(block, were):
+            with set_requires_grad(block, flags):
                 return block(*args)
 
         return checkpoint(again, *args, use_reentrant=False)
 
-    enable: Any = net
-    enable.enable_gradient_checkpointing(run)
+    diffusers_model: Any = net
+    diffusers_model.enable_gradient_checkpointing(run)
 
 
 @contextmanager
 def set_requires_grad(net: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
-    """Which of a network's parameters enter a graph built inside."""
+    """Inside, the parameters of `net` require gradients as `flags` say, one for each."""
     params = list(net.parameters())
     before = [p.requires_grad for p in params]
 

@@ -1,4 +1,4 @@
-"""Who plays: teacher, student, fake score and critic, all made from one backbone."""
+"""Teacher, fake score and discriminator as networks, and trainable copies of a teacher, whole or as adapters."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -15,107 +15,121 @@ from advdmd.types import Cond
 
 
 class Teacher:
-    """A frozen network (the backbone's own unless `net` is given) under classifier-free guidance, as one double batch."""
+    """A frozen velocity network under classifier-free guidance, both halves in one pass: (x [N, ...], t [N], cond [N]) -> v [N, ...].
 
-    def __init__(self, backbone: Backbone, guidance: float, null: Cond, net: nn.Module | None = None):
-        if guidance < 1:
-            raise ValueError(f"guidance={guidance}: below 1 it would push away from the prompt; 1 turns guidance off")
-        self.backbone, self.guidance, self.null = backbone, guidance, null
+    null: the empty prompt [1]. net: the network, by default the backbone's own. Raises ValueError if guidance_scale < 1.
+    """
+
+    def __init__(self, backbone: Backbone, guidance_scale: float, null: Cond, net: nn.Module | None = None):
+        if guidance_scale < 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: below 1 it would push away from the prompt; 1 turns guidance off"
+            )
+        self.backbone, self.guidance_scale, self.null = backbone, guidance_scale, null
         self.net = backbone.net if net is None else net
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if self.guidance == 1:
+        if self.guidance_scale == 1:
             return self.backbone.velocity(self.net, x, t, cond)
-        both = Cond.cat([cond, self.null[torch.zeros(len(x), dtype=torch.long)]])
+        both = Cond.cat([cond, self.null.repeated(len(x))])
         v, v_null = self.backbone.velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return self.backbone.guide(v, v_null, self.guidance)
+        return self.backbone.apply_guidance(v, v_null, self.guidance_scale)
 
 
 class FakeScoreAndDiscriminator(nn.Module):
-    """The fake score and the critic (heads, and a trunk if it has its own): networks that learn from one loss.
+    """The fake score, the discriminator's heads and, if it has its own, the discriminator's trunk: they learn in one update.
 
-    What the student sees at its first hop is blurred, at its last sharp: other distributions. So one fake score serves all
-    hops but is told which, by a learned vector, zero at first, on the pooled text embedding (or on every token without one).
+    Predictions of the first step are blurred, of the last one sharp: other distributions. So one fake score serves all steps
+    and is given the step k as a learned vector, zero at first, on the pooled text embedding (or on every token without one).
+    width: of that embedding.
     """
 
-    def __init__(self, score: nn.Module, heads: DiscriminatorHeads, hops: int, width: int, trunk: nn.Module | None = None):
+    def __init__(self, score: nn.Module, heads: DiscriminatorHeads, num_steps: int, width: int, trunk: nn.Module | None = None):
         super().__init__()
         self.score, self.heads, self.trunk = score, heads, trunk
-        self.exits = nn.Parameter(torch.zeros(hops, width))
+        device = next(heads.parameters()).device
+        self.exit_embedding = nn.Parameter(torch.zeros(num_steps, width, device=device))
 
-    def told(self, cond: Cond, k: Tensor) -> Cond:
-        """The condition [N] with the hops k [N] said beside it."""
+    def with_exit_embedding(self, cond: Cond, k: Tensor) -> Cond:
+        """Conditions [N] with the embedding of the steps k [N] added."""
         if cond.pooled is None:
-            return replace(cond, embeds=cond.embeds + self.exits[k][:, None])
-        return replace(cond, pooled=cond.pooled + self.exits[k])
+            return replace(cond, embeds=cond.embeds + self.exit_embedding[k][:, None])
+        return replace(cond, pooled=cond.pooled + self.exit_embedding[k])
 
 
 class Discriminator:
-    """(x, t, cond) -> logit, low on generated and high on real.
+    """(x [N, ...], t [N], cond [N]) -> logit [N], low for generated and high for real images.
 
-    Gradients reach the trunk only in two ways: the configured share of them while the critic learns, and all of them, with
-    the networks frozen, when `follow` asks for the gradient in x (GAN back-propagation).
+    Gradients reach the trunk in two ways only: the configured share of them while the discriminator learns, and all of them,
+    with the networks frozen, in `generator_logit` (GAN back-propagation).
     """
 
-    def __init__(self, backbone: Backbone, fake: FakeScoreAndDiscriminator, config: DiscriminatorConfig):
-        self.backbone, self.fake, self.config = backbone, fake, config
+    def __init__(self, backbone: Backbone, networks: FakeScoreAndDiscriminator, config: DiscriminatorConfig):
+        self.backbone, self.networks, self.config = backbone, networks, config
 
     @property
     def _trunk(self) -> nn.Module:
-        return {"own": self.fake.trunk, "fake": self.fake.score, "teacher": self.backbone.net}[self.config.trunk]
+        trunks = {"own": self.networks.trunk, "fake": self.networks.score, "teacher": self.backbone.net}
+        trunk = trunks[self.config.trunk]
+        assert trunk is not None
+        return trunk
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        weight = self.config.gradient
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            features = self.backbone.features(self._trunk, x, t, cond, self.fake.heads.taps)
-        return self.fake.heads([scale_gradient(f, weight) for f in features])
+        scale = self.config.trunk_gradient
+        with torch.set_grad_enabled(torch.is_grad_enabled() and scale > 0):
+            features = self.backbone.features(self._trunk, x, t, cond, self.networks.heads.feature_indices)
+        return self.networks.heads([scale_gradient(f, scale) for f in features])
 
-    def follow(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The logit with its gradient in x; no parameter of trunk or heads receives any."""
-        with no_param_grad(self._trunk), no_param_grad(self.fake.heads):
-            return self.fake.heads(self.backbone.features(self._trunk, x, t, cond, self.fake.heads.taps))
+    def generator_logit(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The logit [N] with its gradient in x [N, ...]; no parameter of trunk or heads receives any."""
+        heads = self.networks.heads
+        with no_param_grad(self._trunk), no_param_grad(heads):
+            return heads(self.backbone.features(self._trunk, x, t, cond, heads.feature_indices))
 
 
 @contextmanager
 def no_param_grad(net: nn.Module) -> Iterator[None]:
     """No parameter of `net` enters a graph built inside."""
     if isinstance(net, LoraModel):
-        constant = net.roles.playing(net.roles.now, net.roles.still | {net.name})
+        base = net.shared_base
+        constant = base.active(base.active_adapter, base.frozen_adapters | {net.name})
     else:
         constant = set_requires_grad(net, [False for _ in net.parameters()])
     with constant:
         yield
 
 
-def trainable_copies(backbone: Backbone, names: Sequence[str], rank: int, seed: int, checkpointing: bool) -> list[nn.Module]:
-    """A trainable network for each name, the teacher at first: full copies or, with a rank, adapters on the teacher itself,
-    which stays as it was outside of them and is frozen either way."""
+def trainable_copies(
+    backbone: Backbone, names: Sequence[str], lora_rank: int, seed: int, gradient_checkpointing: bool
+) -> list[nn.Module]:
+    """A trainable network for each name, equal to the teacher at first: a whole copy or, with a rank, an adapter on the teacher.
+
+    The teacher itself stays as it is and is frozen either way.
+    """
     backbone.net.requires_grad_(False).eval()
-    if rank:
-        roles = SharedBase(backbone.net, names, rank, backbone.lora_targets, seed)
-        if checkpointing:
-            roles.checkpoint(backbone.blocks(backbone.net))
-        return [LoraModel(roles, name) for name in names]
+    if lora_rank:
+        shared = SharedBase(backbone.net, names, lora_rank, backbone.lora_targets, seed)
+        if gradient_checkpointing:
+            shared.checkpoint(backbone.blocks(backbone.net))
+        return [LoraModel(shared, name) for name in names]
     nets = [copy.deepcopy(backbone.net).requires_grad_(True) for _ in names]
-    for net in nets if checkpointing else []:
+    for net in nets if gradient_checkpointing else []:
         enable_gradient_checkpointing(net)
     return nets
 
 
-def build_student_and_fake_score(
+def make_fake_score_and_discriminator(
     backbone: Backbone,
     config: DiscriminatorConfig,
     seed: int,
-    hops: int,
+    num_steps: int,
     null: Cond,
-    rank: int = 0,
-    checkpointing: bool = False,
-) -> tuple[nn.Module, FakeScoreAndDiscriminator]:
-    """Student, and fake score with the critic; its trunk, if it has one of its own, is one more network."""
-    names = ["student", "fake"] + ["trunk"] * (config.trunk == "own")
-    student, score, *trunk = trainable_copies(backbone, names, rank, seed, checkpointing)
+    score: nn.Module,
+    trunk: nn.Module | None,
+) -> FakeScoreAndDiscriminator:
+    """New heads and step embeddings around a fake score and, if there is one, a trunk."""
     torch.manual_seed(seed)
-    with torch.device("cpu"):  # the same numbers on any device
-        heads = DiscriminatorHeads(backbone.token_width, config.taps(len(backbone.blocks(score))), config.hidden)
-    told = null.embeds if null.pooled is None else null.pooled
-    return student, FakeScoreAndDiscriminator(score, heads.to(torch.get_default_device()), hops, told.shape[-1], *trunk)
+    indices = config.feature_indices(len(backbone.blocks(score)))
+    heads = DiscriminatorHeads(backbone.hidden_size, indices, config.hidden_size)  # on the CPU: the same numbers on any device
+    width = (null.embeds if null.pooled is None else null.pooled).shape[-1]
+    return FakeScoreAndDiscriminator(score, heads.to(null.embeds.device), num_steps, width, trunk)

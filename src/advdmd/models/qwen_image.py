@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advdmd.models.backbone import ATTENTION, block_outputs
-from advdmd.types import Cond
+from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs
+from advdmd.types import Cond, Json
 
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
@@ -35,7 +35,7 @@ def _one_frame(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     return F.conv2d(x[:, :, 0], newest, self.bias, self.stride[1:], (top, side))[:, :, None]
 
 
-def use_2d_convs(vae: Any) -> Any:
+def use_2d_convs(vae: Module) -> Any:
     """Make a causal video codec quick at images, in place: of one frame its 3-d convolutions see two thirds of padding, so a
     2-d convolution with the newest slice of the kernel is the same sum in half of the time (the whole codec, tiny, CPU)."""
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
@@ -52,7 +52,7 @@ class QwenImage:
     Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder.
     """
 
-    def __init__(self, pipe: Any, side: int = 128):
+    def __init__(self, pipe: Pipeline, side: int = 128):
         head = pipe.prompt_template_encode.partition("{}")[0]
         if (found := len(pipe.tokenizer(head).input_ids)) != TEMPLATE_TOKENS:
             raise ValueError(
@@ -60,15 +60,15 @@ class QwenImage:
             )
         if side < 2 or side % 2:
             raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
-        self.pipe, self.vae, self.note = pipe, use_2d_convs(pipe.vae), {"side": side}
-        self.net: Any = pipe.transformer
+        self.pipe, self.vae, self.metadata = pipe, use_2d_convs(pipe.vae), {"side": side}
+        self.net: Module = pipe.transformer
         self.dtype = self.net.dtype  # asked once: with adapters of another type the library's answer would change
-        self.stock_load: dict[str, Any] = {}
-        self.token_width, self.time_scale = pipe.transformer.inner_dim, 1.0
+        self.pipeline_load_kwargs: Json = {}
+        self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1.0
         self.lora_targets: tuple[str, ...] = ATTENTION + MLP
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
 
-    def stock_call(self, steps: int) -> dict[str, Any]:
+    def pipeline_call_kwargs(self, steps: int) -> Json:
         """The pipeline's own grid is the student's: equal steps before a static shift."""
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {
@@ -78,6 +78,11 @@ class QwenImage:
             "width": side,
             "max_sequence_length": self.pipe.tokenizer_max_length,
         }
+
+    @property
+    def device(self) -> torch.device:
+        """Of the transformer."""
+        return next(self.net.parameters()).device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -91,7 +96,7 @@ class QwenImage:
         out = tokenizer(said, max_length=limit, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
-    def embed(self, ids: Tensor) -> Cond:
+    def encode_text(self, ids: Tensor) -> Cond:
         """Token ids and masks [N, 2, L] -> the last hidden states behind the template's head [N, L - 34, D], zero and
         masked behind the prompt. No pooled embedding."""
         ids = ids[..., : int(ids[:, 1].sum(1).max())]
@@ -130,16 +135,16 @@ class QwenImage:
         )[0]
         return unpack(out.float(), h, w)
 
-    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Guidance as the pipeline has it: the combination gets back the length of v, token by token."""
         h, w = v.shape[-2:]
         mine, null = pack(v), pack(v_null)
         both = null + scale * (mine - null)
         return unpack(both * (mine.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True)), h, w)
 
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1].float() for out in block_outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

@@ -1,4 +1,4 @@
-"""Prompts to images with any network of a backbone: the teacher's guided ODE, or a student's few noisy hops."""
+"""Prompts to images with any network of a backbone: a teacher's guided ODE, or a student's few stochastic steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,71 +9,93 @@ from torch import Tensor, nn
 from advdmd import flow
 from advdmd.models.backbone import Backbone
 from advdmd.models.networks import Teacher
-from advdmd.rng import generator, to_default_device
+from advdmd.rng import generator
 from advdmd.rollout import rollout, sample_euler
 from advdmd.transitions import cps
-from advdmd.types import Cond
+from advdmd.types import Cond, Json
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How to sample: `eta` None is the ODE (a teacher, with `guidance`), else a student's noise share."""
+    """How a model is sampled: `eta` None is the ODE (a teacher, with `guidance_scale`), else the noise share of a student's steps.
+
+    steps in [1, 1000]; shift > 0; guidance_scale >= 1, 1 turns guidance off; eta in [0, 1]; last_time in (0, .999): TwinFlow's
+    grid instead of the shifted one. Raises ValueError on values out of range, and on guidance for a student.
+    """
 
     steps: int
     shift: float = 3.0
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     eta: float | None = None
-    gap: float | None = None  # TwinFlow's grid instead of the shifted one
+    last_time: float | None = None
 
     def __post_init__(self) -> None:
-        assert len(self.grid) == self.steps + 1
+        self.grid()
         if self.eta is not None:
             cps(self.eta)
-        if self.guidance < 1:
-            raise ValueError(f"guidance={self.guidance}: must be at least 1, which turns it off")
-        if self.eta is not None and self.guidance != 1:
-            raise ValueError(f"guidance={self.guidance}: a few-step student has its guidance built in; leave it at 1")
+        if self.guidance_scale < 1:
+            raise ValueError(f"guidance_scale={self.guidance_scale}: must be at least 1, which turns it off")
+        if self.eta is not None and self.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale}: a few-step student has its guidance built in; leave it at 1"
+            )
 
-    @property
-    def grid(self) -> Tensor:
-        """[steps + 1] times from noise to data."""
-        return flow.grid(self.steps, self.shift) if self.gap is None else flow.twinflow_grid(self.steps, self.gap)
+    def grid(self, device: torch.device | str = "cpu") -> Tensor:
+        """Times [steps + 1] from noise to data."""
+        if self.last_time is None:
+            return flow.grid(self.steps, self.shift, device)
+        return flow.twinflow_grid(self.steps, self.last_time, device)
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per image; guidance costs two a step."""
-        return self.steps * (2 if self.guidance > 1 else 1)
+        """Network evaluations per image; guidance costs two per step."""
+        return self.steps * (2 if self.guidance_scale > 1 else 1)
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock schedulers can sample so: they re-noise fully, on the shifted grid."""
+        return self.eta == 1 and self.last_time is None
+
+    def to_json(self) -> Json:
+        """As it is written beside pipelines and images: a file format, whose keys do not change."""
+        names = {"guidance_scale": "guidance", "last_time": "gap"}
+        return {names.get(k, k): v for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Json) -> "SamplerConfig":
+        """Inverse of `to_json`; what is not there has its default. Raises ValueError on unknown keys and bad values."""
+        names = {"guidance": "guidance_scale", "gap": "last_time"}
+        try:
+            return cls(**{names.get(k, k): v for k, v in record.items()})
+        except TypeError as e:
+            raise ValueError(str(e)) from None
 
 
-def draw_noise(keys: Sequence[object], shape: Sequence[int], hops: int) -> Tensor:
-    """[hops, N, *shape]: every image has a stream of its own, so results do not depend on batches."""
-    return to_default_device(
-        torch.stack([torch.randn(hops, *shape, generator=generator("image", k), device="cpu") for k in keys], 1)
-    )
+def draw_noise(keys: Sequence[object], shape: Sequence[int], num_steps: int) -> Tensor:
+    """Standard normal noise [num_steps, N, *shape], on the CPU: every image has a stream of its own, so results do not depend on batches."""
+    return torch.stack([torch.randn(num_steps, *shape, generator=generator("image", k)) for k in keys], 1)
 
 
 @torch.no_grad()
 def decode(backbone: Backbone, x0: Tensor) -> Tensor:
-    """Latents to images where the autoencoder lives, which need not be where the transformer does."""
+    """Latents [N, C, H, W] to images [N, 3, H', W'] in [-1, 1], on the autoencoder's device, which may be another than the transformer's."""
     return backbone.decode(x0.to(backbone.vae.device))
 
 
 @torch.no_grad()
-def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.device) -> Cond:
-    """Prompts encoded where the text encoders live, for a pass on a device."""
-    with torch.device("cpu"):
-        ids = backbone.tokenize(prompts)
-    with (where := next(backbone.encoders[0].parameters()).device):
-        return backbone.embed(ids.to(where)).to(device)
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.device | str) -> Cond:
+    """N prompts encoded on the text encoders' device; the conditions [N] on `device`."""
+    encoders = next(backbone.encoders[0].parameters()).device
+    return backbone.encode_text(backbone.tokenize(prompts).to(encoders)).to(device)
 
 
 @torch.no_grad()
-def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, how: SamplerConfig) -> Tensor:
-    """Latents [N, ...] of conditions [N] from noise [>= hops, N, ...] (the ODE uses the first); null [1] is for guidance."""
-    velocity, grid = Teacher(backbone, how.guidance, null, net), how.grid.to(noise.device)
-    if how.eta is None:
+def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, sampler: SamplerConfig) -> Tensor:
+    """Latents [N, ...] of conditions [N] from noise [>= steps, N, ...], of which the ODE uses the first; null [1] is for guidance."""
+    velocity, grid = Teacher(backbone, sampler.guidance_scale, null, net), sampler.grid(noise.device)
+    if sampler.eta is None:
         return sample_euler(velocity, cond, noise[0], grid)
-    return rollout(velocity, cond, noise, grid, cps(how.eta)).x[-1]
+    return rollout(velocity, cond, noise, grid, cps(sampler.eta)).x[-1]
 
 
 @torch.no_grad()
@@ -82,15 +104,18 @@ def sample(
     net: nn.Module,
     prompts: Sequence[str],
     noise: Tensor,
-    how: SamplerConfig,
+    sampler: SamplerConfig,
     batch: int = 128,
-    say: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1]; noise [>= hops, N, ...] as from `draw_noise` (the ODE uses the first)."""
+    """Images [N, 3, H, W] in [-1, 1] of N prompts; noise [>= steps, N, ...] as of `draw_noise`, of which the ODE uses the first.
+
+    batch: prompts per pass. progress is called with the number of images that are done.
+    """
     out, null = [], encode_prompts(backbone, [""], noise.device)
     for i in torch.arange(len(prompts)).split(batch):
         cond = encode_prompts(backbone, [prompts[int(k)] for k in i], noise.device)
-        out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], how)))
-        if say:
-            say(int(i[-1]) + 1)
+        out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], sampler)))
+        if progress:
+            progress(int(i[-1]) + 1)
     return torch.cat(out)

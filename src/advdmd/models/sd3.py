@@ -1,14 +1,13 @@
 """SD3 and SD3.5 through diffusers' own classes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import ATTENTION, block_outputs, kl_decode, kl_encode
-from advdmd.types import Cond
+from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, kl_decode, kl_encode
+from advdmd.types import Cond, Json
 
 MLP = ("net.0.proj", "net.2")
 
@@ -21,13 +20,13 @@ class SD3:
     `side`: of the latents, by default the transformer's own.
     """
 
-    def __init__(self, pipe: Any, t5_length: int = 256, side: int | None = None):
-        self.pipe, self.t5_length, self.note = pipe, t5_length, {"t5_length": t5_length} | ({"side": side} if side else {})
-        self.stock_load: dict[str, Any] = {} if pipe.tokenizer_3 else {"text_encoder_3": None, "tokenizer_3": None}
-        self.net: Any = pipe.transformer
+    def __init__(self, pipe: Pipeline, t5_length: int = 256, side: int | None = None):
+        self.pipe, self.t5_length, self.metadata = pipe, t5_length, {"t5_length": t5_length} | ({"side": side} if side else {})
+        self.pipeline_load_kwargs: Json = {} if pipe.tokenizer_3 else {"text_encoder_3": None, "tokenizer_3": None}
+        self.net: Module = pipe.transformer
         self.vae, self.dtype = pipe.vae, pipe.transformer.dtype
         self.tokenizers = [t for t in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if t is not None]
-        self.token_width, self.time_scale = pipe.transformer.inner_dim, 1000.0
+        self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1000.0
         self.lora_targets: tuple[str, ...] = ATTENTION + MLP
         patch = pipe.transformer.config.patch_size
         side = int(side or pipe.transformer.config.sample_size)
@@ -36,7 +35,7 @@ class SD3:
             raise ValueError(f"side={side}: latents of this transformer have a multiple of {patch} up to {limit} on a side")
         self.latent_shape = (pipe.transformer.config.in_channels, side, side)
 
-    def stock_call(self, steps: int) -> dict[str, Any]:
+    def pipeline_call_kwargs(self, steps: int) -> Json:
         """The scheduler applies the time shift itself, so it is told the grid before shifting; its own would be another."""
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {
@@ -46,6 +45,11 @@ class SD3:
             "width": side,
             "max_sequence_length": self.t5_length,
         }
+
+    @property
+    def device(self) -> torch.device:
+        """Of the transformer."""
+        return next(self.net.parameters()).device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -68,7 +72,7 @@ class SD3:
         """Tokens each tokenizer pads to."""
         return [t.model_max_length for t in self.tokenizers[:2]] + [self.t5_length] * (len(self.tokenizers) - 2)
 
-    def embed(self, ids: Tensor) -> Cond:
+    def encode_text(self, ids: Tensor) -> Cond:
         """Token ids from `tokenize` -> the pipeline's prompt embeddings [N, L + t5_length, D] and pooled ones [N, P]."""
         rows = [ids[:, i, :n] for i, n in enumerate(self._lengths)]
         out = [e(row, output_hidden_states=True) for e, row in zip(self.encoders[:2], rows[:2], strict=True)]
@@ -95,13 +99,13 @@ class SD3:
             return_dict=False,
         )[0].float()
 
-    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance as the pipeline has it."""
         return flow.guide(v, v_null, scale)
 
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
-        return [out[1].float() for out in block_outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))]
+        return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         return list(net.get_submodule("transformer_blocks").children())

@@ -1,14 +1,13 @@
 """Z-Image through diffusers' own classes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import block_outputs, kl_decode, kl_encode
-from advdmd.types import Cond
+from advdmd.models.backbone import Module, Pipeline, block_outputs, kl_decode, kl_encode
+from advdmd.types import Cond, Json
 
 TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
 
@@ -20,21 +19,26 @@ class ZImage:
     data: all of that is turned round here.
     """
 
-    def __init__(self, pipe: Any, side: int = 128):
+    def __init__(self, pipe: Pipeline, side: int = 128):
         if side < 2 or side % 2:
             raise ValueError(f"side={side}: Z-Image reads latents two by two, so their side must be even")
-        self.pipe, self.vae, self.note = pipe, pipe.vae, {"side": side}
-        self.net: Any = pipe.transformer
+        self.pipe, self.vae, self.metadata = pipe, pipe.vae, {"side": side}
+        self.net: Module = pipe.transformer
         self.dtype = self.net.dtype
-        self.stock_load: dict[str, Any] = {}
-        self.token_width, self.time_scale = self.net.config.dim, 1.0
+        self.pipeline_load_kwargs: Json = {}
+        self.hidden_size, self.time_scale = self.net.config.dim, 1.0
         self.lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
         self.latent_shape = (self.net.config.in_channels, side, side)
 
-    def stock_call(self, steps: int) -> dict[str, Any]:
+    def pipeline_call_kwargs(self, steps: int) -> Json:
         """The pipeline's own grid is the student's: equal steps before a static shift. Its scale 0 turns guidance off."""
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {"num_inference_steps": steps, "guidance_scale": 0.0, "height": side, "width": side}
+
+    @property
+    def device(self) -> torch.device:
+        """Of the transformer."""
+        return next(self.net.parameters()).device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -47,7 +51,7 @@ class ZImage:
         out = tokenizer(said, max_length=TEXT_LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
-    def embed(self, ids: Tensor) -> Cond:
+    def encode_text(self, ids: Tensor) -> Cond:
         """Token ids and masks [N, 2, L] -> the second to last hidden states [N, L, D], zero and masked behind the prompt."""
         ids = ids[..., : int(ids[:, 1].sum(1).max())]
         tokens, mask = ids[:, 0], ids[:, 1]
@@ -68,15 +72,15 @@ class ZImage:
         out = net(images, 1 - t, captions, return_dict=False)[0]
         return -torch.stack(list(out)).squeeze(2).float()
 
-    def guide(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
+    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance; the pipeline's own `guidance_scale` is this one less 1."""
         return flow.guide(v, v_null, scale)
 
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, taps: Sequence[int]) -> list[Tensor]:
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, W] after the layers `taps`, which have them before the caption's; later layers are not run."""
         tokens = x.shape[-2] * x.shape[-1] // 4
         return [
-            o[:, :tokens].float() for o in block_outputs(net, self.blocks(net), taps, lambda: self.velocity(net, x, t, cond))
+            o[:, :tokens].float() for o in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))
         ]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:

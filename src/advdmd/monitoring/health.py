@@ -1,7 +1,7 @@
 """Whether a run is healthy: what each logged number means, its range in good runs, and what to do outside of it.
 
-The ranges (bands.json) were measured by runs/bands.py on the miniature's good runs. Losses and norms depend on the model: with
-another one, compare to a good run of your own.
+The ranges (healthy_ranges.json) were measured by runs/healthy_ranges.py on good runs of the miniature, for each algorithm and
+number of steps. Losses and norms depend on the model: with another one, compare to a good run of your own.
 """
 
 import json
@@ -11,21 +11,20 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from advdmd.algorithms.twinflow import TwinFlow
 from advdmd.files import read_lines
 from advdmd.monitoring.reward_hacking import reward_hacking_step
 from advdmd.recipes.recipe import Recipe
+from advdmd.recipes.renamed import new_metrics
 
-RunMetrics = Sequence[Mapping[str, float]]
+RunMetrics = Sequence[Mapping[str, float]]  # lines of metrics.jsonl
 Range = tuple[float, float]
-MEASURED_TEACHERS = ("mini-sd3", "mini-sd35")  # teachers of the runs that the ranges come from
 NO_RANGES = "no ranges for this teacher, algorithm and number of steps: compare with a good run, advdmd doctor --against"
-LATE = 0.25  # what is judged: the last quarter of a run; what bands are measured on: all but its first
+LATE = 0.25  # what is judged: the last quarter of a run; what ranges are measured on: all but its first
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One logged number. `low` and `high` say what to do below and above its band; empty where that side is harmless."""
+    """One logged number. `low` and `high` say what to do below and above its range; empty where that side is harmless."""
 
     key: str
     meaning: str
@@ -33,151 +32,188 @@ class Diagnostic:
     high: str = ""
 
 
-def _level(k: int) -> Diagnostic:
+_AHEAD = "the discriminator is far ahead of the student: lower discriminator_lr_scale and trunk_lr_scale"
+_BLIND = "the discriminator learns nothing here: raise discriminator_lr_scale or algorithm.fake_score_updates, or discriminator.trunk=own"
+
+
+def _auc(level: int) -> Diagnostic:
     return Diagnostic(
-        f"critic/auc_{k}",
-        f"how well the critic tells real from generated at level {k} (.5: not at all, 1: always)",
-        high="the critic is far ahead of the student: lower heads_rate and trunk_rate, or match longer first",
-        low="" if k == 1 else "the critic learns nothing here: raise heads_rate or critic_steps, or give it a trunk of its own",
+        f"discriminator/auc_{level}",
+        f"AUC of real against generated at level {level} (.5: blind, 1: separated)",
+        high=_AHEAD,
+        low="" if level == 1 else _BLIND,
     )
 
 
 DIAGNOSTICS = (
-    *map(_level, (1, 2, 3, 4)),
+    *map(_auc, (1, 2, 3, 4)),
+    Diagnostic("discriminator/auc", "AUC of real against generated (.5: blind, 1: separated)", high=_AHEAD, low=_BLIND),
+    Diagnostic("discriminator/loss", "GAN loss of the discriminator, mismatched captions included", low=_AHEAD),
     Diagnostic(
-        "critic/gap", "logit of real images minus that of generated ones", high="the critic runs away: lower heads_rate"
+        "discriminator/logit_gap",
+        "logit of real images minus that of generated ones",
+        high="the logits run away: lower discriminator_lr_scale",
     ),
     Diagnostic(
-        "fake/loss",
-        "how far the fake score is from where the student is",
-        high="it lags: raise fake.lr or critic_steps, or lower match.lr; matching then follows an old student",
-    ),
-    Diagnostic("fake/norm", "gradient norm of fake score and critic", high="unstable: lower fake.lr"),
-    Diagnostic(
-        "student/match/loss",
-        "size of the step that distribution matching asks for, relative to the teacher's own",
-        high="the student runs from the teacher: lower match.lr, or let the fake score catch up",
-        low="matching asks for nothing: is the student still learning?",
-    ),
-    Diagnostic("student/match/norm", "gradient norm of matching", high="unstable: lower match.lr or guidance"),
-    Diagnostic("student/policy/norm", "gradient norm of the policy turns", high="lower algorithm.clip or policy.lr"),
-    Diagnostic(
-        "student/cosine",
-        "cosine of the mean gradients of matching and of the policy turns",
-        low="the two pull against each other: lower policy.lr or guidance",
+        "fake_score/loss",
+        "flow-matching loss of the fake score on the student's images",
+        high="it lags: raise fake_score_optimizer.lr or algorithm.fake_score_updates, or lower dm_optimizer.lr",
     ),
     Diagnostic(
-        "student/ratio",
-        "length of the policy turns' mean gradient beside that of matching",
-        high="the policy drowns matching: lower algorithm.clip or policy.lr",
+        "fake_score/grad_norm", "gradient norm of fake score and discriminator", high="unstable: lower fake_score_optimizer.lr"
     ),
     Diagnostic(
-        "path/group_spread",
+        "student/dm_loss",
+        "distribution matching: size of the step it asks for, relative to the teacher's own",
+        high="the student runs from the teacher: lower dm_optimizer.lr, or raise algorithm.fake_score_updates",
+        low="distribution matching asks for nothing: is the student still learning?",
+    ),
+    Diagnostic("student/gan_loss", "GAN loss of the student", high="generated images are easy to tell: " + _AHEAD),
+    Diagnostic(
+        "student/dm_grad_norm",
+        "gradient norm of distribution matching and GAN",
+        high="unstable: lower dm_optimizer.lr or guidance_scale",
+    ),
+    Diagnostic("policy/grad_norm", "gradient norm of the policy loss", high="lower policy_optimizer.lr"),
+    Diagnostic(
+        "student/policy_dm_cosine",
+        "cosine of the mean gradients of policy and distribution matching",
+        low="the two oppose each other: lower policy_optimizer.lr or guidance_scale",
+    ),
+    Diagnostic(
+        "student/policy_dm_ratio",
+        "length of the policy's mean gradient beside that of distribution matching",
+        high="the policy outweighs distribution matching: lower policy_optimizer.lr",
+    ),
+    Diagnostic(
+        "student/within_group_std",
         "standard deviation of final latents within a prompt's group",
-        low="a prompt gives one image: raise algorithm.gan, or lower guidance or policy.lr",
-        high="prompts say little: raise guidance, or match longer",
+        low="a prompt gives one image: raise algorithm.gan_loss_weight, or lower guidance_scale or policy_optimizer.lr",
+        high="prompts matter little: raise guidance_scale, or algorithm.dm_only_iterations",
     ),
     Diagnostic(
-        "reward/end_spread",
-        "spread of the reward within a prompt's group, final images",
-        low="the critic sees no difference between a prompt's images: advantages are noise",
-    ),
-    Diagnostic("policy/zero_share", "share of advantages that are 0", high="the gate is shut or groups are alike: see the AUC"),
-    Diagnostic(
-        "policy/ratio_off", "largest |ratio - 1| on replay", high="the path is not the policy's own: numbers drift, use float32"
+        "reward/final_std",
+        "standard deviation of the reward within a prompt's group, final images",
+        low="the discriminator sees no difference between a prompt's images: advantages are noise",
     ),
     Diagnostic(
-        "cost/eta",
-        "forwards an iteration must make x time of one / its time",
-        low="time goes elsewhere: larger algorithm.micro, fewer critic_steps, other work on the machine?",
+        "policy/frac_zero_advantage",
+        "share of advantages that are 0",
+        high="the gate is shut or groups are alike: see discriminator/auc",
     ),
     Diagnostic(
-        "exam/diversity", "spread of what prompts leave open, 1: the renderer's", low="lower guidance, or raise algorithm.gan"
+        "policy/max_ratio_error",
+        "largest |ratio - 1| on replay",
+        high="the trajectory is not the policy's own: numbers drift, use dtype=float32",
+    ),
+    Diagnostic("student/loss", "mean loss of TwinFlow's quarters", high="lower dm_optimizer.lr"),
+    Diagnostic("student/grad_norm", "gradient norm of TwinFlow", high="unstable: lower dm_optimizer.lr"),
+    Diagnostic(
+        "cost/efficiency",
+        "forward passes an iteration must make x time of one / its time",
+        low="time goes elsewhere: a larger algorithm.micro_batch_size, fewer fake_score_updates; is the machine busy?",
+    ),
+    Diagnostic(
+        "eval/diversity",
+        "spread of what prompts leave open; 1 is the renderer's",
+        low="lower guidance_scale, or raise algorithm.gan_loss_weight",
     ),
 )
 
 
-def healthy_ranges(steps: int = 4) -> dict[str, Range]:
-    """The shipped ranges, of students of so many steps: levels 1, 2, ... are other noise levels for others. None if unknown."""
-    told = json.loads((files("advdmd") / "monitoring" / "healthy_ranges.json").read_text())["bands"].get(str(steps), {})
-    return {k: (low, high) for k, (low, high) in told.items()}
+def shipped_ranges() -> dict[str, dict[str, Range]]:
+    """The shipped ranges by "ALGORITHM/STEPS": noise levels 1, 2, ... of a student depend on its number of steps."""
+    return {k: {key: (low, high) for key, (low, high) in v.items()} for k, v in _shipped()["ranges"].items()}
+
+
+def _shipped() -> dict[str, dict[str, dict[str, Range]]]:
+    return json.loads((files("advdmd") / "monitoring" / "healthy_ranges.json").read_text())
 
 
 def ranges_for(r: Recipe) -> dict[str, Range]:
-    """The shipped ranges where they are of runs like this one: a miniature's teacher, distribution matching, as many steps."""
-    return healthy_ranges(r.algorithm.steps) if r.teacher in MEASURED_TEACHERS and not isinstance(r.algorithm, TwinFlow) else {}
+    """The shipped ranges, if they are of runs like this one: same algorithm, number of steps and, among others, teacher."""
+    key = f"{r.algorithm.name}/{r.algorithm.steps}"
+    return shipped_ranges().get(key, {}) if r.teacher in _shipped()["teachers"].get(key, ()) else {}
 
 
 def ranges_of_runs(runs: Sequence[RunMetrics]) -> dict[str, Range]:
-    """Ranges of all panels over good runs: from the lowest 2 % quantile of any to the highest 98 % quantile."""
+    """Ranges of all diagnostics over good runs: from the lowest 2 % quantile of any run to the highest 98 % quantile."""
     out: dict[str, Range] = {}
-    for panel in DIAGNOSTICS:
-        found = [sorted(m[panel.key] for m in run[int(len(run) * LATE) :] if panel.key in m) for run in runs]
-        found = [v for v in found if len(v) > 1]
-        if found:
-            low = min(v[int(0.02 * len(v))] for v in found)
-            out[panel.key] = (low, max(v[math.ceil(0.98 * len(v)) - 1] for v in found))
+    for d in DIAGNOSTICS:
+        values = [sorted(m[d.key] for m in run[int(len(run) * LATE) :] if d.key in m) for run in runs]
+        values = [v for v in values if len(v) > 1]
+        if values:
+            low = min(v[int(0.02 * len(v))] for v in values)
+            out[d.key] = (low, max(v[math.ceil(0.98 * len(v)) - 1] for v in values))
     return out
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A panel's late median in a run beside its band."""
+    """A diagnostic's late median in a run, and its range in good runs, if it was measured."""
 
-    panel: Diagnostic
+    diagnostic: Diagnostic
     value: float
-    band: Range | None
+    range: Range | None
 
     @property
     def remedy(self) -> str:
-        """What to do, empty if there is nothing."""
-        if self.band is None:
+        """What to do; empty if there is nothing to do."""
+        if self.range is None:
             return ""
         if not math.isfinite(self.value):
-            return "not a number: start again from the last checkpoint with lower rates"
-        return self.panel.low if self.value < self.band[0] else self.panel.high if self.value > self.band[1] else ""
+            return "not a number: start again from the last checkpoint with lower learning rates"
+        low, high = self.range
+        return self.diagnostic.low if self.value < low else self.diagnostic.high if self.value > high else ""
+
+    @property
+    def status(self) -> str:
+        """One of ok, out, or not measured where there is no range."""
+        return "not measured" if self.range is None else "out" if self.remedy else "ok"
 
 
 def diagnose(run: RunMetrics, ranges: Mapping[str, Range]) -> list[Finding]:
-    """Every panel that a run logged late."""
+    """A finding for every diagnostic that a run has logged in its last quarter."""
     out = []
-    for panel in DIAGNOSTICS:
-        seen = sorted(m[panel.key] for m in run[int(len(run) * (1 - LATE)) :] if panel.key in m)
-        if seen:
-            out.append(Finding(panel, seen[len(seen) // 2], ranges.get(panel.key)))
+    for d in DIAGNOSTICS:
+        values = sorted(m[d.key] for m in run[int(len(run) * (1 - LATE)) :] if d.key in m)
+        if values:
+            out.append(Finding(d, values[len(values) // 2], ranges.get(d.key)))
     return out
 
 
 def summarize(run: RunMetrics, findings: Sequence[Finding]) -> str:
-    """One line: healthy, or what is out and the remedy."""
+    """One line: "healthy", or what is out of range and what to do."""
     out = [
-        f"{f.panel.key} {f.value:.3g}, band {f.band[0]:.3g} to {f.band[1]:.3g}: {f.remedy}"
+        f"{f.diagnostic.key} {f.value:.3g}, range {f.range[0]:.3g} to {f.range[1]:.3g}: {f.remedy}"
         for f in findings
-        if f.remedy and f.band
+        if f.remedy and f.range
     ]
     if (step := reward_hacking_step(run)) is not None:
-        out.append(f"reward and score parted after {step} iterations: keep the best average, lower policy.lr")
+        out.append(
+            f"reward hacking: the reward rises and the score falls after {step} iterations: use the best checkpoint, lower "
+            "policy_optimizer.lr"
+        )
     return "; ".join(out) if out else "healthy"
 
 
 def summary(run: RunMetrics, r: Recipe) -> str:
-    """The verdict by the shipped ranges, if there are any for such a run."""
-    if not (known := ranges_for(r)):
-        return NO_RANGES
-    return summarize(run, diagnose(run, known))
+    """One line about a run by the shipped ranges, if there are any for such a run."""
+    ranges = ranges_for(r)
+    return summarize(run, diagnose(run, ranges)) if ranges else NO_RANGES
 
 
 def run_of(folder: Path) -> Path:
-    """The run's own folder; the main job's stands for the run in it."""
+    """A run's own folder; the main job's folder stands for the run in it."""
     return folder / "run" if (folder / "run/recipe.yaml").is_file() else folder
 
 
-def read(folder: Path) -> RunMetrics:
-    """A run's metrics. Raises ValueError if there are none."""
+def read_metrics(folder: Path) -> RunMetrics:
+    """A run's metrics, also of earlier versions. Raises ValueError if there are none."""
     path = run_of(folder) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} is not a training run: there is no {path}")
-    found = read_lines(path, "step", way_out="delete that line")
+    found = [new_metrics(line) for line in read_lines(path, "step", hint="delete that line")]
     if not found:
         raise ValueError(f"{path} is empty: let the run go on")
     return found

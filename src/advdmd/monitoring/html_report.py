@@ -58,7 +58,7 @@ class RunRecord:
         if not (inner / "recipe.yaml").is_file():
             raise ValueError(f"{folder} is not a training run: it has no recipe.yaml")
         name, r = registry.resolve(str(inner / "recipe.yaml"))
-        return cls(label, inner, name, r, health.read(inner))
+        return cls(label, inner, name, r, health.read_metrics(inner))
 
     @property
     def bands(self) -> Mapping[str, health.Range]:
@@ -144,14 +144,16 @@ def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Ra
 def _exams(runs: Sequence[RunRecord]) -> str:
     """Score, diversity and reward against forwards: where they part, the critic is being fooled."""
     cards = [
-        _card(key, f"{text}, against forwards a sample", [r.curve(key, "exam/forwards") for r in runs])
+        _card(key, f"{text}, against forwards a sample", [r.curve(key, "eval/forwards_per_sample") for r in runs])
         for key, text in (
-            ("exam/strict", "held-out score, strict, mean of both suites"),
-            ("exam/mini-geneval", "mini-geneval of held-out noise"),
-            ("exam/mini-dpg", "mini-dpg, prompts that training does not have"),
+            ("eval/strict", "held-out score, strict, mean of both suites"),
+            ("eval/mini-geneval", "mini-geneval of held-out noise"),
+            ("eval/mini-dpg", "mini-dpg, prompts that training does not have"),
         )
     ]
-    cards.append(_card("reward/end", "what the critic pays for final images, by step", [r.curve("reward/end") for r in runs]))
+    cards.append(
+        _card("reward/final", "what the critic pays for final images, by step", [r.curve("reward/final") for r in runs])
+    )
     parted = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
     note = f"<p>Reward and score parted: {html.escape(', '.join(parted))}.</p>" if parted else ""
     return _part("Score and reward", note + f'<div class="cards">{"".join(cards)}</div>' if any(cards) else "")
@@ -165,7 +167,7 @@ def _panels(runs: Sequence[RunRecord]) -> str:
         text = p.meaning + (f"; good runs {band[0]:.3g} to {band[1]:.3g}" if band else "")
         cards.append(_card(p.key, text, [r.curve(p.key) for r in runs], band))
     known = {p.key for p in health.DIAGNOSTICS} | {"step"}
-    others = sorted({k for r in runs for m in r.metrics[-50:] for k in m if k not in known and not k.startswith("exam/")})
+    others = sorted({k for r in runs for m in r.metrics[-50:] for k in m if k not in known and not k.startswith("eval/")})
     more = "".join(_card(k, "", [r.curve(k) for r in runs]) for k in others)
     folded = f'<details><summary>everything else that was logged</summary><div class="cards">{more}</div></details>'
     return _part("Panels", f'<div class="cards">{"".join(cards)}</div>' + (folded if more else ""))
@@ -220,7 +222,7 @@ def _tables(folders: Sequence[Path]) -> str:
     out = []
     for f in folders:
         if (f / "table.json").is_file():
-            models = read_object(f / "table.json", "models", way_out="run the main job again")["models"]
+            models = read_object(f / "table.json", "models", hint="run the main job again")["models"]
             out.append(_part(html.escape(next(iter(models.values()))["suite"]), _table(tables.table_cells(models))))
     return "".join(out)
 

@@ -9,8 +9,10 @@ from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.twinflow import TwinFlow, guidance_strength
 from advdmd.mini import pipelines
 from advdmd.mini.pretraining import AutoencoderTraining, FlowMatching, PretrainingStage
+from advdmd.mini.training_data import MiniData
 from advdmd.models.discriminator import DiscriminatorConfig
-from advdmd.recipes.recipe import MiniData, Recipe
+from advdmd.recipes.overrides import override
+from advdmd.recipes.recipe import Recipe
 from advdmd.training.optimizer import OptimizerConfig
 
 
@@ -19,20 +21,20 @@ def autoencoder() -> PretrainingStage:
     return PretrainingStage(
         model="autoencoder",
         algorithm=AutoencoderTraining(),
-        optim=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), warmup=100, decay=7000),
+        optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=100, decay_steps=7000),
         world="full",
         batch=16,
         steps=7000,
-        pool=30000,
-        ema=0.998,
+        num_prompts=30000,
+        ema_decay=0.998,
         save_every=500,
     )
 
 
 def qwen_autoencoder(**changes: Any) -> PretrainingStage:
     """15 minutes of one thread, and as long again: of its own it stays at 28 dB, a second cycle is needed (docs/log.md)."""
-    optim = replace(autoencoder().optim, decay=5000)
-    return replace(autoencoder(), model="qwen-autoencoder", steps=5000, optim=optim, **changes)
+    optimizer = replace(autoencoder().optimizer, decay_steps=5000)
+    return replace(autoencoder(), model="qwen-autoencoder", steps=5000, optimizer=optimizer, **changes)
 
 
 def teacher() -> PretrainingStage:
@@ -41,44 +43,44 @@ def teacher() -> PretrainingStage:
         model="mini-sd35",
         origin="autoencoder",
         algorithm=FlowMatching(),
-        optim=OptimizerConfig(lr=3e-3, betas=(0.9, 0.99), warmup=200, decay=16000),
+        optimizer=OptimizerConfig(lr=3e-3, betas=(0.9, 0.99), warmup_steps=200, decay_steps=16000),
         batch=32,
         steps=16000,
-        pool=50000,
-        ema=0.999,
+        num_prompts=50000,
+        ema_decay=0.999,
         save_every=1000,
-        look_every=2000,
+        sample_every=2000,
     )
 
 
 def cycle(lr: float, steps: int, seed: int, origin: Any = "mini-sd35", **changes: Any) -> PretrainingStage:
     """The learning rate up once more and down to nothing, on fresh scenes."""
-    optim = OptimizerConfig(lr=lr, betas=(0.9, 0.99), warmup=200, decay=steps)
-    return replace(teacher(), origin=origin, optim=optim, steps=steps, seed=seed, **changes)
+    optimizer = OptimizerConfig(lr=lr, betas=(0.9, 0.99), warmup_steps=200, decay_steps=steps)
+    return replace(teacher(), origin=origin, optimizer=optimizer, steps=steps, seed=seed, **changes)
 
 
 STAGES = {
     "autoencoder": autoencoder,
     "mini-sd35": teacher,
-    "mini-sd35-again": lambda: cycle(2e-3, 5500, seed=1),
-    "mini-sd35-deep": lambda: cycle(2e-3, 10000, seed=2, deepen=True),
+    "mini-sd35-stage2": lambda: cycle(2e-3, 5500, seed=1),
+    "mini-sd35-stage3": lambda: cycle(2e-3, 10000, seed=2, add_text_layer=True),
     "mini-sd3": lambda: cycle(1e-3, 12000, seed=3, model="mini-sd3"),
     "qwen-autoencoder": qwen_autoencoder,
-    "qwen-autoencoder-again": lambda: qwen_autoencoder(origin="qwen-autoencoder", world="half", seed=1),
+    "qwen-autoencoder-stage2": lambda: qwen_autoencoder(origin="qwen-autoencoder", world="half", seed=1),
     "mini-qwen": lambda: cycle(3e-3, 16000, 0, "qwen-autoencoder", model="mini-qwen", size=pipelines.MiniConfig(text_layers=2)),
-    "mini-qwen-again": lambda: cycle(2e-3, 10000, seed=4, model="mini-qwen", origin="mini-qwen"),
-    "mini-qwen-more": lambda: cycle(2e-3, 20000, seed=5, model="mini-qwen", origin="mini-qwen"),
+    "mini-qwen-stage2": lambda: cycle(2e-3, 10000, seed=4, model="mini-qwen", origin="mini-qwen"),
+    "mini-qwen-stage3": lambda: cycle(2e-3, 20000, seed=5, model="mini-qwen", origin="mini-qwen"),
 }
 
 
 # The free parts of distillation, as measured here (docs/log.md).
 SHIFT = 1.2  # 256 latent numbers drown in less noise than a large image does, so the grid leans less towards it than SD3's 3
 PROMPTS = 8  # x 4 samples: at equal time 32 samples an iteration beat 64
-SHARED = {"group": 4, "critic_steps": 2, "shift": SHIFT}
+SHARED = {"group_size": 4, "fake_score_updates": 2, "shift": SHIFT}
 FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.0, 0.999))
 # A trunk that learns, from wrong captions too, pays for what the prompt says: its logit's correlation with correctness within a
 # prompt is .17 for final images, .08 without wrong captions, 0 when the trunk is frozen.
-DISCRIMINATOR = DiscriminatorConfig(trunk="own", blocks=(0.25, 0.5, 0.75, 1.0), hidden=96)
+DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75, 1.0), hidden_size=96)
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 
 
@@ -99,26 +101,27 @@ def advdmd(
     warmup = int(iterations * alone)
     algorithm = AdvDMD(
         **SHARED,
-        warmup=warmup,
-        ramp=iterations - warmup,
-        match_every=1,
-        mismatch=1.0,
-        gan=gan,
-        action="seen",
-        final_levels=(0.1,),
+        dm_only_iterations=warmup,
+        policy_ramp_iterations=iterations - warmup,
+        dm_every=1,
+        mismatched_caption_weight=1.0,
+        gan_loss_weight=gan,
+        action="projected",
+        final_noise_levels=(0.1,),
     )
     return Recipe(
         teacher=name,
         algorithm=algorithm,
-        guidance=guidance,
+        guidance_scale=guidance,
         iterations=iterations,
-        match=OptimizerConfig(lr=rate, decay=iterations),
-        policy=OptimizerConfig(lr=policy, decay=sum(algorithm.turn(i).policy for i in range(iterations))),
-        fake=FAKE_SCORE_OPTIMIZER,
-        heads_rate=1.0,
-        critic=DISCRIMINATOR,
-        ema=0.98,
+        dm_optimizer=OptimizerConfig(lr=rate, decay_steps=iterations),
+        policy_optimizer=OptimizerConfig(lr=policy, decay_steps=sum(algorithm.updates_at(i).policy for i in range(iterations))),
+        fake_score_optimizer=FAKE_SCORE_OPTIMIZER,
+        discriminator_lr_scale=1.0,
+        discriminator=DISCRIMINATOR,
+        ema_decay=0.98,
         prompts_per_step=PROMPTS,
+        data=MiniData(),
     )
 
 
@@ -127,14 +130,15 @@ def dmd2(name: str, guidance: float, iterations: int = 860, rate: float = 1e-3) 
     return Recipe(
         teacher=name,
         algorithm=DMD2(**SHARED),
-        guidance=guidance,
+        guidance_scale=guidance,
         iterations=iterations,
-        match=OptimizerConfig(lr=rate, decay=iterations),
-        fake=FAKE_SCORE_OPTIMIZER,
-        heads_rate=1.0,
-        critic=FROZEN_DISCRIMINATOR,
-        ema=0.98,
+        dm_optimizer=OptimizerConfig(lr=rate, decay_steps=iterations),
+        fake_score_optimizer=FAKE_SCORE_OPTIMIZER,
+        discriminator_lr_scale=1.0,
+        discriminator=FROZEN_DISCRIMINATOR,
+        ema_decay=0.98,
         prompts_per_step=PROMPTS,
+        data=MiniData(),
     )
 
 
@@ -143,32 +147,42 @@ def twinflow(name: str, guidance: float, iterations: int = 1300, rate: float = 1
     real images, so it gets as many as the long recipes."""
     return Recipe(
         teacher=name,
-        algorithm=TwinFlow(guidance=guidance_strength(guidance)),
-        guidance=1.0,
+        algorithm=TwinFlow(guidance_strength=guidance_strength(guidance)),
+        guidance_scale=1.0,
         iterations=iterations,
-        match=OptimizerConfig(lr=rate, betas=(0.9, 0.99), decay=iterations),
-        ema=0.95,
+        dm_optimizer=OptimizerConfig(lr=rate, betas=(0.9, 0.99), decay_steps=iterations),
+        ema_decay=0.95,
         prompts_per_step=PROMPTS,
-        data=MiniData(prompts=6000),
+        data=MiniData(num_prompts=6000),
     )
 
 
+def _longer(short: Recipe, iterations: int, **algorithm: object) -> Recipe:
+    """Two updates of the student on each trajectory, more prompts, a wider discriminator, a slower EMA."""
+    changes = {
+        **{f"algorithm.{k}": v for k, v in algorithm.items()},
+        "algorithm.dm_updates": 2,
+        "dm_optimizer.decay_steps": 2 * iterations,
+        "ema_decay": 0.99,
+        "data.num_prompts": 6000,
+        "discriminator.hidden_size": 256,
+    }
+    return override(short, changes)
+
+
 def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
-    """Where quality counts: longer, more prompts for the critic to learn from, guidance that keeps diversity; two matching
-    turns on each path and half of the samples judged, which at equal forwards is worth .05 on mini-geneval (docs/log.md)."""
+    """Where quality counts: longer, more prompts for the discriminator, guidance that keeps diversity.
+
+    Two updates of the student on each trajectory and half of the samples shown to the discriminator are worth .05 on
+    mini-geneval at equal forward passes (docs/log.md).
+    """
     short = advdmd(name, guidance, iterations, gan=GAN_LOSS_WEIGHT[name], rate=7e-4, policy=5e-5, alone=2 / 3)
-    algorithm = replace(short.algorithm, match_turns=2, judge_every=2)
-    match = replace(short.match, decay=2 * iterations)
-    more = {"ema": 0.99, "data": MiniData(prompts=6000), "critic": replace(short.critic, hidden=256)}
-    return replace(short, algorithm=algorithm, match=match, **more)
+    return _longer(short, iterations, discriminator_every_nth_sample=2)
 
 
 def dmd2_long(name: str, guidance: float, iterations: int = 1380) -> Recipe:
-    """The baseline at the same prompts, guidance and turns on a path; as many forwards as `advdmd_long`."""
-    short = dmd2(name, guidance, iterations, rate=7e-4)
-    algorithm, match = replace(short.algorithm, match_turns=2), replace(short.match, decay=2 * iterations)
-    more = {"ema": 0.99, "data": MiniData(prompts=6000), "critic": replace(short.critic, hidden=256)}
-    return replace(short, algorithm=algorithm, match=match, **more)
+    """The baseline with the prompts, guidance and updates per trajectory of `advdmd_long`, at as many forward passes."""
+    return _longer(dmd2(name, guidance, iterations, rate=7e-4), iterations)
 
 
 # In the long recipes: it keeps diversity, but of mini-qwen, which has enough, it draws too many objects (docs/log.md).

@@ -5,65 +5,74 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+from advdmd.recipes import renamed
 from advdmd.recipes.recipe import Recipe
+from advdmd.types import Json
 
-MAX_YAML_DEPTH = 20  # levels of nesting that a recipe's text may have; recipes have three
+MAX_YAML_DEPTH = 20  # levels of nesting; recipes have three
+T = TypeVar("T")
 
 
-def read_yaml(text: str) -> Any:
-    """Plain YAML: no tags, anchors or aliases, which a recipe needs none of and which can run wild. Raises ValueError."""
+def read_yaml(text: str) -> object:
+    """Plain YAML without tags, anchors or aliases, which a recipe does not need and which can expand without end. Raises ValueError."""
     import yaml
 
     class Plain(yaml.SafeLoader):
         depth = 0
 
-        def compose_node(self, *at: Any) -> Any:
+        def compose_node(self, *args: Any) -> Any:
             event: Any = self.peek_event()
             if event.anchor or getattr(event, "tag", None):
                 raise yaml.YAMLError("a recipe has no tags, anchors or aliases")
             if self.depth == MAX_YAML_DEPTH:
                 raise yaml.YAMLError(f"nested more than {MAX_YAML_DEPTH} deep")
             self.depth += 1
-            node = super().compose_node(*at)
+            node = super().compose_node(*args)
             self.depth -= 1
             return node
 
     try:
         return yaml.load(text, Plain)
-    except (yaml.YAMLError, ValueError, OverflowError) as e:  # dates and numbers that are none are not YAMLErrors
+    except (yaml.YAMLError, ValueError, OverflowError) as e:  # dates and numbers out of range are not YAMLErrors
         raise ValueError(str(e)) from None
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "="."""
-    out = {}
+def parse_overrides(words: Sequence[str]) -> Json:
+    """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "=", and on keys of an earlier version."""
+    out: Json = {}
     for word in words:
         key, eq, value = word.partition("=")
         if not eq or not key:
             raise ValueError(f"override {word!r}: write key=value, for example algorithm.steps=2")
+        if new := renamed.new_key(key):
+            raise ValueError(f"override {word!r}: {key} is now called {new}")
         try:
             out[key] = read_yaml(value)
         except ValueError:
             raise ValueError(f"override {word!r}: {value!r} is not a value (number, text, true, [list])") from None
+        if (new := renamed.new_value(key, out[key])) != out[key]:
+            raise ValueError(f"override {word!r}: the value {out[key]} is now called {new}")
     return out
 
 
-def flatten(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def flatten(tree: Mapping[str, Any], head: str = "") -> Json:
+    """Nested mappings as one, with dotted keys."""
+    out: Json = {}
     for k, v in tree.items():
         out |= flatten(v, f"{head}{k}.") if isinstance(v, Mapping) else {f"{head}{k}": v}
     return out
 
 
-def override(value: Any, changes: Mapping[str, Any], path: str = "") -> Any:
-    """A copy of a frozen dataclass with dotted keys replaced, types checked. Raises ValueError naming key and rule."""
+def override(value: T, changes: Mapping[str, Any], path: str = "") -> T:
+    """A copy of a frozen dataclass with dotted keys replaced, types checked. Raises ValueError that names key and rule."""
     from pydantic import TypeAdapter, ValidationError
 
-    names = {f.name: f for f in fields(value)}
-    new: dict[str, Any] = {f: getattr(value, f) for f in names}
-    inner: dict[str, dict[str, Any]] = {}
+    dataclass_value: Any = value
+    names = {f.name: f for f in fields(dataclass_value)}
+    new: Json = {f: getattr(value, f) for f in names}
+    inner: dict[str, Json] = {}
     for key, v in changes.items():
         head, _, rest = key.partition(".")
         if head not in names:
@@ -89,7 +98,7 @@ def override(value: Any, changes: Mapping[str, Any], path: str = "") -> Any:
 
 
 def dump(name: str, recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `resolve` reads back to an equal value."""
+    """The resolved recipe as YAML that `registry.resolve` reads back to an equal value."""
     import yaml
 
     return yaml.safe_dump({"recipe": name, **json.loads(json.dumps(asdict(recipe)))}, sort_keys=False)

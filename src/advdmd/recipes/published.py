@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.twinflow import TwinFlow, guidance_strength
+from advdmd.data.aspect_buckets import CachedData
 from advdmd.models.discriminator import DiscriminatorConfig
-from advdmd.recipes.recipe import CachedData, Recipe
+from advdmd.recipes.recipe import Recipe
 from advdmd.training.optimizer import OptimizerConfig
 
 
@@ -54,25 +55,25 @@ class Preset(NamedTuple):
 
     rank: int
     samples: int
-    card: int
-    cards: int = 1
+    gpu_memory: int  # GB
+    gpus: int = 1
     base_bits: Literal[4, 32] = 32
-    side: int = 1024
+    resolution: int = 1024  # pixels
 
 
 PRESETS = {
     ("sd3-medium", "24gb"): Preset(32, 1, 24),
     ("sd35-medium", "24gb"): Preset(32, 1, 24),
-    ("sd35-large", "24gb"): Preset(16, 1, 24, side=512),
-    ("qwen-image", "24gb"): Preset(16, 1, 24, base_bits=4, side=512),  # of 16 bits the base alone would take 41 GB
+    ("sd35-large", "24gb"): Preset(16, 1, 24, resolution=512),
+    ("qwen-image", "24gb"): Preset(16, 1, 24, base_bits=4, resolution=512),  # of 16 bits the base alone would take 41 GB
     ("sd3-medium", "80gb"): Preset(64, 4, 80),
     ("sd35-medium", "80gb"): Preset(64, 4, 80),
     ("sd35-large", "80gb"): Preset(64, 4, 80),
     ("qwen-image", "80gb"): Preset(32, 2, 80),
-    ("sd3-medium", "8x80gb"): Preset(0, 4, 80, cards=8),
-    ("sd35-medium", "8x80gb"): Preset(0, 4, 80, cards=8),
-    ("sd35-large", "8x80gb"): Preset(0, 1, 80, cards=8),
-    ("qwen-image", "32x80gb"): Preset(0, 1, 80, cards=32),
+    ("sd3-medium", "8x80gb"): Preset(0, 4, 80, gpus=8),
+    ("sd35-medium", "8x80gb"): Preset(0, 4, 80, gpus=8),
+    ("sd35-large", "8x80gb"): Preset(0, 1, 80, gpus=8),
+    ("qwen-image", "32x80gb"): Preset(0, 1, 80, gpus=32),
 }
 
 
@@ -86,9 +87,9 @@ ITERATIONS = 2000  # 64,000 samples, the miniature's long recipes have 38,400; o
 GROUP, PROMPTS = 8, 4  # 32 samples an iteration: the fewest with which group advantages meant something in the miniature
 # A trunk that learns pays for what the prompt says, a frozen one for nothing (docs/log.md); here it is one more adapter. It
 # reads the first half of the network, so that the second is not run.
-DISCRIMINATOR = DiscriminatorConfig(trunk="own", blocks=(0.25, 0.5), hidden=256)
+DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5), hidden_size=256)
 DM_OPTIMIZER = OptimizerConfig(
-    lr=1e-4, betas=(0.9, 0.99), warmup=100
+    lr=1e-4, betas=(0.9, 0.99), warmup_steps=100
 )  # TwinFlow's adapters, 2512.05150; whole networks take a tenth
 POLICY_OPTIMIZER = OptimizerConfig(lr=1e-5)  # a tenth of matching: in the miniature 2e-4 against 1e-3 lowered the score at once
 FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-4, betas=(0.0, 0.999))  # twice the student's: the fake score must follow it
@@ -100,23 +101,27 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
     common = {
         "teacher": MODELS[name].hub,
         "algorithm": algorithm,
-        "prompts_per_step": max(PROMPTS, fit.cards),  # a prompt a card at least, for groups stay together
+        "prompts_per_step": max(PROMPTS, fit.gpus),  # a prompt a card at least, for groups stay together
         **{
             k: replace(v, lr=slower * v.lr)
-            for k, v in {"match": DM_OPTIMIZER, "policy": POLICY_OPTIMIZER, "fake": FAKE_SCORE_OPTIMIZER}.items()
+            for k, v in {
+                "dm_optimizer": DM_OPTIMIZER,
+                "policy_optimizer": POLICY_OPTIMIZER,
+                "fake_score_optimizer": FAKE_SCORE_OPTIMIZER,
+            }.items()
         },
-        "critic": DISCRIMINATOR,
+        "discriminator": DISCRIMINATOR,
         "lora_rank": fit.rank,
         "base_bits": fit.base_bits,
-        "shard": not fit.rank,
+        "fsdp": not fit.rank,
         "dtype": "bfloat16",
         "device": "auto",
-        "checkpointing": True,
+        "gradient_checkpointing": True,
         "data": CachedData(),
-        "ema": 0.99,  # as in the miniature's long recipes: an average of the last hundred updates
+        "ema_decay": 0.99,  # as in the miniature's long recipes: an average of the last hundred updates
         "save_every": 50,
         # Pictures are decoded on the CPU: with these threads, if all help, two minutes at 1024 pixels (10.5 TFLOP an image).
-        "look_every": 500,
+        "sample_every": 500,
         "threads": 8,
     }
     return Recipe(**common | more)
@@ -131,26 +136,32 @@ def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> 
     warmup = iterations * 4 // 5
     algorithm = AdvDMD(
         steps=steps,
-        group=GROUP,
-        micro=PRESETS[name, preset].samples,
-        critic_steps=2,
-        warmup=warmup,
-        ramp=iterations - warmup,
-        match_every=1,
-        match_turns=2,
-        judge_every=2,
-        mismatch=1.0,
-        gan=0.1,
-        final_levels=(0.1,),
+        group_size=GROUP,
+        micro_batch_size=PRESETS[name, preset].samples,
+        fake_score_updates=2,
+        dm_only_iterations=warmup,
+        policy_ramp_iterations=iterations - warmup,
+        dm_every=1,
+        dm_updates=2,
+        discriminator_every_nth_sample=2,
+        mismatched_caption_weight=1.0,
+        gan_loss_weight=0.1,
+        final_noise_levels=(0.1,),
     )
-    return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations)
+    return _recipe(name, preset, algorithm, guidance_scale=MODELS[name].guidance, iterations=iterations)
 
 
 def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """The baseline on the same batches, with DMD2's weights (2405.14867) and a critic on the frozen teacher."""
-    algorithm = DMD2(steps=steps, group=GROUP, micro=PRESETS[name, preset].samples, critic_steps=2, match_turns=2)
-    critic = DiscriminatorConfig(trunk="teacher", blocks=DISCRIMINATOR.blocks, hidden=DISCRIMINATOR.hidden)
-    return _recipe(name, preset, algorithm, guidance=MODELS[name].guidance, iterations=iterations, critic=critic)
+    algorithm = DMD2(
+        steps=steps, group_size=GROUP, micro_batch_size=PRESETS[name, preset].samples, fake_score_updates=2, dm_updates=2
+    )
+    discriminator = DiscriminatorConfig(
+        trunk="teacher", feature_depths=DISCRIMINATOR.feature_depths, hidden_size=DISCRIMINATOR.hidden_size
+    )
+    return _recipe(
+        name, preset, algorithm, guidance_scale=MODELS[name].guidance, iterations=iterations, discriminator=discriminator
+    )
 
 
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
@@ -159,9 +170,9 @@ def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -
     where no more fit, and as many iterations cost one card a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for
     more. Many cards are as many replicas with the adapters of one."""
     w, one = guidance_strength(MODELS[name].guidance), preset.rpartition("x")[2]
-    algorithm = TwinFlow(steps=steps, gap=0.6 if steps == 2 else 0.5, order=1, guidance=w, group=2)
-    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].cards
-    return _recipe(name, one, algorithm, guidance=1.0, iterations=iterations, prompts_per_step=prompts)
+    algorithm = TwinFlow(steps=steps, last_time=0.6 if steps == 2 else 0.5, order=1, guidance_strength=w, group_size=2)
+    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].gpus
+    return _recipe(name, one, algorithm, guidance_scale=1.0, iterations=iterations, prompts_per_step=prompts)
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {"advdmd": advdmd, "dmd2": dmd2, "twinflow": twinflow}

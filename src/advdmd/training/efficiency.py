@@ -1,4 +1,4 @@
-"""How close an iteration is to the forwards it must make: eta, measured while a run goes on."""
+"""How close an iteration is to the forward passes that it must make, measured while a run goes on."""
 
 import time
 from collections.abc import Callable
@@ -7,35 +7,38 @@ import torch
 
 from advdmd.types import Metrics
 
-EVERY = 50  # steps between two measurements of a forward, which drifts with what else the machine does
+EVERY = 50  # iterations between two measurements of a forward pass, which drifts with what else the machine does
 
 
 class EfficiencyMeter:
-    """eta = forwards that step must make x seconds of one / seconds it took.
+    """Efficiency = forward passes that an iteration must make x seconds of one / seconds that it took.
 
-    forward(): one forward without gradient of `samples` samples; counted(step): forwards per sample that a step must make;
-    batch: samples a step has here. On a card the clock waits for it.
+    forward(): one forward pass without gradient of `samples` samples. counted(iteration): forward passes per sample that an
+    iteration must make. batch: samples of this rank in an iteration. On a GPU the clock waits for the device.
     """
 
     def __init__(self, forward: Callable[[], object], samples: int, counted: Callable[[int], float], batch: int):
         self.forward, self.samples, self.counted, self.batch = forward, samples, counted, batch
-        self.unit, self.began = 0.0, 0.0
+        self.seconds_per_sample, self.started = 0.0, 0.0
 
     @torch.no_grad()
-    def start(self, step: int) -> None:
-        """Before a step; measures a forward now and then."""
-        if not self.unit or step % EVERY == 0:
-            if not self.unit:
+    def start(self, iteration: int) -> None:
+        """Call before an iteration; measures a forward pass every so often."""
+        if not self.seconds_per_sample or iteration % EVERY == 0:
+            if not self.seconds_per_sample:
                 self.forward()  # the first is slower
-            began = _now()
+            before = _now()
             self.forward()
-            self.unit = (_now() - began) / self.samples
-        self.began = _now()
+            self.seconds_per_sample = (_now() - before) / self.samples
+        self.started = _now()
 
-    def stop(self, step: int) -> Metrics:
-        """After it."""
-        F = self.counted(step)
-        return {"cost/forwards": F, "cost/eta": F * self.batch * self.unit / (_now() - self.began)}
+    def stop(self, iteration: int) -> Metrics:
+        """Call after it; returns its forward passes per sample and its efficiency."""
+        counted = self.counted(iteration)
+        return {
+            "cost/forwards_per_sample": counted,
+            "cost/efficiency": counted * self.batch * self.seconds_per_sample / (_now() - self.started),
+        }
 
 
 def _now() -> float:

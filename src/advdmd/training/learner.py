@@ -1,188 +1,235 @@
 """Where losses meet an optimizer: the only file that calls backward."""
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from advdmd.algorithms.base import Aux
 from advdmd.training import distributed
-from advdmd.training.optimizer import OptimizerConfig, adam, moment_names, restore_8bit_tables
-from advdmd.types import Metrics
+from advdmd.training.optimizer import OptimizerConfig, ParamGroup, adam, moment_names, restore_8bit_tables
+from advdmd.types import Json, Metrics
+
+T = TypeVar("T")
 
 
 @dataclass
 class _OptimizerState:
-    """One optimizer: what it moves, at which multiple of the rate, and how often it has."""
+    """An optimizer, the parameters that it moves with the multiples of its learning rate, and how many updates it has made."""
 
-    optim: OptimizerConfig
-    groups: list[tuple[list[nn.Parameter], float]]
+    config: OptimizerConfig
+    params: list[list[nn.Parameter]]
+    lr_scales: list[float]
     adam: torch.optim.Optimizer
+    log_prefix: str
     updates: int = 0
+
+    @property
+    def all_params(self) -> list[nn.Parameter]:
+        return [p for group in self.params for p in group]
 
 
 class Learner:
-    """A network with a part in the game: call it, or hand it losses to descend.
+    """A trainable network with its optimizers and its EMA. Call it to predict; `update` takes one optimizer step on losses.
 
-    `turns` names its optimizers: each an Optim and groups of (parameters, multiple of the rate). `ema` keeps an average
-    of the parameters, moved after every descent with decay min(ema, (1 + n) / (10 + n)). `plain` makes another network of
-    the same kind: one that is spread over processes is gathered into it to be looked at.
+    net: the network. call: what calling the learner does, usually backbone.velocity of the network. optimizers: name ->
+    (configuration, parameter groups). ema_decay: decay of an exponential moving average of the parameters, moved after every
+    update with decay min(ema_decay, (1 + n) / (10 + n)); None: no average. ema_net: a network with parameters of the same names,
+    which from now on hold the average; by default new ones do. make_unsharded: makes another network of the same kind, into which one that is
+    sharded over ranks is gathered. log_prefixes: of an optimizer's metrics, by default "NAME/" of "main", "NAME/OPTIMIZER_" of
+    others.
     """
 
     def __init__(
         self,
         name: str,
         net: nn.Module,
-        call: Callable[..., Any],
-        turns: Mapping[str, tuple[OptimizerConfig, Sequence[tuple[Iterable[nn.Parameter], float]]]],
-        ema: float | None = None,
-        plain: Callable[[], nn.Module] | None = None,
+        call: Callable[..., Tensor],
+        optimizers: Mapping[str, tuple[OptimizerConfig, Sequence[ParamGroup]]],
+        ema_decay: float | None = None,
+        ema_net: nn.Module | None = None,
+        make_unsharded: Callable[[], nn.Module] | None = None,
+        log_prefixes: Mapping[str, str] | None = None,
     ):
-        self.name, self.net, self._call, self.ema_decay, self._plain = name, net, call, ema, plain
-        self._turns: dict[str, _OptimizerState] = {}
-        for key, (optim, groups) in turns.items():
-            listed = [(list(p), m) for p, m in groups]
-            self._turns[key] = _OptimizerState(optim, listed, adam(optim, listed))
-        self.averages = 0
-        self.ema = {k: p.detach().clone() for k, p in net.named_parameters()} if ema is not None else {}
+        self.name, self.net, self._call, self.ema_decay = name, net, call, ema_decay
+        self._ema_net, self._make_unsharded = ema_net, make_unsharded
+        prefixes = {"main": f"{name}/"} | dict(log_prefixes or {})
+        self._optimizers: dict[str, _OptimizerState] = {}
+        for key, (config, groups) in optimizers.items():
+            params, scales = [list(g.params) for g in groups], [g.lr_scale for g in groups]
+            prefix = prefixes.get(key, f"{name}/{key}_")
+            self._optimizers[key] = _OptimizerState(config, params, scales, adam(config, params), prefix)
+        self.ema_updates = 0
+        self.ema: dict[str, nn.Parameter] = {}
+        if ema_decay is not None:
+            own = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in net.named_parameters()}
+            if ema_net is not None:
+                held = dict(ema_net.requires_grad_(False).named_parameters())
+                for k, p in own.items():
+                    held[k].data = p.data
+                own = {k: held[k] for k in own}
+            self.ema = own
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+    def __call__(self, *args: object) -> Tensor:
+        return self._call(*args)
 
-    def descend(self, losses: Iterable[Tensor], turn: str = "main") -> Metrics:
-        """One optimizer step on the mean of `losses` ([n] each), back-propagated as they arrive.
+    @overload
+    def update(self, losses: Iterable[Tensor], optimizer: str = "main") -> Metrics: ...
+    @overload
+    def update(self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main") -> tuple[Metrics, Aux]: ...
+    def update(
+        self, losses: Iterable[Tensor] | Iterable[tuple[Tensor, Aux]], optimizer: str = "main"
+    ) -> Metrics | tuple[Metrics, Aux]:
+        """One optimizer step on the mean over samples of `losses`, each [n] or ([n], aux), back-propagated as they arrive.
 
-        Raises FloatingPointError, before anything moved, if the loss or the gradient norm is not finite.
+        Clips the gradient, steps, moves the EMA. Returns the mean loss and the gradient norm; with aux also the auxiliary
+        values of all samples, concatenated. Raises FloatingPointError, before anything has moved, if the loss or the gradient
+        norm is not finite.
         """
-        t = self._turns[turn]
-        params = [p for group, _ in t.groups for p in group]
-        t.adam.zero_grad(set_to_none=True)
-        total, count = 0.0, 0
-        for loss in losses:
+        o = self._optimizers[optimizer]
+        params = o.all_params
+        o.adam.zero_grad(set_to_none=True)
+        total, count, found = 0.0, 0, list[Aux]()
+        for item in losses:
+            loss, aux = item if isinstance(item, tuple) else (item, None)
+            if aux is not None:
+                found.append(aux)
             loss.sum().backward()
             total, count = total + loss.detach().sum().item(), count + len(loss)
         total, count = distributed.all_reduce_gradients(params, total, count)
         grads = [p.grad for p in params if p.grad is not None]
         norm = distributed.grad_norm(grads) / count
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise FloatingPointError(f"{self.name}/{turn}: loss {total / count}, gradient norm {norm}")
-        if mine := [distributed.local_shard(g) for g in grads]:  # all in one call: on a card each call costs its launch
-            torch._foreach_mul_(mine, min(1.0, t.optim.clip / (norm + 1e-6)) / count)
-        for setting, (_, multiple) in zip(t.adam.param_groups, t.groups, strict=True):
-            setting["lr"] = t.optim.rate(t.updates) * multiple
-        t.adam.step()
-        t.adam.zero_grad(set_to_none=True)
-        t.updates += 1
-        self._average()
-        label = self.name if turn == "main" else f"{self.name}/{turn}"
-        return {f"{label}/loss": total / count, f"{label}/norm": norm} | self._agreement()
+            raise FloatingPointError(f"{self.name}/{optimizer}: loss {total / count}, gradient norm {norm}")
+        if local := [distributed.local_shard(g) for g in grads]:  # all in one call: on a GPU each call costs a launch
+            torch._foreach_mul_(local, min(1.0, o.config.max_grad_norm / (norm + 1e-6)) / count)
+        for setting, scale in zip(o.adam.param_groups, o.lr_scales, strict=True):
+            setting["lr"] = o.config.learning_rate(o.updates) * scale
+        o.adam.step()
+        o.adam.zero_grad(set_to_none=True)
+        o.updates += 1
+        self._update_ema()
+        metrics = {f"{o.log_prefix}loss": total / count, f"{o.log_prefix}grad_norm": norm} | self._gradient_alignment()
+        if not found:
+            return metrics
+        return metrics, {k: torch.cat([aux[k] for aux in found]) for k in found[0]}
 
     @property
     def sharded(self) -> bool:
-        """Whether the network is spread over processes."""
+        """Whether the network is sharded over ranks."""
         return any(distributed.is_sharded(p) for p in self.net.parameters())
 
     @torch.no_grad()
-    def _agreement(self) -> Metrics:
-        """Of two optimizers that have both moved: the cosine of their mean gradients (Adam's first moments), and how long the
-        second's is beside the first's. Moments of 8 bits are not asked."""
-        if len(self._turns) != 2 or not all(t.updates and t.optim.bits == 32 for t in self._turns.values()):
+    def _gradient_alignment(self) -> Metrics:
+        """Of two optimizers that have both made updates: the cosine of their mean gradients (Adam's first moments), and how long
+        the second's is beside the first's. Not measured with moments of 8 bits."""
+        both = list(self._optimizers.items())
+        if len(both) != 2 or not all(o.updates and o.config.state_bits == 32 for _, o in both):
             return {}
-        first, second = (t.adam.state for t in self._turns.values())
-        both = [p for p in first if p in second]
-        pairs = [(distributed.local_shard(first[p]["exp_avg"]), distributed.local_shard(second[p]["exp_avg"])) for p in both]
+        (name, first), (other, second) = ((k, o.adam.state) for k, o in both)
+        shared = [p for p in first if p in second]
+        pairs = [(distributed.local_shard(first[p]["exp_avg"]), distributed.local_shard(second[p]["exp_avg"])) for p in shared]
         dots = torch.stack([torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs])
-        ab, aa, bb = distributed.all_reduce_sum(dots.double().sum(0), both).tolist()
+        ab, aa, bb = distributed.all_reduce_sum(dots.double().sum(0), shared).tolist()
         return {
-            f"{self.name}/cosine": ab / math.sqrt(max(aa * bb, 1e-60)),
-            f"{self.name}/ratio": math.sqrt(bb / max(aa, 1e-60)),
+            f"{self.name}/{other}_{name}_cosine": ab / math.sqrt(max(aa * bb, 1e-60)),
+            f"{self.name}/{other}_{name}_ratio": math.sqrt(bb / max(aa, 1e-60)),
         }
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _update_ema(self) -> None:
         if self.ema_decay is None:
             return
-        decay = min(self.ema_decay, (1 + self.averages) / (10 + self.averages))
+        decay = min(self.ema_decay, (1 + self.ema_updates) / (10 + self.ema_updates))
         pairs = [(distributed.local_shard(self.ema[k]), distributed.local_shard(p)) for k, p in self.net.named_parameters()]
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
-        self.averages += 1
+        self.ema_updates += 1
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The state dict to sample from: buffers as they are, parameters averaged where an average is kept."""
-        return {**self.net.state_dict(), **self.ema}
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        """The state dict with EMA weights: buffers as they are, parameters averaged."""
+        return {**self.net.state_dict(), **{k: v.data for k, v in self.ema.items()}}
 
-    @contextmanager
-    def averaging(self) -> Iterator[nn.Module]:
-        """The network with its averaged weights inside; its own again outside. Of one that is spread, a gathered copy; all
-        processes must ask for it."""
+    def ema_copy(self, of: T) -> T:
+        """A copy of anything that holds the learner's network, such as a pipeline, in which its parameters are the EMA's.
+
+        No weight of the network is copied: the copy follows the EMA. Not for sharded networks.
+        """
+        memo = {id(p): self.ema[k] for k, p in self.net.named_parameters()}
+        return copy.deepcopy(of, memo)
+
+    def ema_model(self) -> nn.Module:
+        """The network with EMA weights; the learner's own weights stay in place. All ranks must call this.
+
+        Of a network that is sharded over ranks: a gathered copy on the first rank, an empty module on the others.
+        """
         if self.sharded:
-            yield self._gathered()
-            return
-        own = {k: v.clone() for k, v in self.net.state_dict().items()}
-        self.net.load_state_dict(self.averaged())
-        try:
-            yield self.net
-        finally:
-            self.net.load_state_dict(own)
+            return self._gathered()
+        return self.ema_copy(self.net) if self._ema_net is None else self._ema_net
 
+    @torch.no_grad()
     def _gathered(self) -> nn.Module:
-        """The average in a network of the first process; the others give their shares, and get nothing to look at."""
-        assert self._plain
-        net = self._plain() if distributed.is_main_process() else nn.Module()
-        mine = net.state_dict()
-        for k, v in self.averaged().items():
+        assert self._make_unsharded
+        net = self._make_unsharded() if distributed.is_main_process() else nn.Module()
+        state = net.state_dict()
+        for k, v in self.ema_state_dict().items():
             v = distributed.full_tensor(v)
-            if k in mine:
-                mine[k].copy_(v)
+            if k in state:
+                state[k].copy_(v)
         return net
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, Tensor], Json]:
         """Everything that must survive a stop: tensors by name, and counters."""
         tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
-        for key, t in self._turns.items():
-            for i, p in enumerate(q for group, _ in t.groups for q in group):
-                kept = {k: v for k, v in t.adam.state.get(p, {}).items() if k in moment_names(p, t.optim)}
+        tensors |= {f"ema/{k}": v.data for k, v in self.ema.items()}
+        for key, o in self._optimizers.items():
+            for i, p in enumerate(o.all_params):
+                kept = {k: v for k, v in o.adam.state.get(p, {}).items() if k in moment_names(p, o.config)}
                 tensors |= {f"adam/{key}/{i}/{k}": torch.as_tensor(v) for k, v in kept.items()}
-        counts = {k: {"updates": t.updates, "moved": len(t.adam.state)} for k, t in self._turns.items()}
-        return tensors, {"averages": self.averages, "turns": counts}
+        counts = {k: {"updates": o.updates, "moved": len(o.adam.state)} for k, o in self._optimizers.items()}
+        return tensors, {"ema_updates": self.ema_updates, "optimizers": counts}
 
-    def places(self) -> dict[str, Tensor]:
-        """By the names of `state`, a tensor like each that it may hold."""
-        out = {f"net/{k}": v for k, v in self.net.state_dict().items()} | {f"ema/{k}": v for k, v in self.ema.items()}
-        for key, t in self._turns.items():
-            for i, p in enumerate(q for group, _ in t.groups for q in group):
-                head = f"adam/{key}/{i}"
-                out |= {f"{head}/exp_avg": p, f"{head}/exp_avg_sq": p, f"{head}/step": torch.zeros((), device=p.device)}
+    def state_template(self) -> dict[str, Tensor]:
+        """By the names of `state_dict`, a tensor like each that it may hold."""
+        out: dict[str, Tensor] = {f"net/{k}": v for k, v in self.net.state_dict().items()}
+        out |= {f"ema/{k}": v.data for k, v in self.ema.items()}
+        for key, o in self._optimizers.items():
+            for i, p in enumerate(o.all_params):
+                head, step = f"adam/{key}/{i}", torch.zeros((), device=p.device)
+                out |= {f"{head}/exp_avg": p, f"{head}/exp_avg_sq": p, f"{head}/step": step}
         return out
 
-    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Inverse of `state`; missing or extra names are errors."""
-        if "turns" not in counters:
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor], counters: Json) -> None:
+        """Inverse of `state_dict`. Raises ValueError on missing or extra names, and on checkpoints of an earlier version."""
+        if "optimizers" not in counters:
             raise ValueError(
                 f"{self.name}: this checkpoint is an earlier version's and cannot be read: run again into another --out"
             )
-        places = self.places()
-        tensors = {k: distributed.distribute_like(v, places[k]) if k in places else v for k, v in tensors.items()}
-        part = lambda head: {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
+        template = self.state_template()
+        tensors = {k: distributed.distribute_like(v, template[k]) if k in template else v for k, v in tensors.items()}
+
+        def part(head: str) -> dict[str, Tensor]:
+            return {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}
+
         self.net.load_state_dict(part("net/"), strict=True)
         if set(part("ema/")) != set(self.ema):
             raise ValueError(f"{self.name}: the saved average does not match this recipe's")
         for k, v in part("ema/").items():
             self.ema[k].copy_(v)
-        self.averages = counters["averages"]
-        for key, t in self._turns.items():
-            t.updates, moved = counters["turns"][key]["updates"], counters["turns"][key]["moved"]
-            for i, p in enumerate(q for group, _ in t.groups for q in group):
+        self.ema_updates = counters["ema_updates"]
+        for key, o in self._optimizers.items():
+            o.updates, moved = counters["optimizers"][key]["updates"], counters["optimizers"][key]["moved"]
+            for i, p in enumerate(o.all_params):
                 if saved := part(f"adam/{key}/{i}/"):
-                    t.adam.state[p] = {k: v.to(p.device, copy=True) for k, v in saved.items()}
-            whole = sum(set(state) == moment_names(p, t.optim) for p, state in t.adam.state.items())
+                    o.adam.state[p] = {k: v.to(p.device, copy=True) for k, v in saved.items()}
+            whole = sum(set(state) == moment_names(p, o.config) for p, state in o.adam.state.items())
             if whole != moved:
                 raise ValueError(f"{self.name}/{key}: whole optimizer state of {whole} parameters, {moved} were saved")
-            if t.optim.bits == 8:
-                restore_8bit_tables(t.adam)
-        if extra := set(tensors) - set(self.state()[0]):
+            if o.config.state_bits == 8:
+                restore_8bit_tables(o.adam)
+        if extra := set(tensors) - set(self.state_dict()[0]):
             raise ValueError(f"{self.name}: the checkpoint holds what this recipe has no place for: {sorted(extra)[0]}")

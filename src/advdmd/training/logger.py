@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, and a console line with the time left."""
+"""The record of a run: metrics.jsonl, trackers, and a console line with the time left."""
 
 import json
 from collections.abc import Sequence
@@ -9,39 +9,51 @@ from advdmd.progress import Progress
 from advdmd.training.trackers import open_tracker
 from advdmd.types import Metrics
 
-MAX_LINES = 10_000  # that metrics.jsonl holds about at most: a longer run writes every second or third step
+MAX_LINES = 10_000  # of metrics.jsonl, about: a longer run writes every second or third iteration
 
 
 class MetricsLogger:
-    """Appends one JSON line per step; on resume it forgets lines of steps that will be done again."""
+    """Appends one JSON line per iteration to `folder`/metrics.jsonl; on resume it drops lines of iterations that will be repeated.
+
+    iterations, start: the run's last and first. console_keys: metrics of the console line. trackers: training.trackers.
+    """
 
     def __init__(
-        self, folder: Path, label: str, steps: int, start: int = 0, show: tuple[str, ...] = (), track: Sequence[str] = ()
+        self,
+        folder: Path,
+        label: str,
+        iterations: int,
+        start: int = 0,
+        console_keys: tuple[str, ...] = (),
+        trackers: Sequence[str] = (),
     ):
-        self.path, self.show = folder / "metrics.jsonl", show
-        self.trackers = [open_tracker(kind, folder, label, start) for kind in track]
+        self.path, self.console_keys = folder / "metrics.jsonl", console_keys
+        self.trackers = [open_tracker(kind, folder, label, start) for kind in trackers]
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            lines = read_lines(self.path, "step", way_out="delete that line")
+            lines = read_lines(self.path, "step", hint="delete that line")
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < start))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - held open for the run
-        self.progress = Progress(label, steps, start)
-        self.stride, self.last = max(1, -(-steps // MAX_LINES)), steps - 1
+        self.progress = Progress(label, iterations, start)
+        self.stride, self.last = max(1, -(-iterations // MAX_LINES)), iterations - 1
 
-    def write(self, step: int, log: Metrics) -> None:
-        # One step in `stride`, another one each time: turns that come every second step are not passed over.
+    def write(self, iteration: int, metrics: Metrics) -> None:
+        """Write an iteration's metrics. Raises OSError that names the file if the disk is full."""
+        # One iteration in `stride`, another one each time: updates that come every second iteration are not passed over.
         if (
-            step % self.stride == step // self.stride % self.stride
-            or step == self.last
-            or any(key.startswith("exam/") for key in log)
+            iteration % self.stride == iteration // self.stride % self.stride
+            or iteration == self.last
+            or any(key.startswith("eval/") for key in metrics)
         ):
+            rounded = {k: float(f"{v:.6g}") for k, v in metrics.items()}
             with name_file_in_errors(self.path):
-                self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in log.items()}}) + "\n")
+                self.file.write(json.dumps({"step": iteration, **rounded}) + "\n")
         for tracker in self.trackers:
-            tracker.write(step, log)
-        self.progress(step + 1, " ".join(f"{k} {log[k]:.4g}" for k in self.show if k in log))
+            tracker.write(iteration, metrics)
+        self.progress(iteration + 1, " ".join(f"{k} {metrics[k]:.4g}" for k in self.console_keys if k in metrics))
 
     def close(self) -> None:
+        """Close the file and the trackers."""
         for tracker in self.trackers:
             tracker.close()
         self.file.close()

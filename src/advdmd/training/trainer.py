@@ -1,13 +1,15 @@
-"""The training loop: deal a batch, play an iteration, write down what happened, save, look."""
+"""The training loop: a batch, a train step, metrics, validation, sample grids, checkpoints."""
 
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from advdmd.rng import Rng
@@ -15,100 +17,127 @@ from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.learner import Learner
 from advdmd.training.logger import MetricsLogger
-from advdmd.types import ONE_RANK, Batch, Metrics, Ranks
+from advdmd.types import ONE_RANK, Columns, Metrics, Ranks
+
+
+class TakesTrainSteps(Protocol):
+    """What the trainer needs of an algorithm."""
+
+    @property
+    def train_step(self) -> Callable[..., Metrics]: ...  # (models, batch, iteration, rng) -> metrics
+
+
+def _never() -> bool:
+    return False
 
 
 @contextmanager
-def _on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM ends nothing: it makes what is given answer True, in all processes once one of them was told."""
-    told: list[int] = []
+def _sigterm_received() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM ends nothing. Yields a function that says, on all ranks, whether any of them has received it."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield lambda: False
+        yield _never
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        yield lambda: distributed.any_rank(bool(told))
+        yield lambda: distributed.any_rank(bool(received))
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def is_due(done: int, every: int, total: int) -> bool:
-    """Whether something that happens every `every` steps, and at the end, happens after `done` steps."""
+    """Whether something that happens every `every` iterations, and at the end, happens after `done` iterations."""
     return done == total or (every > 0 and done % every == 0)
 
 
-def train(
-    algorithm: Any,
-    cast: Any,
-    deal: Callable[[int], tuple[Batch, list[int]]],
-    folder: Path,
-    *,
-    seed: int,
-    steps: int,
-    save_every: int,
-    look_every: int = 0,
-    look: Callable[[int], object] | None = None,
-    exam_every: int = 0,
-    exam: Callable[[int], Metrics] | None = None,
-    over: Callable[[], bool] = lambda: False,
-    extra: Mapping[str, Tensor] | None = None,
-    fingerprint: str = "",
-    team: Ranks = ONE_RANK,
-    meter: EfficiencyMeter | None = None,
-    show: tuple[str, ...] = (),
-    verdict: Callable[[], str] | None = None,
-    track: Sequence[str] = (),
-    label: str = "train",
-) -> None:
-    """Play `algorithm` from the newest checkpoint in `folder` to `steps`.
+@dataclass(kw_only=True)
+class Trainer:
+    """Runs an algorithm's train steps into a folder, from its newest checkpoint to `iterations`.
 
-    deal(step) -> (batch, sample ids), pure. `look` and `exam` happen every so many steps and at the end, in all processes;
-    what an exam finds is written with the step's metrics, and `over()` says whether the run may end there. `extra` are
-    tensors changed in place that belong to the run's state; `fingerprint` names the recipe, so that a checkpoint of another
-    one is refused.
-    `team`: the processes that share each step's samples; `deal` gives this one its own. `meter` adds what a step costs;
-    `track` names where the numbers go besides metrics.jsonl. `verdict` says in one line how the run is doing: printed every
-    tenth of it (10 or more steps) behind the first quarter.
-    Raises FloatingPointError, naming step and player, on the first loss or gradient that is not finite; SystemExit, behind a
-    checkpoint, after SIGTERM.
+    batch_fn(iteration) -> (batch, sample ids), pure; the batch is moved to `device`. validate(n) and save_samples(n) are called
+    after n iterations, every so many and at the end, by all ranks; the scores that `validate` returns are logged with the
+    iteration's metrics, and `should_stop` says after it whether the run ends early. extra_state: tensors that belong to the
+    run's state and are changed in place. fingerprint names the recipe: a checkpoint of another one is refused. efficiency
+    measures what an iteration costs. console_keys: metrics of the console line. health: one line about the run, printed every
+    tenth of it (10 or more iterations) after its first quarter. trackers: training.trackers.
     """
-    players = {name: p for name, p in cast._asdict().items() if isinstance(p, Learner)}
-    start = checkpoint.resume(folder / "checkpoints", players, extra, fingerprint)
-    if start > steps:
-        raise ValueError(f"{folder} has already run {start} steps, more than the {steps} asked for: choose another --out")
-    if start and over():
-        return
-    distributed.barrier()  # until all have read the checkpoint
-    # Metrics, exams, pictures and checkpoints are the first process's.
-    book = MetricsLogger(folder, label, steps, start, show, track) if not team.rank else None
-    with _on_sigterm() as terminated, closing(book) if book else nullcontext():
-        for step in range(start, steps):
-            try:
-                batch, samples = deal(step)
-                if meter:
-                    meter.start(step)
-                log = algorithm.iteration(cast, batch, step, Rng(seed, step, samples, team))
-            except FloatingPointError as e:
-                raise FloatingPointError(f"step {step}, {e}: the last checkpoint is untouched") from None
-            log = distributed.mean_over_ranks(log | (meter.stop(step) if meter else {}))
-            sat = bool(exam and exam_every and is_due(step + 1, exam_every, steps))
-            if exam and sat:
-                log = log | exam(step + 1)
-            if book:
-                book.write(step, log)
-                if verdict and steps / 4 < step + 1 < steps and is_due(step + 1, max(10, steps // 10), steps):
-                    book.progress.say(f"after {step + 1}: {verdict()}")
-            if sat:
-                distributed.barrier()  # the exam's file, which says whether the run is over, is written
-            last = sat and over()
-            if look and (last or is_due(step + 1, look_every, steps)):
-                look(step + 1)
-            stop = terminated()
-            if last or stop or is_due(step + 1, save_every, steps):
-                checkpoint.save(folder / "checkpoints", step + 1, players, extra, fingerprint, team)
-            if last or step + 1 == steps:
-                return
-            if stop:
-                if book:
-                    print(f"\nstopped after step {step}, as asked: the same command goes on from it", file=sys.stderr)
-                raise SystemExit(128 + signal.SIGTERM)
+
+    algorithm: TakesTrainSteps
+    models: NamedTuple
+    batch_fn: Callable[[int], tuple[Columns, list[int]]]
+    folder: Path
+    seed: int
+    iterations: int
+    save_every: int
+    device: torch.device | str = "cpu"
+    ranks: Ranks = ONE_RANK
+    extra_state: Mapping[str, Tensor] = field(default_factory=dict)
+    fingerprint: str = ""
+    sample_every: int = 0
+    save_samples: Callable[[int], object] | None = None
+    eval_every: int = 0
+    validate: Callable[[int], Metrics] | None = None
+    should_stop: Callable[[], bool] = _never
+    efficiency: EfficiencyMeter | None = None
+    console_keys: tuple[str, ...] = ()
+    health: Callable[[], str] | None = None
+    trackers: Sequence[str] = ()
+    label: str = "train"
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """The trainable networks by their names in checkpoints."""
+        return {name: m for name, m in self.models._asdict().items() if isinstance(m, Learner)}
+
+    def run(self) -> None:
+        """Train.
+
+        Raises FloatingPointError, naming iteration and network, on the first loss or gradient that is not finite, and
+        SystemExit, after a checkpoint, on SIGTERM.
+        """
+        folder, total, main = self.folder, self.iterations, not self.ranks.rank
+        start = checkpoint.resume(folder / "checkpoints", self.learners, self.extra_state, self.fingerprint)
+        if start > total:
+            raise ValueError(f"{folder} has already run {start} steps, more than the {total} asked for: choose another --out")
+        if start and self.should_stop():
+            return
+        distributed.barrier()  # until all have read the checkpoint
+        # The main process alone writes metrics, scores, pictures and records of checkpoints.
+        logger = MetricsLogger(folder, self.label, total, start, self.console_keys, self.trackers) if main else None
+        with _sigterm_received() as sigterm, closing(logger) if logger else nullcontext():
+            for iteration in range(start, total):
+                done = iteration + 1
+                metrics = self._train_step(iteration)
+                evaluated = bool(self.validate and self.eval_every and is_due(done, self.eval_every, total))
+                if self.validate and evaluated:
+                    metrics = metrics | self.validate(done)
+                if logger:
+                    logger.write(iteration, metrics)
+                    if self.health and total / 4 < done < total and is_due(done, max(10, total // 10), total):
+                        logger.progress.print_line(f"after {done}: {self.health()}")
+                if evaluated:
+                    distributed.barrier()  # the validation's record, which says whether the run is over, is written
+                last = evaluated and self.should_stop()
+                if self.save_samples and (last or is_due(done, self.sample_every, total)):
+                    self.save_samples(done)
+                stopped = sigterm()
+                if last or stopped or is_due(done, self.save_every, total):
+                    checkpoint.save(folder / "checkpoints", done, self.learners, self.extra_state, self.fingerprint, self.ranks)
+                if last or done == total:
+                    return
+                if stopped:
+                    if main:
+                        print(f"\nstopped after step {iteration}, as asked: the same command goes on from it", file=sys.stderr)
+                    raise SystemExit(128 + signal.SIGTERM)
+
+    def _train_step(self, iteration: int) -> Metrics:
+        try:
+            batch, samples = self.batch_fn(iteration)
+            batch = batch.to(self.device)
+            if self.efficiency:
+                self.efficiency.start(iteration)
+            rng = Rng(self.seed, iteration, samples, self.ranks, self.device)
+            metrics = self.algorithm.train_step(self.models, batch, iteration, rng)
+        except FloatingPointError as e:
+            raise FloatingPointError(f"step {iteration}, {e}: the last checkpoint is untouched") from None
+        return distributed.mean_over_ranks(metrics | (self.efficiency.stop(iteration) if self.efficiency else {}))

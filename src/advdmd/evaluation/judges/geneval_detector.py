@@ -140,7 +140,7 @@ class GenEvalDetector:
                 raise ValueError(f"self-test: a drawn {color} square is called {said}: these CLIP weights cannot name colours")
 
     @torch.no_grad()
-    def look(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
+    def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
         """Objects above the threshold, at most 16 of a class; colours of those classes whose colour the item asks for."""
         return [self._look(item, image) for item, image in zip(items, images, strict=True)]
 

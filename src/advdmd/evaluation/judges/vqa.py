@@ -46,7 +46,7 @@ class VQAJudge:
         if not red > blue:
             raise ValueError(f"self-test: of a red picture {self.name} says 'red' with {red:.2f} and 'blue' with {blue:.2f}")
 
-    def look(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
+    def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
         out = []
         for item, image in zip(items, images, strict=True):
             picture = Image.fromarray(image)

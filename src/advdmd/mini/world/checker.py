@@ -180,9 +180,12 @@ def _observe(images: np.ndarray) -> tuple[np.ndarray, _Measured]:
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Zero-mean unit patches [T, 121] and their shape index [T]: shapes x radii x sub-pixel places x blurs."""
-    places = [(16.0, 16.0), (16.5, 16.0), (16.0, 16.5), (16.5, 16.5), (16.25, 16.25)]
+    state_template = [(16.0, 16.0), (16.5, 16.0), (16.0, 16.5), (16.5, 16.5), (16.25, 16.25)]
     things = [
-        SceneObject(s, "blue", "", x, y, r, COLORS["blue"]) for s in SHAPES for r in (3.7, 4.1, 5.7, 6.3) for x, y in places
+        SceneObject(s, "blue", "", x, y, r, COLORS["blue"])
+        for s in SHAPES
+        for r in (3.7, 4.1, 5.7, 6.3)
+        for x, y in state_template
     ]
     image = render([Scene("white", (t,)) for t in things])
     sets = [image, *(ndimage.gaussian_filter(image, (0, b, b, 0)) for b in BLURS)]

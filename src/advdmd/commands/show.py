@@ -1,0 +1,75 @@
+"""The command show: a table of recipes, or one recipe with what it costs and the memory it takes."""
+
+from collections.abc import Mapping
+
+from advdmd.distillation import memory
+from advdmd.distillation.memory import GB
+from advdmd.recipes import registry
+from advdmd.recipes.overrides import dump
+from advdmd.recipes.published import PRESETS, preset_from_name
+from advdmd.recipes.recipe import Recipe
+
+
+def recipe_table() -> str:
+    """All recipes as a table: one row per model and method, with steps and presets."""
+    rows: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+    for name in registry.known_recipes():
+        model, method, steps, preset = _parts(name)
+        known_steps, presets = rows.setdefault((model, method), ([], []))
+        known_steps += [steps] if steps not in known_steps else []
+        presets += [preset] if preset and preset not in presets else []
+    cells = [("model", "method", "steps", "presets")]
+    cells += [(model, method, ", ".join(s), ", ".join(p) or "-") for (model, method), (s, p) in rows.items()]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines) + (
+        "\n\nName of a recipe: MODEL-METHOD for the miniature (mini-...), MODEL-METHOD-STEPSstep-PRESET for published models, for "
+        "example\nmini-sd35-advdmd and sd35-medium-advdmd-4step-24gb. `advdmd show NAME` prints its settings, cost and memory."
+    )
+
+
+def _parts(name: str) -> tuple[str, str, str, str]:
+    """Model, method, steps and preset of a recipe, of which published models' names have all four."""
+    for model, preset in PRESETS:
+        if name.startswith(f"{model}-") and name.endswith(f"-{preset}") and name.count("-") == model.count("-") + 3:
+            method, steps = name.removeprefix(f"{model}-").removesuffix(f"-{preset}").split("-")
+            return model, method, steps.removesuffix("step"), preset
+    r = registry.recipe_by_name(name)
+    return r.teacher, name.removeprefix(f"{r.teacher}-"), str(r.algorithm.steps), ""
+
+
+def describe(
+    name: str, r: Recipe, gpu_memory: float | None = None, gpus: int | None = None, resolution: int | None = None
+) -> str:
+    """A recipe's settings, the forward passes of an iteration and, for published models, the memory of each GPU.
+
+    gpu_memory in GB, gpus and resolution in pixels default to the preset of the recipe's name, then to one GPU and 1024 pixels.
+    Raises ValueError if the GPUs cannot share an iteration, or if the transformer's memory is not known.
+    """
+    full: Mapping[str, float] = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
+    mean = r.forwards_until(r.iterations) / r.iterations
+    parts = ", ".join(f"{k} {v:g}" for k, v in full.items())
+    lines = [
+        dump(name, r),
+        f"forwards per sample, a full iteration: {parts} = {sum(full.values()):g}",
+        f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples",
+    ]
+    if r.data.has_validation and gpu_memory is None:  # of the miniature, which any machine holds
+        return "\n".join(lines)
+    if preset := preset_from_name(name):
+        gpu_memory, gpus = gpu_memory or preset.gpu_memory, gpus or preset.gpus
+        resolution = resolution or preset.resolution
+    gpus, resolution = gpus or 1, resolution or 1024
+    r.check_world_size(gpus)
+    need = memory.estimate(r, resolution, gpus)
+    adapters = f", {need.adapter / 1e6:.0f} M in each of {need.networks} adapters" if need.adapter else ""
+    which = "a card" if gpus == 1 else f"each of {gpus} cards"
+    lines += [
+        f"transformer: {need.base / 1e9:.2f} B parameters{adapters}",
+        f"memory of {which} at {resolution} pixels, GB: " + ", ".join(f"{k} {v / GB:.1f}" for k, v in need.parts.items()),
+        f"in all {need.total / GB:.1f} GB; activations are an estimate",
+    ]
+    if gpu_memory is not None:
+        lines.append(memory.fit_advice(r, need, gpu_memory))
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The model card of a student: how it was made, and the lines that sample it with the stock pipeline."""
+
+from pathlib import Path
+
+from advdmd.models.backbone import Backbone
+from advdmd.models.sampler import SamplerConfig
+from advdmd.types import Json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SAMPLES_FILE = "samples.png"
+
+
+def snippet(folder: str, backbone: Backbone, steps: int) -> str:
+    """Lines of Python that sample an image with the stock pipeline in `folder`."""
+    load = "".join(f", {k}={v!r}" for k, v in backbone.pipeline_load_kwargs.items())
+    call = "".join(f"    {k}={v!r},\n" for k, v in backbone.pipeline_call_kwargs(steps).items())
+    return f"""import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}"{load})
+torch.manual_seed(0)  # the noise of the steps is drawn from the global generator
+image = pipe(
+    "a picture of a red circle",
+{call}).images[0]
+"""
+
+
+def model_card(folder: Path, name: str, sampler: SamplerConfig, backbone: Backbone, record: Json) -> str:
+    """README.md of a student's `folder`, which will be called `name`; record: its metadata."""
+    notes = ""
+    if sampler.eta != 1:
+        notes = f"\n**eta = {sampler.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
+    if sampler.last_time is not None:
+        notes = "\n**TwinFlow has its own grid of times: stock pipelines cannot sample it, `advdmd sample` can.**\n"
+    if "base_bits" in record:
+        notes += (
+            f"\nIts adapter learned on the base in {record['base_bits']} bits, which is fused here: on the published base "
+            f"`{LORA_FILE}` is only close to it.\n"
+        )
+    more = ""
+    if (folder / LORA_FILE).is_file():
+        more += (
+            f"\n`{LORA_FILE}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, "
+            "so the two give nearly, not exactly, the same images unless that is float32.\n"
+        )
+    if (folder / SAMPLES_FILE).is_file():
+        more += f"\n![samples of the EMA student while it learned, {sampler.steps} steps]({SAMPLES_FILE})\n"
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {record["base_model"]}
+base_model_relation: finetune
+license: other
+license_name: that-of-the-base-model
+tags: [advdmd, distillation, few-step]
+---
+# {record["base_model"]} in {sampler.steps} steps
+
+Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {sampler.steps} steps:
+{notes}
+```python
+{snippet(name, backbone, sampler.steps)}```
+
+Pass the arguments as they are: other values mean another grid or another function. With stochastic sampling the pipeline's
+`generator` seeds only the first noise: call `torch.manual_seed` to repeat an image.
+The scheduler has shift {sampler.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
+{more}"""
