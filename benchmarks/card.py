@@ -199,7 +199,7 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     F, ids = sum(r.forwards(step).values()), list(range(r.batch))
 
     def iteration() -> None:
-        r.algorithm.iteration(players, batch, step, Rng(0, step, ids))
+        r.algorithm.train_step(players, batch, step, Rng(0, step, ids))
 
     ready = time.perf_counter() - began
     if on := device != "cpu":

@@ -27,19 +27,19 @@ SAMPLES, STEPS = 32, 4
 def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
     """[3, N] |ratio - 1| of the noisy hops: rolled out in one piece, replayed `micro` samples at a time."""
     backbone, _ = loading.load("mini-sd35", dtype=dtype)
-    cond = backbone.embed(backbone.tokenize(["a picture of a red circle and a blue square"] * SAMPLES))
+    cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle and a blue square"] * SAMPLES))
     noise = torch.randn(STEPS, SAMPLES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
 
     def student(x: torch.Tensor, t: torch.Tensor, c: Any) -> torch.Tensor:
         return backbone.velocity(backbone.net, x, t, c)
 
-    grid, kernel = flow.grid(STEPS, 1.2), cps(1.0)
-    path = rollout(student, cond, noise, grid, kernel)
+    grid, coefficients = flow.grid(STEPS, 1.2), cps(1.0)
+    path = rollout(student, cond, noise, grid, coefficients)
     off = torch.zeros(STEPS - 1, SAMPLES)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if low_replay else nullcontext():
         for i in torch.arange(SAMPLES).split(micro):
             for k in range(STEPS - 1):
-                step, _ = step_distribution(student, path.x[k, i], grid[k], grid[k + 1], cond[i], kernel)
+                step, _ = step_distribution(student, path.x[k, i], grid[k], grid[k + 1], cond[i], coefficients)
                 off[k, i] = ((step.neg_mse(path.x[k + 1, i]) - path.close[k, i]).exp() - 1).abs()
     return off
 

@@ -76,12 +76,12 @@ def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, An
     torch.set_num_threads(threads)
     backbone, _ = loading.load(r.teacher)
     data, a = load_training_data(r, backbone), r.algorithm
-    cast = build(r, backbone, data.null)
+    models = build(r, backbone, data.null)
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
     batch, ids = data.deal(0)
 
     def iteration() -> float:
-        a.iteration(cast, batch, step, Rng(0, step, ids))
+        a.train_step(models, batch, step, Rng(0, step, ids))
         return sum(r.forwards(step).values())
 
     return row(" ".join((name, *changes)), *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))

@@ -50,13 +50,13 @@ class Setting:
             backbone.net = net.requires_grad_(False).eval()
             times = side // self.batch.real.shape[-1]
             self.batch = replace(self.batch, real=self.batch.real.repeat(1, 1, times, times))
-        self.cast = build(self.recipe, backbone, data.null)
+        self.models = build(self.recipe, backbone, data.null)
         steps = range(self.recipe.iterations)
         self.step = max(steps, key=lambda i: sum(self.recipe.forwards(i).values()))  # a full iteration
 
     def play(self) -> float:
         began = time.perf_counter()
-        self.recipe.algorithm.iteration(self.cast, self.batch, self.step, Rng(0, self.step, self.ids))
+        self.recipe.algorithm.train_step(self.models, self.batch, self.step, Rng(0, self.step, self.ids))
         return (time.perf_counter() - began) / len(self.batch)
 
 

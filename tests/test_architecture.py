@@ -8,7 +8,7 @@ import advdmd
 
 ROOT = Path(advdmd.__file__).parent
 FLOORS = [
-    {"flow", "kernels", "losses"},
+    {"flow", "coefficientss", "losses"},
     {"types", "rng", "rollout", "world", "files"},
     {"models"},
     {"data"},
@@ -55,7 +55,7 @@ def test_only_the_learner_calls_backward():
 
 
 def test_the_maths_knows_no_modules_and_no_files():
-    for name in ("flow", "kernels", "losses", "rng", "rollout"):
+    for name in ("flow", "coefficientss", "losses", "rng", "rollout"):
         text = (ROOT / f"{name}.py").read_text()
         assert not any(word in text for word in ("nn.Module", "import os", "pathlib", "open(")), name
 

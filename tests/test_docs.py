@@ -17,9 +17,22 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = typer.main.get_command(main.app)
 # What makes a command small enough to run here: the same path with smaller numbers.
-TINY = ["iterations=2", "prompts_per_step=2", "algorithm.group_size=4", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "threads=1"]
+TINY = [
+    "iterations=2",
+    "prompts_per_step=2",
+    "algorithm.group_size=4",
+    "algorithm.dm_only_iterations=1",
+    "algorithm.policy_ramp_iterations=1",
+    "threads=1",
+]
 POOL = ["data.num_prompts=8", "data.images_per_prompt=2"]
-REAL = ["dtype=float32", "device=cpu", "lora_rank=4", "discriminator.hidden_size=8", "save_every=2"]  # of a published model's recipe
+REAL = [
+    "dtype=float32",
+    "device=cpu",
+    "lora_rank=4",
+    "discriminator.hidden_size=8",
+    "save_every=2",
+]  # of a published model's recipe
 SMALLER = {"mini": [*TINY, *POOL, "--images", "1"], "eval": ["--images", "2", "--prompts", "2", "--threads", "1"]}
 # What needs weights, cards or hours, and has tests of its own: parsed only.
 APART = ("demo", "pretrain", "score", "metric", "convert-detector", "convert-hps")

@@ -1,4 +1,4 @@
-"""Identities of flow, kernels, losses, rng and rollout."""
+"""Identities of flow, coefficientss, losses, rng and rollout."""
 
 import pytest
 import torch

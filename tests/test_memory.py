@@ -67,7 +67,10 @@ def test_a_transformer_that_is_not_counted_is_named(tmp_path):
 
 def test_few_bits_are_counted_in_the_blocks_alone():
     r = resolve("qwen-image-advdmd-4step-80gb")[1]
-    whole, few = estimate(r), estimate(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake_score_optimizer.state_bits=8"])[1])
+    whole, few = (
+        estimate(r),
+        estimate(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake_score_optimizer.state_bits=8"])[1]),
+    )
     assert 0.51 / 2 < few.parts["frozen base"] / whole.parts["frozen base"] < 0.53 / 2
     eight, thirty_two = 2, 2  # optimizers: fake score and trunk; the student's two turns
     assert few.parts["Adam"] / whole.parts["Adam"] == (eight * 8 + thirty_two * 32) / (4 * 32)

@@ -153,9 +153,15 @@ def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
 
 def test_overrides_are_typed_and_reach_every_level():
     _, r = resolve(
-        "mini-sd35-advdmd", ["algorithm.steps=2", "dm_optimizer.lr=3e-5", "discriminator.feature_depths=[0.5, 1.0]", "algorithm.credit=final"]
+        "mini-sd35-advdmd",
+        ["algorithm.steps=2", "dm_optimizer.lr=3e-5", "discriminator.feature_depths=[0.5, 1.0]", "algorithm.credit=final"],
     )
-    assert (r.algorithm.steps, r.dm_optimizer.lr, r.discriminator.feature_depths, r.algorithm.credit) == (2, 3e-5, (0.5, 1.0), "final")
+    assert (r.algorithm.steps, r.dm_optimizer.lr, r.discriminator.feature_depths, r.algorithm.credit) == (
+        2,
+        3e-5,
+        (0.5, 1.0),
+        "final",
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +294,7 @@ def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_
     from advdmd.transitions import cps
 
     backbone, how = loading.load(str(trained / "student"))
-    cond = backbone.embed(backbone.tokenize(["a picture of a red circle"]))
+    cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"]))
     for n in (4, 2):
         first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         torch.manual_seed(11)
@@ -505,8 +511,16 @@ def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_
 
 def test_a_recipes_schedules_fit_the_iterations_it_is_told():
     long, short = (resolve("mini-sd35-advdmd", [f"iterations={n}"])[1] for n in (900, 90))
-    assert (short.dm_optimizer.decay_steps, short.algorithm.dm_only_iterations, short.algorithm.policy_ramp_iterations) == (90, 67, 23)
-    assert (long.dm_optimizer.decay_steps, long.algorithm.dm_only_iterations, long.algorithm.policy_ramp_iterations) == (900, 675, 225)
+    assert (short.dm_optimizer.decay_steps, short.algorithm.dm_only_iterations, short.algorithm.policy_ramp_iterations) == (
+        90,
+        67,
+        23,
+    )
+    assert (long.dm_optimizer.decay_steps, long.algorithm.dm_only_iterations, long.algorithm.policy_ramp_iterations) == (
+        900,
+        675,
+        225,
+    )
     assert short.policy_optimizer.decay_steps == sum(short.algorithm.turn(i).policy for i in range(90))
     assert resolve("mini-sd35-advdmd", ["iterations=90", "algorithm.dm_only_iterations=7"])[1].algorithm.dm_only_iterations == 7
 

@@ -1,4 +1,7 @@
-"""A world small enough to know exactly: class-conditional 2-D Gaussian mixtures with a closed-form velocity."""
+"""A world small enough to know exactly: class-conditional 2-D Gaussian mixtures with a closed-form velocity.
+
+A condition is a Cond whose embedding [N, 1, 1] is the class; functions also take plain class indices [N].
+"""
 
 import copy
 import math
@@ -8,8 +11,18 @@ from torch import nn
 
 from advdmd.algorithms.base import DistillationModels
 from advdmd.training.learner import Learner
-from advdmd.training.optimizer import OptimizerConfig
-from advdmd.types import Batch
+from advdmd.training.optimizer import OptimizerConfig, ParamGroup
+from advdmd.types import Batch, Cond
+
+
+def as_cond(c):
+    """Class indices [N] as conditions."""
+    return Cond(c[:, None, None])
+
+
+def classes(c):
+    """Class indices [N] of conditions."""
+    return c.embeds[:, 0, 0] if isinstance(c, Cond) else c
 
 
 class Mixture:
@@ -18,16 +31,17 @@ class Mixture:
         self.std, self.logw = std, torch.tensor(weights).log()
 
     def sample(self, c, g):
+        c = classes(c)
         m = torch.multinomial(self.logw.exp().expand(len(c), -1), 1, generator=g)[:, 0]
         return self.mu[c, m] + self.std * torch.randn(len(c), 2, generator=g)
 
     def log_prob(self, x, c):
-        d2 = (x[:, None] - self.mu[c]).square().sum(-1) / self.std**2
+        d2 = (x[:, None] - self.mu[classes(c)]).square().sum(-1) / self.std**2
         return torch.logsumexp(self.logw - 0.5 * d2, 1) - math.log(2 * math.pi * self.std**2)
 
     def __call__(self, x, t, c):
         """E[e - x0 | x_t = x]."""
-        t = t[:, None]
+        t, c = t[:, None], classes(c)
         var = (1 - t) ** 2 * self.std**2 + t**2
         resid = x[:, None] - (1 - t)[..., None] * self.mu[c]
         w = torch.softmax(self.logw - 0.5 * resid.square().sum(-1) / var, 1)
@@ -53,11 +67,11 @@ class Net(nn.Module):
 
     def forward(self, x, t, c):
         f = t[:, None] * 2.0 ** torch.arange(4) * math.pi
-        y = self.net(torch.cat([x, f.sin(), f.cos(), self.emb(c)], 1))
+        y = self.net(torch.cat([x, f.sin(), f.cos(), self.emb(classes(c))], 1))
         return y if self.out > 1 else y[:, 0]
 
 
-class ToyCritic:
+class ToyDiscriminator:
     def __init__(self, net):
         self.net = net
 
@@ -69,9 +83,9 @@ class ToyCritic:
 
 
 class Both(nn.Module):
-    def __init__(self, score, critic):
+    def __init__(self, score, discriminator):
         super().__init__()
-        self.score, self.critic = score, critic
+        self.score, self.discriminator = score, discriminator
 
 
 def pretrained(teacher, steps=600, seed=0):
@@ -90,42 +104,39 @@ def pretrained(teacher, steps=600, seed=0):
     return net
 
 
-def make_cast(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=0, seed=0):
+def make_models(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=0, seed=0):
     torch.manual_seed(seed)
     student, both = copy.deepcopy(net), Both(copy.deepcopy(net), Net(1))
-    turns = {
-        "match": (OptimizerConfig(lr=lr, decay=decay), [(student.parameters(), 1.0)]),
-        "policy": (OptimizerConfig(lr=policy_lr, decay=decay), [(student.parameters(), 1.0)]),
+    optimizers = {
+        name: (OptimizerConfig(lr=rate, decay_steps=decay), [ParamGroup(student.parameters())])
+        for name, rate in (("dm", lr), ("policy", policy_lr))
     }
+    fake_score = (OptimizerConfig(lr=fake_lr, betas=(0.0, 0.999)), [ParamGroup(both.parameters())])
     return DistillationModels(
         teacher=teacher,
-        student=Learner("student", student, student, turns, ema_decay=0.99),
-        fake=Learner(
-            "fake",
-            both,
-            lambda x, t, c, k: both.score(x, t, c),
-            {"main": (OptimizerConfig(lr=fake_lr, betas=(0.0, 0.999)), [(both.parameters(), 1.0)])},
-        ),
-        critic=ToyCritic(both.critic),
-        auc=torch.full((steps,), 0.5),
+        student=Learner("student", student, student, optimizers, ema_decay=0.99, log_prefixes={"policy": "policy/"}),
+        fake_score=Learner("fake_score", both, lambda x, t, c, k: both.score(x, t, c), {"main": fake_score}),
+        discriminator=ToyDiscriminator(both.discriminator),
+        discriminator_auc=torch.full((steps,), 0.5),
     )
 
 
-def toy_deal(data, prompts=8, group=8):
-    def deal(step):
+def toy_batch_fn(data, prompts=8, group=8):
+    def batch_fn(step):
         n = prompts * group
         c = (torch.arange(n) // group + step) % 2
-        return Batch(c, data.sample(c, torch.Generator().manual_seed(1000 + step))), list(range(step * n, step * n + n))
+        latents = data.sample(c, torch.Generator().manual_seed(1000 + step))
+        return Batch(as_cond(c), latents), list(range(step * n, step * n + n))
 
-    return deal
+    return batch_fn
 
 
-def play(algorithm, cast, deal, steps, start=0, seed=0):
+def play(algorithm, models, batch_fn, steps, start=0, seed=0):
     from advdmd.rng import Rng
 
     for step in range(start, steps):
-        batch, ids = deal(step)
-        log = algorithm.iteration(cast, batch, step, Rng(seed, step, ids))
+        batch, ids = batch_fn(step)
+        log = algorithm.train_step(models, batch, step, Rng(seed, step, ids))
     return log
 
 

@@ -9,15 +9,18 @@ import torch
 
 from advdmd import flow, losses
 from advdmd.algorithms.advdmd import AdvDMD, Updates
+from advdmd.algorithms.base import Costs
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.objectives import (
+    DiscriminatorInputs,
     discriminator_logits,
     discriminator_rewards,
-    distribution_matching_loss,
     fake_score_loss,
     policy_loss,
+    student_loss,
 )
 from advdmd.distillation.build import build_models
+from advdmd.mini.training_data import MiniData
 from advdmd.recipes.mini import RECIPES
 from advdmd.recipes.recipe import Recipe
 from advdmd.rng import Rng
@@ -25,23 +28,23 @@ from advdmd.rollout import rollout, sample_euler
 from advdmd.training.optimizer import OptimizerConfig
 from advdmd.transitions import Gaussian, cps, renoise
 from advdmd.types import Batch
-from tests.toy import Mixture, Net, flat, play, pretrained, toy_deal
-from tests.toy import make_cast as toy_cast
+from tests.toy import Mixture, Net, flat, play, pretrained, toy_batch_fn
+from tests.toy import make_models as toy_models
 
-ADV = {"warmup": 0, "ramp": 0, "match_every": 1, "gated": False}
+ADV = {"dm_only_iterations": 0, "policy_ramp_iterations": 0, "dm_every": 1, "auc_gating": False}
 
 
-def cast_for(r, backbone):
+def models_for(r, backbone):
     with torch.no_grad():
-        return build_models(r, backbone, backbone.embed(backbone.tokenize([""])))
+        return build_models(r, backbone, backbone.encode_text(backbone.tokenize([""])))
 
 
 def tiny_recipe(folder, algorithm, **changes):
-    return Recipe(teacher=str(folder), algorithm=algorithm, guidance_scale=2.0, iterations=4, **changes)
+    return Recipe(teacher=str(folder), algorithm=algorithm, guidance_scale=2.0, iterations=4, data=MiniData(), **changes)
 
 
 def tiny_batch(backbone, prompts=2, group=4):
-    cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two squares"][:prompts]))
+    cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two squares"][:prompts]))
     i = torch.arange(prompts).repeat_interleave(group)
     real = torch.randn(prompts * group, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     return Batch(type(cond)(cond.embeds[i].detach(), cond.pooled[i].detach()), real)
@@ -50,16 +53,16 @@ def tiny_batch(backbone, prompts=2, group=4):
 @pytest.mark.parametrize("eta", [0.9, 1.0])
 def test_ratio_is_one_before_any_update(eta):
     world = Mixture()
-    cast, c = toy_cast(world, Net(2), 4), torch.arange(16) % 2
-    path = rollout(cast.student, c, torch.randn(4, 16, 2), flow.grid(4, 3.0), cps(eta))
-    loss, off = policy_loss(cast, path, c, torch.ones(3, 16), cps(eta), 1e-3)
-    assert off == 0
+    models, c = toy_models(world, Net(2), 4), torch.arange(16) % 2
+    path = rollout(models.student, c, torch.randn(4, 16, 2), flow.grid(4, 3.0), cps(eta))
+    loss, aux = policy_loss(models, path, c, torch.ones(3, 16), cps(eta), 1e-3)
+    assert (aux["ratio_error"] == 0).all()
     torch.testing.assert_close(loss, -torch.ones(16))
 
 
 def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
     world, algorithm = Mixture(), AdvDMD(**ADV)
-    cast = toy_cast(world, Net(2), 4)
+    models = toy_models(world, Net(2), 4)
 
     class Moved:
         """A student whose answers drift from one call to the next, as in a low-precision replay."""
@@ -68,53 +71,53 @@ def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
 
         def __call__(self, x, t, c):
             Moved.calls += 1
-            return cast.student(x, t, c) + 1e-2 * Moved.calls
+            return models.student(x, t, c) + 1e-2 * Moved.calls
 
-        def update(self, losses, turn="main"):
-            return cast.student.update(losses, turn)
+        def update(self, losses, optimizer="main"):
+            return models.student.update(losses, optimizer)
 
     with pytest.raises(FloatingPointError, match="ratio"):
-        play(algorithm, cast._replace(student=Moved()), toy_deal(world), 1)
+        play(algorithm, models._replace(student=Moved()), toy_batch_fn(world), 1)
 
 
 def test_a_bfloat16_replay_of_a_float32_path_is_stopped(tiny_folder, backbone):
     """Sampling in one precision and learning in another, on the real network: no injected error."""
-    cast = cast_for(tiny_recipe(tiny_folder, algorithm := AdvDMD(**ADV, group=4)), backbone)
+    models = models_for(tiny_recipe(tiny_folder, algorithm := AdvDMD(**ADV, group_size=4)), backbone)
 
     class Mixed:
         def __call__(self, x, t, c):
             with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
-                return cast.student(x, t, c)
+                return models.student(x, t, c)
 
-        def update(self, losses, turn="main"):
-            return cast.student.update(losses, turn)
+        def update(self, losses, optimizer="main"):
+            return models.student.update(losses, optimizer)
 
     batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
     with pytest.raises(FloatingPointError, match=r"policy: \|ratio - 1\|"):
-        algorithm.iteration(cast._replace(student=Mixed()), batch, 0, rng)
-    assert "policy/max_ratio_error" in algorithm.iteration(cast, batch, 0, rng), "and one precision goes through"
+        algorithm.train_step(models._replace(student=Mixed()), batch, 0, rng)
+    assert "policy/max_ratio_error" in algorithm.train_step(models, batch, 0, rng), "and one precision goes through"
 
 
 def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
-    world, algorithm = Mixture(), AdvDMD(**(ADV | {"gated": True}))
-    cast, c = toy_cast(world, Net(2), 4), torch.arange(64) // 8 % 2
-    path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
+    world, algorithm = Mixture(), AdvDMD(**(ADV | {"auc_gating": True}))
+    models, c = toy_models(world, Net(2), 4), torch.arange(64) // 8 % 2
+    path = rollout(models.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
     rng = Rng(0, 0, range(64))
-    cast.auc.fill_(0.9)
-    advantage, _ = algorithm.advantages(cast, path, Batch(c, c), rng)
+    models.discriminator_auc.fill_(0.9)
+    advantage, _ = algorithm.advantages(models, path, Batch(c, c), rng)
     torch.testing.assert_close(advantage.unflatten(-1, (8, 8)).sum(-1), torch.zeros(3, 8), atol=1e-4, rtol=0)
     assert advantage.abs().max() > 0.5
-    cast.auc.fill_(0.5)
-    assert (algorithm.advantages(cast, path, Batch(c, c), rng)[0] == 0).all()
+    models.discriminator_auc.fill_(0.5)
+    assert (algorithm.advantages(models, path, Batch(c, c), rng)[0] == 0).all()
 
 
 @pytest.mark.parametrize(("credit", "check"), [("step", 0), ("final", 1), ("both", 2)])
 def test_credit_is_what_its_name_says(credit, check):
     world = Mixture()
-    cast, c = toy_cast(world, Net(2), 4), torch.arange(64) // 8 % 2
-    path = rollout(cast.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
+    models, c = toy_models(world, Net(2), 4), torch.arange(64) // 8 % 2
+    path = rollout(models.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
     gains = {
-        k: AdvDMD(**ADV, credit=k).advantages(cast, path, Batch(c, c), Rng(0, 0, range(64)))[0]
+        k: AdvDMD(**ADV, credit=k).advantages(models, path, Batch(c, c), Rng(0, 0, range(64)))[0]
         for k in ("step", "final", "both")
     }
     torch.testing.assert_close(gains["both"], 0.5 * (gains["step"] + gains["final"]))
@@ -156,89 +159,106 @@ def test_from_one_start_what_the_next_hop_saw_is_the_gradient_times_its_response
 
 def test_distribution_matching_is_still_when_the_fake_score_equals_the_teacher():
     net = pretrained(Mixture(), steps=20)
-    cast = toy_cast(net, net, 4)
+    models = toy_models(net, net, 4)
     x, t, c = torch.randn(8, 2), torch.full((8,), 0.75), torch.zeros(8, dtype=torch.long)
-    loss = distribution_matching_loss(
-        cast, x, t, c, torch.rand(8), torch.randn(8, 2), torch.zeros(8, dtype=torch.long), torch.rand(8)
-    )
-    grads = torch.autograd.grad(loss.sum(), list(cast.student.net.parameters()), allow_unused=True)
+    k = torch.zeros(8, dtype=torch.long)
+    loss, _ = student_loss(models, x, t, c, k, torch.rand(8), torch.randn(8, 2), torch.rand(8), 0.0)
+    grads = torch.autograd.grad(loss.sum(), list(models.student.net.parameters()), allow_unused=True)
     assert all(g is None or g.abs().max() < 1e-6 for g in grads)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda m: AdvDMD(micro=m, mismatch=0.5, **ADV), lambda m: DMD2(micro=m)], ids=["advdmd", "dmd2"]
+    "make",
+    [lambda m: AdvDMD(micro_batch_size=m, mismatched_caption_weight=0.5, **ADV), lambda m: DMD2(micro_batch_size=m)],
+    ids=["advdmd", "dmd2"],
 )
 def test_micro_batch_size_does_not_change_the_update(make):
     world, net, out = Mixture(), Net(2), []
     for micro in (5, 64):
-        cast = toy_cast(world, net, 4)
-        play(make(micro), cast, toy_deal(world), 3)
-        out.append((flat(cast.student.net), flat(cast.fake.net), cast.auc))
+        models = toy_models(world, net, 4)
+        play(make(micro), models, toy_batch_fn(world), 3)
+        out.append((flat(models.student.net), flat(models.fake_score.net), models.discriminator_auc))
     for a, b in zip(*out):
         torch.testing.assert_close(a, b, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("algorithm", [AdvDMD(group=4, **ADV), DMD2()], ids=["advdmd", "dmd2"])
+@pytest.mark.parametrize("algorithm", [AdvDMD(group_size=4, **ADV), DMD2()], ids=["advdmd", "dmd2"])
 def test_training_leaves_the_teacher_untouched_and_moves_the_players(tiny_folder, backbone, algorithm):
-    before, cast = copy.deepcopy(backbone.net.state_dict()), cast_for(tiny_recipe(tiny_folder, algorithm), backbone)
+    before, models = copy.deepcopy(backbone.net.state_dict()), models_for(tiny_recipe(tiny_folder, algorithm), backbone)
     start = {
-        k: flat(p) for k, p in [("student", cast.student.net), ("score", cast.fake.net.score), ("heads", cast.fake.net.heads)]
+        k: flat(p)
+        for k, p in [
+            ("student", models.student.net),
+            ("score", models.fake_score.net.score),
+            ("heads", models.fake_score.net.heads),
+        ]
     }
     for step in range(2):
-        algorithm.iteration(cast, tiny_batch(backbone), step, Rng(0, step, range(8)))
+        algorithm.train_step(models, tiny_batch(backbone), step, Rng(0, step, range(8)))
     assert all(torch.equal(v, before[k]) for k, v in backbone.net.state_dict().items())
     assert all(p.grad is None for p in backbone.net.parameters())
-    for k, net in [("student", cast.student.net), ("score", cast.fake.net.score), ("heads", cast.fake.net.heads)]:
+    for k, net in [
+        ("student", models.student.net),
+        ("score", models.fake_score.net.score),
+        ("heads", models.fake_score.net.heads),
+    ]:
         assert not torch.equal(flat(net), start[k]), k
 
 
 def test_gan_back_propagation_reaches_the_student_and_nobody_else(tiny_folder, backbone):
-    cast, b = cast_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
+    models, b = models_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t = torch.full((8,), 0.75)
-    distribution_matching_loss(
-        cast, b.real, t, b.cond, t, torch.randn_like(b.real), torch.arange(8) % 4, t, gan=1.0
-    ).sum().backward()
-    assert all(p.grad is None for p in cast.fake.net.parameters())
-    assert any(p.grad is not None for p in cast.student.net.parameters())
-    assert all(p.requires_grad for p in cast.fake.net.parameters())
+    x, k = b.real_latents, torch.arange(8) % 4
+    loss, parts = student_loss(models, x, t, b.cond, k, t, torch.randn_like(x), t, 1.0)
+    torch.testing.assert_close(loss.detach(), parts["dm_loss"] + parts["gan_loss"])
+    loss.sum().backward()
+    assert all(p.grad is None for p in models.fake_score.net.parameters())
+    assert any(p.grad is not None for p in models.student.net.parameters())
+    assert all(p.requires_grad for p in models.fake_score.net.parameters())
 
 
 def test_the_fake_score_is_told_the_hop_and_starts_as_if_it_were_not(tiny_folder, backbone):
-    cast, b = cast_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
+    models, b = models_for(tiny_recipe(tiny_folder, DMD2()), backbone), tiny_batch(backbone)
     t, k = torch.full((8,), 0.5), torch.arange(8) % 4
-    assert torch.equal(cast.fake(b.real, t, b.cond, k), backbone.velocity(backbone.net, b.real, t, b.cond))
-    fake_score_loss(cast, b.real, b.cond, t, torch.randn_like(b.real), k[:4].repeat(2)).sum().backward()
-    assert (cast.fake.net.exits.grad.abs().sum(1) > 0).all()
-    without_pooled = cast.fake.net.told(replace(b.cond, pooled=None, embeds=b.cond.pooled[:, None].expand(-1, 3, -1)), k)
+    assert torch.equal(
+        models.fake_score(b.real_latents, t, b.cond, k), backbone.velocity(backbone.net, b.real_latents, t, b.cond)
+    )
+    fake_score_loss(models, b.real_latents, b.cond, t, torch.randn_like(b.real_latents), k[:4].repeat(2)).sum().backward()
+    assert (models.fake_score.net.exit_embedding.grad.abs().sum(1) > 0).all()
+    without_pooled = models.fake_score.net.with_exit_embedding(
+        replace(b.cond, pooled=None, embeds=b.cond.pooled[:, None].expand(-1, 3, -1)), k
+    )
     assert without_pooled.embeds.shape == (8, 3, b.cond.pooled.shape[1])
 
 
 def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
     """Rewards of a path whatever the size of a pass; real, generated and misnamed images each as alone."""
-    cast, b = cast_for(tiny_recipe(tiny_folder, AdvDMD()), backbone), tiny_batch(backbone)
-    start, e = torch.randn(3, *b.real.shape), torch.randn_like(b.real)
-    path = rollout(cast.student, b.cond, start, flow.grid(3, 1.0), cps(1.0))
-    num_steps, end = discriminator_rewards(cast, path, b.cond, (0.02, 0.3), e, 5)
-    alone = torch.stack([cast.critic(path.x[k], path.t[k].expand(8), b.cond) for k in (1, 2)])
+    models, b = models_for(tiny_recipe(tiny_folder, AdvDMD()), backbone), tiny_batch(backbone)
+    start, e = torch.randn(3, *b.real_latents.shape), torch.randn_like(b.real_latents)
+    path = rollout(models.student, b.cond, start, flow.grid(3, 1.0), cps(1.0))
+    num_steps, end = discriminator_rewards(models, path, b.cond, (0.02, 0.3), e, 5)
+    alone = torch.stack([models.discriminator(path.x[k], path.t[k].expand(8), b.cond) for k in (1, 2)])
     torch.testing.assert_close(num_steps, alone.detach())
     levels = [torch.full((8,), u) for u in (0.02, 0.3)]
-    last = [cast.critic(flow.interpolate(path.x[-1], e, u), u, b.cond) for u in levels]
+    last = [models.discriminator(flow.interpolate(path.x[-1], e, u), u, b.cond) for u in levels]
     torch.testing.assert_close(end, torch.stack(last).mean(0).detach())
 
     t, wrong = torch.full((8,), 0.4), b.cond[torch.arange(8).flip(0)]
-    image = flow.interpolate(b.real, e, t)
+    image = flow.interpolate(b.real_latents, e, t)
     for together in (False, True):
-        told = discriminator_logits(cast, b.real, path.x[1], b.cond, t, e, wrong, together)
-        for logits, x, cond in zip(told, (image, path.x[1], image), (b.cond, b.cond, wrong), strict=True):
-            torch.testing.assert_close(logits, cast.critic(x, t, cond))
+        inputs = DiscriminatorInputs(b.real_latents, path.x[1], t, e, b.cond, torch.ones(8), wrong, torch.ones(8))
+        for logits, x, cond in zip(
+            discriminator_logits(models, inputs, together), (image, path.x[1], image), (b.cond, b.cond, wrong), strict=True
+        ):
+            torch.testing.assert_close(logits, models.discriminator(x, t, cond))
 
 
 def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, backbone):
     def trunk_norm(weight):
-        r = tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk_grad_scale=weight))
-        cast, b = cast_for(r, backbone), tiny_batch(backbone)
-        cast.critic(b.real, torch.full((8,), 0.5), b.cond).sum().backward()
-        grads = [p.grad for p in cast.fake.net.score.parameters() if p.grad is not None]
+        r = tiny_recipe(tiny_folder, AdvDMD(), discriminator=dict_critic(trunk_grad_scale=weight))
+        models, b = models_for(r, backbone), tiny_batch(backbone)
+        models.discriminator(b.real_latents, torch.full((8,), 0.5), b.cond).sum().backward()
+        grads = [p.grad for p in models.fake_score.net.score.parameters() if p.grad is not None]
         return torch.cat([g.flatten() for g in grads]).norm() if grads else torch.tensor(0.0)
 
     assert trunk_norm(0.0) == 0
@@ -246,14 +266,17 @@ def test_the_critics_gradient_enters_the_trunk_only_by_its_weight(tiny_folder, b
 
 
 def test_a_trunk_of_the_critics_own_learns_with_its_heads(tiny_folder, backbone):
-    cast, b = cast_for(tiny_recipe(tiny_folder, AdvDMD(), critic=dict_critic(trunk="own")), backbone), tiny_batch(backbone)
-    before = flat(cast.fake.net.trunk)
+    models, b = (
+        models_for(tiny_recipe(tiny_folder, AdvDMD(), discriminator=dict_critic(trunk="own")), backbone),
+        tiny_batch(backbone),
+    )
+    before = flat(models.fake_score.net.trunk)
     assert torch.equal(before, flat(backbone.net))
-    AdvDMD(group=4, warmup=9).iteration(cast, b, 0, Rng(0, 0, range(8)))
-    assert not torch.equal(before, flat(cast.fake.net.trunk))
-    cast.critic.generator_logit(b.real.requires_grad_(), torch.full((8,), 0.5), b.cond).sum().backward()
-    assert b.real.grad is not None
-    assert all(p.grad is None for p in cast.fake.net.trunk.parameters())
+    AdvDMD(group_size=4, dm_only_iterations=9).train_step(models, b, 0, Rng(0, 0, range(8)))
+    assert not torch.equal(before, flat(models.fake_score.net.trunk))
+    models.discriminator.generator_logit(b.real_latents.requires_grad_(), torch.full((8,), 0.5), b.cond).sum().backward()
+    assert b.real_latents.grad is not None
+    assert all(p.grad is None for p in models.fake_score.net.trunk.parameters())
 
 
 def dict_critic(**kw):
@@ -266,42 +289,53 @@ def dict_critic(**kw):
 @pytest.mark.parametrize(("mismatch", "gan"), [(0.0, 0.0), (0.5, 0.0), (0.5, 5e-3)])
 def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, mismatch, gan):
     """Network passes with and without gradient of one AdvDMD iteration, per sample, against AdvDMD.forwards."""
-    algorithm = AdvDMD(group=4, mismatch=mismatch, gan=gan, **ADV)
-    monkeypatch.setattr(AdvDMD, "turn", lambda self, step: turn)
+    algorithm = AdvDMD(group_size=4, mismatched_caption_weight=mismatch, gan_loss_weight=gan, **ADV)
+    monkeypatch.setattr(AdvDMD, "updates_at", lambda self, iteration: turn)
     depth = 0.5
     counted = count_passes(tiny_folder, backbone, algorithm)
-    declared = algorithm.forwards(0, depth, backward=0.0)
-    passes = sum(declared.values()) - bool(gan) * turn.match * depth  # the pass back through the trunk is no pass forward
+    declared = algorithm.forwards_per_sample(0, Costs(0.0, depth))
+    passes = (
+        sum(declared.values()) - bool(gan) * turn.distribution_matching * depth
+    )  # the pass back through the trunk is no pass forward
     assert counted == pytest.approx(passes)
     if turn == Updates(True, True) and not mismatch:
-        parts = algorithm.forwards(0, depth)
+        parts = algorithm.forwards_per_sample(0, Costs(2.0, depth))
         # The table for one shared rollout: 21 with all hops, and the critic's half-depth passes on top.
-        assert parts["rollout"] + parts["policy"] + parts["match"] == 19
-        assert sum(algorithm.forwards(0, depth, backward=1.0).values()) <= 22
+        assert parts["rollout"] + parts["policy"] + parts["distribution matching"] == 19
+        assert sum(algorithm.forwards_per_sample(0, Costs(1.0, depth)).values()) <= 22
 
 
 @pytest.mark.parametrize(("turns", "every"), [(2, 1), (1, 2), (3, 4)])
 def test_more_matching_on_a_path_and_fewer_samples_judged_cost_as_declared(tiny_folder, backbone, turns, every):
-    algorithm = AdvDMD(group=4, mismatch=0.5, warmup=9, dm_updates=turns, discriminator_every_nth_sample=every, fake_score_updates=2)
-    declared = algorithm.forwards(5, 0.5, backward=0.0)
+    algorithm = AdvDMD(
+        group_size=4,
+        mismatched_caption_weight=0.5,
+        dm_only_iterations=9,
+        dm_updates=turns,
+        discriminator_every_nth_sample=every,
+        fake_score_updates=2,
+    )
+    declared = algorithm.forwards_per_sample(5, Costs(0.0, 0.5))
     assert count_passes(tiny_folder, backbone, algorithm) == pytest.approx(sum(declared.values()))
-    assert declared["match"] == turns * 4
-    assert declared["critic"] == pytest.approx(1.5 / every)
-    dmd2 = DMD2(gan=0.0, dm_updates=turns)
-    assert count_passes(tiny_folder, backbone, dmd2) == pytest.approx(sum(dmd2.forwards(5, 0.5, backward=0.0).values()))
+    assert declared["distribution matching"] == turns * 4
+    assert declared["discriminator"] == pytest.approx(1.5 / every)
+    dmd2 = DMD2(gan_loss_weight=0.0, dm_updates=turns)
+    assert count_passes(tiny_folder, backbone, dmd2) == pytest.approx(
+        sum(dmd2.forwards_per_sample(5, Costs(0.0, 0.5)).values())
+    )
 
 
 def test_matching_turns_on_one_path_draw_anew(tiny_folder, backbone):
     """Two turns are not one turn twice: the second looks at hops, levels and noise of its own."""
     seen = []
-    algorithm = DMD2(gan=0.0, dm_updates=2)
-    cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+    algorithm = DMD2(gan_loss_weight=0.0, dm_updates=2)
+    models, b = models_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
 
     def teacher(x, t, c):
         seen.append(t.clone())
-        return cast.teacher(x, t, c)
+        return models.teacher(x, t, c)
 
-    algorithm.iteration(cast._replace(teacher=teacher), b, 0, Rng(0, 0, range(len(b))))
+    algorithm.train_step(models._replace(teacher=teacher), b, 0, Rng(0, 0, range(len(b))))
     assert len(seen) == 2
     assert not torch.equal(*seen)
 
@@ -310,11 +344,13 @@ def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone
     """With one prompt twice in the batch, mismatch changes nothing; with two prompts it does."""
 
     def moved(mismatch, prompts):
-        algorithm = AdvDMD(group=4, mismatch=mismatch, warmup=9, micro=8)  # too small for all three in one pass
-        cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+        algorithm = AdvDMD(
+            group_size=4, mismatched_caption_weight=mismatch, dm_only_iterations=9, micro_batch_size=8
+        )  # too small for all three in one pass
+        models, b = models_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
         cond = b.cond if prompts == 2 else b.cond[torch.arange(8) % 4]
-        algorithm.iteration(cast, Batch(cond, b.real), 0, Rng(0, 0, range(8)))
-        return flat(cast.fake.net.heads)
+        algorithm.train_step(models, Batch(cond, b.real_latents), 0, Rng(0, 0, range(8)))
+        return flat(models.fake_score.net.heads)
 
     assert torch.equal(moved(0.0, 1), moved(0.5, 1))
     assert not torch.equal(moved(0.0, 2), moved(0.5, 2))
@@ -322,38 +358,38 @@ def test_a_wrong_caption_that_says_the_same_is_no_negative(tiny_folder, backbone
 
 @pytest.mark.parametrize("gan", [0.0, 5e-3])
 def test_dmd2_forwards_are_as_counted(tiny_folder, backbone, gan):
-    algorithm = DMD2(gan=gan)
-    declared = algorithm.forwards(0, 0.5, backward=0.0)
+    algorithm = DMD2(gan_loss_weight=gan)
+    declared = algorithm.forwards_per_sample(0, Costs(0.0, 0.5))
     passes = sum(declared.values()) - bool(gan) * 0.5  # the pass back through the trunk is no pass forward
     assert count_passes(tiny_folder, backbone, algorithm) == pytest.approx(passes)
 
 
 def count_passes(folder, backbone, algorithm):
     """Block passes per sample divided by depth, over all three networks."""
-    cast = cast_for(tiny_recipe(folder, algorithm), backbone)
+    models = models_for(tiny_recipe(folder, algorithm), backbone)
     seen, handles = Counter(), []
-    for net in (backbone.net, cast.student.net, cast.fake.net.score):
+    for net in (backbone.net, models.student.net, models.fake_score.net.score):
         for block in backbone.blocks(net):
             handles.append(
                 block.register_forward_pre_hook(lambda m, a, kw: seen.update(n=len(kw["hidden_states"])), with_kwargs=True)
             )
     b = tiny_batch(backbone)
-    algorithm.iteration(cast, b, 5, Rng(0, 5, range(len(b))))
+    algorithm.train_step(models, b, 5, Rng(0, 5, range(len(b))))
     for h in handles:
         h.remove()
     return seen["n"] / len(b) / len(backbone.blocks(backbone.net))
 
 
 def test_the_schedule_defers_policy_turns_and_then_takes_one_every_iteration():
-    a = AdvDMD(warmup=10, ramp=40, dm_every=2)
-    turns = [a.turn(i) for i in range(80)]
+    a = AdvDMD(dm_only_iterations=10, policy_ramp_iterations=40, dm_every=2)
+    turns = [a.updates_at(i) for i in range(80)]
     assert not any(t.policy for t in turns[:10])
-    assert all(t.match for t in turns[:50])
+    assert all(t.distribution_matching for t in turns[:50])
     early, late = (sum(t.policy for t in turns[i : i + 20]) for i in (10, 30))
     assert 0 < early < late < 20
     assert all(t.policy for t in turns[50:])
-    assert [t.match for t in turns[50:54]] == [True, False, True, False]
-    assert all(AdvDMD(steps=1).turn(i) == Updates(False, True) for i in (0, 500))
+    assert [t.distribution_matching for t in turns[50:54]] == [True, False, True, False]
+    assert all(AdvDMD(steps=1).updates_at(i) == Updates(False, True) for i in (0, 500))
 
 
 @pytest.mark.parametrize(
@@ -362,11 +398,11 @@ def test_the_schedule_defers_policy_turns_and_then_takes_one_every_iteration():
         {"steps": 0},
         {"eta": 1.5},
         {"eta": 0.0},
-        {"group": 1},
-        {"critic_steps": 0},
-        {"warmup": -1},
-        {"final_levels": ()},
-        {"u_range": (0.5, 0.2)},
+        {"group_size": 1},
+        {"fake_score_updates": 0},
+        {"dm_only_iterations": -1},
+        {"final_noise_levels": ()},
+        {"renoise_range": (0.5, 0.2)},
     ],
 )
 def test_bad_hyperparameters_are_named(bad):
@@ -374,20 +410,20 @@ def test_bad_hyperparameters_are_named(bad):
         AdvDMD(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"gan": -1.0}, {"u_range": (0.0, 0.2)}])
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"gan_loss_weight": -1.0}, {"renoise_range": (0.0, 0.2)}])
 def test_bad_hyperparameters_of_dmd2_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DMD2(**bad)
 
 
 def test_a_group_that_does_not_divide_the_batch_is_refused():
-    with pytest.raises(ValueError, match=r"AdvDMD\(group=7\): 64 samples"):
-        play(AdvDMD(group=7), toy_cast(Mixture(), Net(2), 4), toy_deal(Mixture()), 1)
+    with pytest.raises(ValueError, match=r"AdvDMD\(group_size=7\): 64 samples"):
+        play(AdvDMD(group_size=7), toy_models(Mixture(), Net(2), 4), toy_batch_fn(Mixture()), 1)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_one_and_two_steps_run(steps):
-    log = play(AdvDMD(steps=steps, **ADV), toy_cast(Mixture(), Net(2), steps), toy_deal(Mixture()), 2)
+    log = play(AdvDMD(steps=steps, **ADV), toy_models(Mixture(), Net(2), steps), toy_batch_fn(Mixture()), 2)
     assert ("policy/max_ratio_error" in log) == (steps > 1)
 
 
@@ -409,12 +445,17 @@ def kl_to_data(x, c, data):
 def test_a_student_passes_a_teacher_that_is_worse_than_the_data():
     """The teacher puts everything in the wrong place; the critic knows better: KL(student | data) < KL(teacher | data)."""
     data, teacher = Mixture(std=0.3), Mixture(std=0.3, shift=0.35)
-    cast = toy_cast(teacher, pretrained(teacher, 1500), 4, lr=1e-3, policy_lr=1e-3, decay=120)
-    play(AdvDMD(warmup=50, ramp=30, fake_score_updates=4, micro=512), cast, toy_deal(data, prompts=16, group=16), 120)
-    cast.student.net.load_state_dict(cast.student.ema_state_dict())
+    models = toy_models(teacher, pretrained(teacher, 1500), 4, lr=1e-3, policy_lr=1e-3, decay=120)
+    play(
+        AdvDMD(dm_only_iterations=50, policy_ramp_iterations=30, fake_score_updates=4, micro_batch_size=512),
+        models,
+        toy_batch_fn(data, prompts=16, group=16),
+        120,
+    )
+    models.student.net.load_state_dict(models.student.ema_state_dict())
     g = torch.Generator().manual_seed(5)
     c = torch.arange(8000) % 2
-    student = rollout(cast.student, c, torch.randn(4, 8000, 2, generator=g), flow.grid(4, 3.0), cps(1.0)).x[-1]
+    student = rollout(models.student, c, torch.randn(4, 8000, 2, generator=g), flow.grid(4, 3.0), cps(1.0)).x[-1]
     taught = sample_euler(teacher, c, torch.randn(8000, 2, generator=g), flow.grid(40, 3.0))
     assert kl_to_data(student, c, data) < kl_to_data(taught, c, data)
 
@@ -423,16 +464,20 @@ def test_recipes_of_the_miniature_are_valid_and_differ():
     made = {k: f() for k, f in RECIPES.items()}
     assert len(set(made.values())) == len(made)
     assert isinstance(made["mini-sd35-dmd2"].algorithm, DMD2)
-    assert isinstance(made["mini-sd35-advdmd"].match, OptimizerConfig)
+    assert isinstance(made["mini-sd35-advdmd"].dm_optimizer, OptimizerConfig)
 
 
 def test_a_frozen_critic_stops_learning_after_the_warm_up_and_the_fake_score_does_not(tiny_folder, backbone):
-    algorithm = AdvDMD(group=4, warmup=1, ramp=0, online=False)
-    cast, b = cast_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
-    algorithm.iteration(cast, b, 0, Rng(0, 0, range(8)))
-    heads, score, auc = flat(cast.fake.net.heads), flat(cast.fake.net.score), cast.auc.clone()
-    algorithm.iteration(cast, b, 1, Rng(0, 1, range(8)))
-    assert torch.equal(heads, flat(cast.fake.net.heads))
-    assert torch.equal(auc, cast.auc)
-    assert not torch.equal(score, flat(cast.fake.net.score))
-    assert algorithm.forwards(0, 0.5)["critic"] > 0 == algorithm.forwards(1, 0.5)["critic"]
+    algorithm = AdvDMD(group_size=4, dm_only_iterations=1, policy_ramp_iterations=0, discriminator_online=False)
+    models, b = models_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
+    algorithm.train_step(models, b, 0, Rng(0, 0, range(8)))
+    heads, score, auc = flat(models.fake_score.net.heads), flat(models.fake_score.net.score), models.discriminator_auc.clone()
+    algorithm.train_step(models, b, 1, Rng(0, 1, range(8)))
+    assert torch.equal(heads, flat(models.fake_score.net.heads))
+    assert torch.equal(auc, models.discriminator_auc)
+    assert not torch.equal(score, flat(models.fake_score.net.score))
+
+    def forwards(i):
+        return algorithm.forwards_per_sample(i, Costs(2.0, 0.5))["discriminator"]
+
+    assert forwards(0) > 0 == forwards(1)

@@ -8,7 +8,8 @@ import torch
 from advdmd import flow
 from advdmd.algorithms.twinflow import TwinFlow, TwinFlowModels, barron_loss, guidance_strength
 from advdmd.commands import train
-from advdmd.distillation.build import build_twinflow
+from advdmd.algorithms.base import Costs
+from advdmd.distillation.build import build_models
 from advdmd.mini import pipelines
 from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import loading
@@ -19,6 +20,7 @@ from advdmd.rng import Rng
 from advdmd.types import Batch
 from tests.conftest import TINY
 from tests.test_product import SMALL
+from tests.toy import as_cond, classes
 
 
 @pytest.fixture(scope="module", params=["mini-sd3", "mini-sd35", "mini-qwen"])
@@ -34,12 +36,12 @@ def any_backbone(request):
 
 def empty(backbone):
     with torch.no_grad():
-        return backbone.embed(backbone.tokenize([""]))
+        return backbone.encode_text(backbone.tokenize([""]))
 
 
 def inputs(backbone, n=4):
     g = torch.Generator().manual_seed(0)
-    cond = backbone.embed(backbone.tokenize(["a picture of a red circle"] * n))
+    cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"] * n))
     return torch.randn(n, *backbone.latent_shape, generator=g), torch.linspace(0.1, 1, n), cond
 
 
@@ -71,7 +73,7 @@ def test_what_is_kept_for_sampling_is_the_network_toward_zero(any_backbone):
 
 
 def test_quarters_are_equal_and_have_their_times():
-    t, r, quarter = TwinFlow().times(Rng(0, 0, range(400)), 400)
+    t, r, quarter = TwinFlow().sample_times(Rng(0, 0, range(400)), 400)
     assert torch.bincount(quarter).tolist() == [100] * 4
     assert (t[quarter == 0] == 1).all()
     assert (r[quarter == 0] == 0).all()
@@ -83,7 +85,7 @@ def test_quarters_are_equal_and_have_their_times():
     assert (t[own] < 0).all()
     assert torch.equal(t[own], r[own])
     with pytest.raises(ValueError, match="four quarters"):
-        TwinFlow().times(Rng(0, 0, range(6)), 6)
+        TwinFlow().sample_times(Rng(0, 0, range(6)), 6)
 
 
 @pytest.mark.parametrize(
@@ -97,16 +99,16 @@ def test_the_target_of_an_exact_flow_is_that_flow():
     """One data point: v = z - x0 is the average velocity between any two times, so nothing is left to correct."""
     x0 = torch.tensor([[0.3, -0.7]])
     exact = lambda x, t, r, c: (x - x0) / flow.bcast(t, x)  # noqa: E731
-    algorithm = TwinFlow(guidance_scale=0.0)
-    t, r, quarter = algorithm.times(Rng(0, 0, range(400)), 400)
+    algorithm = TwinFlow(guidance_strength=0.0)
+    t, r, quarter = algorithm.sample_times(Rng(0, 0, range(400)), 400)
     t = torch.where(quarter == 3, t, t.clamp(min=0.05))
     r = torch.where(quarter == 3, t, torch.minimum(r, t))
     z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     x, v = flow.interpolate(x0.expand(400, 2), z, t.abs()), z - x0
-    cast = TwinFlowModels(exact, exact, None)
-    target = algorithm.target(cast, v, x, t, r, v, torch.zeros(400), quarter)
+    models = TwinFlowModels(exact, exact, None)
+    target = algorithm.target(models, v, x, t, r, v, torch.zeros(400), quarter)
     torch.testing.assert_close(target, v, atol=2e-4, rtol=0)
-    off = algorithm.target(cast, v + 0.01, x, t, r, v, torch.zeros(400), quarter)
+    off = algorithm.target(models, v + 0.01, x, t, r, v, torch.zeros(400), quarter)
     assert ((off - v - 0.01)[(t - r).abs() > 0.02] < 0).all(), "and what is off is moved towards it"
 
 
@@ -116,8 +118,10 @@ def test_the_enhanced_target_comes_to_rest_at_the_guidance_scale(scale):
     v, null, t, quarter = torch.tensor([[0.1, -0.2]]), torch.tensor([[0.05, 0.02]]), torch.tensor([0.5]), torch.tensor([1])
     F = v
     for _ in range(200):
-        cast = TwinFlowModels(None, lambda x, t, r, c, now=F: torch.where(c[:, None] > 0, now, null), torch.zeros(1))
-        F = TwinFlow(guidance=guidance_strength(scale)).target(cast, F, torch.zeros(1, 2), t, t, v, torch.ones(1), quarter)
+        models = TwinFlowModels(None, lambda x, t, r, c, now=F: torch.where(classes(c)[:, None] > 0, now, null), as_cond(torch.zeros(1)))
+        F = TwinFlow(guidance_strength=guidance_strength(scale)).target(
+            models, F, torch.zeros(1, 2), t, t, v, as_cond(torch.ones(1)), quarter
+        )
     torch.testing.assert_close(F, flow.guide(v, null, scale), atol=1e-5, rtol=1e-4)
 
 
@@ -129,49 +133,55 @@ def test_an_error_weighs_like_its_root():
 
 @pytest.fixture
 def folder(tiny_folder, tmp_path):
-    words = [w for w in SMALL if "warmup" not in w and "ramp" not in w]
+    words = [w for w in SMALL if "dm_only" not in w and "ramp" not in w]
     return resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "twin"
 
 
 def test_forwards_are_as_counted(folder, backbone, monkeypatch):
     (_, r), _ = folder
-    twin, counts, velocity = build_twinflow(r, backbone, empty(backbone)), {"grad": 0, "none": 0}, backbone.velocity
+    twin, counts, velocity = build_models(r, backbone, empty(backbone)), {"grad": 0, "none": 0}, backbone.velocity
 
     def counted(net, x, t, cond):
         counts["grad" if torch.is_grad_enabled() else "none"] += len(x)
         return velocity(net, x, t, cond)
 
     monkeypatch.setattr(backbone, "velocity", counted)
-    cond = backbone.embed(backbone.tokenize(["a picture of a red circle"] * 8))
-    r.algorithm.iteration(twin, Batch(cond, torch.randn(8, 4, 8, 8)), 0, Rng(0, 0, range(8)))
-    parts = r.algorithm.forwards(0, backward=0.0)
+    cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"] * 8))
+    r.algorithm.train_step(twin, Batch(cond, torch.randn(8, 4, 8, 8)), 0, Rng(0, 0, range(8)))
+    parts = r.algorithm.forwards_per_sample(0, Costs(0.0))
     assert counts["grad"] == 8
     assert counts["none"] == 8 * (sum(parts.values()) - 1)
-    assert sum(r.algorithm.forwards(0).values()) == pytest.approx(6.25)
+    assert sum(r.algorithm.forwards_per_sample(0, Costs()).values()) == pytest.approx(6.25)
 
 
 def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tiny_folder):
     (name, r), out = folder
     student = train.train(name, r, out)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"twinflow/one_step_loss", "twinflow/near_loss", "twinflow/any_step_loss", "twinflow/fake_trajectory_loss", "twinflow/rectify_loss"} <= set(metrics[0])
+    assert {
+        "twinflow/one_step_loss",
+        "twinflow/near_loss",
+        "twinflow/any_step_loss",
+        "twinflow/fake_trajectory_loss",
+        "twinflow/rectify_loss",
+    } <= set(metrics[0])
     assert train.train(name, r, out) == student
-    backbone, how = loading.load(str(student))
-    assert (how.steps, how.gap, how.nfe) == (2, 0.6, 2)
+    backbone, sampler = loading.load(str(student))
+    assert (sampler.steps, sampler.last_time, sampler.nfe) == (2, 0.6, 2)
     own = loading.load(str(tiny_folder))[0]
-    twin = build_twinflow(r, own, empty(own))
+    twin = build_models(r, own, empty(own))
     from advdmd.training import checkpoint
 
-    checkpoint.resume(out / "checkpoints", {"student": twin.student})
+    checkpoint.resume(out / "checkpoints", {"student": twin.student}, {})
     with torch.no_grad():
         x, t, cond = inputs(own)
-        mean = twin.average(x, t, t / 2, cond)
+        mean = twin.ema(x, t, t / 2, cond)
         assert not torch.equal(mean, twin.student(x, t, t / 2, cond))
-        with twin.student.ema_weights():
-            assert torch.equal(mean, twin.student(x, t, t / 2, cond)), "the average is the one that was resumed"
-    with twin.student.ema_weights() as net:
-        want = image_sampler(own, net, how)(["a picture of a red circle"] * 2, [0, 1])
-    found = image_sampler(backbone, backbone.net, how)(["a picture of a red circle"] * 2, [0, 1])
+        ema = twin.student.ema_model()
+        with ema.targeting(t / 2):
+            assert torch.equal(mean, own.velocity(ema, x, t, cond)), "the average is the one that was resumed"
+    want = image_sampler(own, ema, sampler)(["a picture of a red circle"] * 2, [0, 1])
+    found = image_sampler(backbone, backbone.net, sampler)(["a picture of a red circle"] * 2, [0, 1])
     assert (abs(want.astype(int) - found.astype(int)) <= 1).all()
     assert "stock pipelines cannot sample it" in (student / "README.md").read_text()
 
@@ -184,18 +194,18 @@ def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(
     backbone = loading.backbone_from_pipeline(any_backbone.pipe, {"t5_length": 0, "side": pipelines.LATENT})
     backbone.net = copy.deepcopy(plain)
     _, r = resolve("mini-sd35-twinflow", ["lora_rank=2", "algorithm.order=1"])
-    twin = build_twinflow(r, backbone, empty(backbone))
+    twin = build_models(r, backbone, empty(backbone))
     with torch.no_grad():
         x, t, cond = inputs(backbone)
         assert torch.equal(twin.student(x, t, 0 * t, cond), backbone.velocity(plain, x, t, cond)), "adapters start at nothing"
         assert torch.equal(twin.student(x, t, t / 2, cond), backbone.velocity(plain, x, t - t / 4, cond))
     before = {k: v.clone() for k, v in backbone.net.state_dict().items() if ".lora_" not in k}
     for step in range(3):
-        log = r.algorithm.iteration(twin, Batch(cond, torch.randn(4, *backbone.latent_shape)), step, Rng(0, step, range(4)))
-    assert log["student/norm"] > 0
+        log = r.algorithm.train_step(twin, Batch(cond, torch.randn(4, *backbone.latent_shape)), step, Rng(0, step, range(4)))
+    assert log["student/grad_norm"] > 0
     assert all(torch.equal(before[k], v) for k, v in backbone.net.state_dict().items() if k in before)
     with torch.no_grad():
-        mean = twin.average(x, t, 0 * t, cond)
+        mean = twin.ema(x, t, 0 * t, cond)
         assert not torch.equal(mean, twin.student(x, t, 0 * t, cond))
         with twin.student.ema_weights():
             assert torch.equal(mean, twin.student(x, t, 0 * t, cond))

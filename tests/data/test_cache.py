@@ -70,7 +70,7 @@ def encoded(teacher, photos, tmp_path_factory):
 def test_embeddings_with_t5_are_the_stock_pipelines(teacher):
     backbone, _ = loading.load(str(teacher))
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize(CAPTIONS[:2]))
+        cond = backbone.encode_text(backbone.tokenize(CAPTIONS[:2]))
         theirs, _, pooled, _ = backbone.pipe.encode_prompt(
             CAPTIONS[:2], None, None, do_classifier_free_guidance=False, max_sequence_length=6
         )
@@ -85,7 +85,7 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
     assert found.prompts == CAPTIONS
     assert [found.images(n) for n in range(5)] == [2, 1, 1, 1, 1]
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize([CAPTIONS[3], CAPTIONS[0]]))
+        cond = backbone.encode_text(backbone.tokenize([CAPTIONS[3], CAPTIONS[0]]))
         image = torch.from_numpy(load_image(CaptionedImage("", photos / "5.png"), 32, 32))[None]
         latent = backbone.encode(image)[0]
     assert torch.equal(found.cond([3, 0]).embeds, cond.embeds.bfloat16().float())
@@ -114,10 +114,10 @@ def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, en
     monkeypatch.setattr(embedding_cache, "SHARD", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert encode(photos, str(teacher), whole)
-    assert not encode(photos, str(teacher), parts, shard=(0, 2))
+    assert not encode(photos, str(teacher), parts, worker=(0, 2))
     with pytest.raises(ValueError, match="not finished: run advdmd encode again"):
         embedding_cache.EmbeddingCache(parts)
-    assert encode(photos, str(teacher), parts, shard=(1, 2))
+    assert encode(photos, str(teacher), parts, worker=(1, 2))
     for k in range(3):
         a, b = (load_file(embedding_cache.shard_path(f, k)) for f in (whole, parts))
         assert all(torch.equal(a[x], b[x]) for x in a)
@@ -143,7 +143,10 @@ def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, p
     assert embedding_cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns == first
 
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
-    r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if not w.startswith(("algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))])
+    r = resolve(
+        "sd35-medium-dmd2-2step-24gb",
+        [w for w in words if not w.startswith(("algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))],
+    )
     train.train(*r, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/student")
     shutil.rmtree(tmp_path / "c")
@@ -175,12 +178,12 @@ def test_damaged_records_are_named(encoded, tmp_path, name, text):
 
 def test_reals_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path):
     (tmp_path / "p.txt").write_text(CAPTIONS[0])
-    assert encode(tmp_path / "p.txt", str(teacher), tmp_path / "c", reals="teacher")
+    assert encode(tmp_path / "p.txt", str(teacher), tmp_path / "c", real_images="teacher")
     other = shutil.copytree(teacher, tmp_path / "other")
     note = json.loads((other / "advdmd.json").read_text())
     (other / "advdmd.json").write_text(json.dumps(note | {"sampling": {"steps": 2, "guidance": 3.0}}))
     with pytest.raises(ValueError, match=r"cache of something else \(reals differ\)"):
-        encode(tmp_path / "p.txt", str(other), tmp_path / "c", reals="teacher")
+        encode(tmp_path / "p.txt", str(other), tmp_path / "c", real_images="teacher")
 
 
 def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, tmp_path):
@@ -198,7 +201,7 @@ def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, t
     prompts = tmp_path / "p.txt"
     prompts.write_text("a picture of a red circle\n")
     with pytest.raises(ValueError, match=r"cache of something else \(content, reals differ\)"):
-        encode(prompts, str(teacher), encoded, reals="teacher")
+        encode(prompts, str(teacher), encoded, real_images="teacher")
 
 
 def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
@@ -206,7 +209,7 @@ def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
     prompts.write_text("\n".join(CAPTIONS[:3]) + "\n\n" + CAPTIONS[0])
     with pytest.raises(ValueError, match="--reals teacher"):
         encode(prompts, str(teacher), tmp_path / "c")
-    assert encode(prompts, str(teacher), tmp_path / "c", reals="teacher", per_prompt=2)
+    assert encode(prompts, str(teacher), tmp_path / "c", real_images="teacher", per_prompt=2)
     found = embedding_cache.EmbeddingCache(tmp_path / "c")
     assert found.manifest == {"format": 1, "prompts": 3, "images": 6, "prompts_without_image": 0}
     assert not torch.equal(found.real(0, 0), found.real(0, 1))
@@ -237,7 +240,7 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
         lines.append(json.dumps({"file_name": f"{n}.jpg", "text": caption}))
     (tmp_path / "p/metadata.jsonl").write_text("\n".join(lines))
     assert aspect_buckets.bucket_sizes(32, 8) == [(24, 40), (32, 32), (40, 24)]
-    assert encode(tmp_path / "p", str(tmp_path / "t"), tmp_path / "c", resolution=32, by_shape=True)
+    assert encode(tmp_path / "p", str(tmp_path / "t"), tmp_path / "c", resolution=32, by_aspect=True)
     found = aspect_buckets.BucketedCache(tmp_path / "c")
     got = {part.folder.name: (part.prompts, tuple(part.real(0, 0).shape)) for part in found.parts}
     assert got == {
@@ -347,7 +350,11 @@ def qwen(photos, tmp_path_factory):
 )
 def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, encoded, qwen, tmp_path):
     """Adapters of TwinFlow and of Qwen-Image on bfloat16, whole networks."""
-    words = [w for w in WORDS if not w.startswith(("dtype", "lora_rank", "algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))]
+    words = [
+        w
+        for w in WORDS
+        if not w.startswith(("dtype", "lora_rank", "algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))
+    ]
     words += ["algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1"] if "advdmd" in name else []
     words += [] if name.endswith("8x80gb") else ["lora_rank=4"]
     where = (qwen / "t", qwen / "c") if name.startswith("qwen") else (teacher, encoded)
@@ -360,7 +367,7 @@ def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, e
 @pytest.mark.parametrize(("shown", "size"), [(1, (130, 130)), (4, (260, 260)), (5, (650, 130))])
 def test_large_pictures_are_few(qwen, tmp_path, shown, size):
     backbone, _ = loading.load(str(qwen / "t"), resolution=128)
-    cond, null = (backbone.embed(backbone.tokenize(p)) for p in (CAPTIONS[:shown], [""]))
+    cond, null = (backbone.encode_text(backbone.tokenize(p)) for p in (CAPTIONS[:shown], [""]))
     save_sample_grid(backbone, backbone.net, SamplerConfig(steps=2, eta=1.0), cond, null, tmp_path, 7)
     with Image.open(tmp_path / "samples/step-000007.png") as sheet:
         assert sheet.size == size

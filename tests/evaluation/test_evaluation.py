@@ -113,7 +113,7 @@ def test_a_failed_parent_takes_its_questions_with_it():
     item = replace(suite.items()[0], meta=meta)
     full = draw_scene(spec, rng)
     without = Scene(full.background, full.things[1:])
-    whole, missing = suite.judge([item, item], to_uint8(render([full, without])))
+    whole, missing = suite.judge_images([item, item], to_uint8(render([full, without])))
     assert whole == Verdict(1.0, 1.0, "", whole.details)
     assert missing.official == pytest.approx(5 / 10)  # the square's four and the background
     assert missing.strict == 0

@@ -42,8 +42,8 @@ def test_two_shards_equal_one_run(drawn, tmp_path):
     for f in drawn.glob("perceptions-*"):
         f.unlink()
     with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other shards"):
-        evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(shard=(0, 2)))
-    assert evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(shard=(1, 2))) == whole
+        evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(worker=(0, 2)))
+    assert evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(worker=(1, 2))) == whole
     assert {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())} == records
     assert len(list(drawn.glob("perceptions-*.jsonl"))) == 2
     assert len(lines(drawn)) == len(image_jobs(SUITE)) == whole["images"] == 48

@@ -24,7 +24,7 @@ def scene(backbone):
     """Roles whose adapters do something, and what a pass needs."""
     torch.manual_seed(0)
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
+        cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
     x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
     plain = copy.deepcopy(backbone.net)
     shared_base = SharedBase(backbone.net, ["student", "fake"], RANK, backbone.lora_targets)
@@ -158,7 +158,7 @@ def test_the_teachers_gradient_in_its_input_is_the_bases_to_the_bit(scene):
 def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
     backbone = loading.backbone_from_pipeline(make(), {"side": pipelines.LATENT})
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two blue squares"]))
+        cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two blue squares"]))
     shared_base = SharedBase(backbone.net.eval(), ["student", "fake"], RANK, backbone.lora_targets)
     student, fake = LoraModel(shared_base, "student"), LoraModel(shared_base, "fake")
     torch.manual_seed(0)
@@ -186,9 +186,9 @@ def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, 
         backbone, _ = loading.load(str(tiny_folder))
         torch.manual_seed(1)
         with torch.no_grad():
-            cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
-            null = backbone.embed(backbone.tokenize([""]))
-        config = DiscriminatorConfig(trunk="own", blocks=(0.5, 1.0), hidden=8)
+            cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
+            null = backbone.encode_text(backbone.tokenize([""]))
+        config = DiscriminatorConfig(trunk="own", feature_depths=(0.5, 1.0), hidden_size=8)
         student, fake = networks.build_student_and_fake_score(backbone, config, 0, 2, null, rank, checkpointing)
         torch.manual_seed(2)
         for p in (*student.parameters(), *fake.trunk.parameters()):
@@ -238,7 +238,7 @@ def test_adapters_learn_in_float32_on_a_bfloat16_base(tiny_folder):
     assert {p.dtype for p in role.parameters()} == {torch.float32}
     assert backbone.net.get_submodule("transformer_blocks.0.attn.to_q").base_layer.weight.dtype == torch.bfloat16
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize(["a picture of a red circle"]))
+        cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"]))
     v = backbone.velocity(role, torch.randn(1, *backbone.latent_shape), torch.tensor([0.5]), cond)
     assert v.dtype == torch.float32
     (grads_,) = grads(lambda: v.square().sum(), role)

@@ -1,4 +1,4 @@
-"""The backbone against the stock pipeline, and the cast's rules."""
+"""The backbone against the stock pipeline, and the models's rules."""
 
 import copy
 
@@ -23,7 +23,7 @@ PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue sta
 
 def test_embeddings_are_the_stock_pipelines(backbone):
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize(PROMPTS))
+        cond = backbone.encode_text(backbone.tokenize(PROMPTS))
         theirs, _, pooled, _ = backbone.pipe.encode_prompt(
             PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=0
         )
@@ -57,7 +57,7 @@ def test_the_teachers_sampler_is_the_stock_pipeline_to_the_bit(backbone):
 
 def test_features_are_the_blocks_own_outputs_and_the_rest_is_not_run(backbone):
     x, t = torch.randn(2, *backbone.latent_shape), torch.rand(2)
-    cond = backbone.embed(backbone.tokenize(PROMPTS))
+    cond = backbone.encode_text(backbone.tokenize(PROMPTS))
     ran = []
     blocks = backbone.blocks(backbone.net)
     handle = blocks[1].register_forward_pre_hook(lambda *a: ran.append(1))
@@ -73,7 +73,7 @@ def test_features_are_the_blocks_own_outputs_and_the_rest_is_not_run(backbone):
 def test_teacher_with_guidance_is_one_double_batch(backbone):
     x, t = torch.randn(2, *backbone.latent_shape), torch.rand(2)
     with torch.no_grad():
-        cond, null = backbone.embed(backbone.tokenize(PROMPTS)), backbone.embed(backbone.tokenize([""]))
+        cond, null = backbone.encode_text(backbone.tokenize(PROMPTS)), backbone.encode_text(backbone.tokenize([""]))
         v = backbone.velocity(backbone.net, x, t, cond)
         n = backbone.velocity(backbone.net, x, t, null[torch.tensor([0, 0])])
         torch.testing.assert_close(Teacher(backbone, 3.0, null)(x, t, cond), flow.guide(v, n, 3.0), atol=1e-5, rtol=1e-4)
@@ -124,9 +124,9 @@ def test_both_generations_of_sd3_are_built_with_their_own_parts(sd35):
 
 def test_a_deeper_text_encoder_says_the_same_until_it_is_trained(backbone, tmp_path):
     ids = backbone.tokenize(["a picture of a red circle", ""])
-    before = backbone.embed(ids)
+    before = backbone.encode_text(ids)
     pipelines.add_text_layer(backbone.pipe)
-    after = backbone.embed(ids)
+    after = backbone.encode_text(ids)
     assert torch.equal(before.embeds, after.embeds)
     assert torch.equal(before.pooled, after.pooled)
     backbone.pipe.save_pretrained(tmp_path)
@@ -140,7 +140,11 @@ def test_an_sd3_begins_near_the_sd35_it_is_made_from(backbone):
         if block.use_dual_attention:
             torch.nn.init.zeros_(block.attn2.to_out[0].weight)
             torch.nn.init.zeros_(block.attn2.to_out[0].bias)
-    x, t, cond = torch.randn(4, *backbone.latent_shape), torch.rand(4), backbone.embed(backbone.tokenize(["a red circle"] * 4))
+    x, t, cond = (
+        torch.randn(4, *backbone.latent_shape),
+        torch.rand(4),
+        backbone.encode_text(backbone.tokenize(["a red circle"] * 4)),
+    )
     expected = backbone.velocity(net, x, t, cond)
     new = pipelines.as_sd3(backbone.pipe).transformer
     assert new.config.qk_norm is None
@@ -176,8 +180,8 @@ def test_shipped_teachers_load_and_say_how_to_sample():
 
 
 def test_taps_are_fractions_of_depth():
-    assert DiscriminatorConfig(blocks=(0.25, 0.5)).feature_indices(4) == [0, 1]
-    assert DiscriminatorConfig(blocks=(0.5, 1.0)).feature_indices(24) == [11, 23]
+    assert DiscriminatorConfig(feature_depths=(0.25, 0.5)).feature_indices(4) == [0, 1]
+    assert DiscriminatorConfig(feature_depths=(0.5, 1.0)).feature_indices(24) == [11, 23]
     for bad in (
         {"blocks": ()},
         {"blocks": (1.5,)},
@@ -220,6 +224,6 @@ def test_columns_index_and_join():
 
 def test_a_students_path_is_a_rollout(backbone):
     noise, how = draw_noise([0], backbone.latent_shape, 4), SamplerConfig(steps=4, eta=1.0)
-    cond = backbone.embed(backbone.tokenize(PROMPTS[:1]))
+    cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
     path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(4, 3.0), cps(1.0))
     torch.testing.assert_close(sample(backbone, backbone.net, PROMPTS[:1], noise, how), backbone.decode(path.x[-1]))

@@ -27,7 +27,7 @@ WORDS = [
 def scene(request, backbone):
     bits, far = request.param
     with torch.no_grad():
-        cond = backbone.embed(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
+        cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
     at = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8]), cond
     whole = copy.deepcopy(backbone.net)
     quantization.quantize(backbone.blocks(backbone.net), bits, torch.float32, "cpu")
@@ -79,7 +79,7 @@ def test_what_was_bfloat16_is_bfloat16_again(tiny_folder, bits):
 def learner(bits):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Linear(80, 4))  # one large enough for bytes, and small ones
-    return Learner("net", net, net, {"main": (OptimizerConfig(lr=1e-2, bits=bits), [(net.parameters(), 1.0)])})
+    return Learner("net", net, net, {"main": (OptimizerConfig(lr=1e-2, state_bits=bits), [ParamGroup(net.parameters())])})
 
 
 def update(one, steps, gen):

@@ -40,7 +40,7 @@ def qwen(folder):
 
 def test_embeddings_and_masks_are_the_stock_pipelines(qwen):
     with torch.no_grad():
-        cond = qwen.embed(qwen.tokenize(PROMPTS))
+        cond = qwen.encode_text(qwen.tokenize(PROMPTS))
         theirs, mask = qwen.pipe.encode_prompt(PROMPTS)
     assert torch.equal(cond.embeds, theirs)
     assert torch.equal(cond.mask, mask)
@@ -73,7 +73,7 @@ def test_packing_is_the_stock_pipelines_and_inverts(qwen):
 
 
 def test_padding_is_not_seen(qwen):
-    cond = qwen.embed(qwen.tokenize(PROMPTS[:1]))
+    cond = qwen.encode_text(qwen.tokenize(PROMPTS[:1]))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.6])
     both = Cond.cat([cond, cond.padded(40)])
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_padding_is_not_seen(qwen):
 def test_times_are_cast_as_the_pipeline_casts_them(qwen):
     seen = []
     hook = qwen.net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["timestep"]), with_kwargs=True)
-    cond = qwen.embed(qwen.tokenize(PROMPTS[:1]))
+    cond = qwen.encode_text(qwen.tokenize(PROMPTS[:1]))
     t = torch.tensor([0.75])  # where rounding t and rounding 1000 t part
     qwen.net.bfloat16()
     half = QwenImage(qwen.pipe, 8)
@@ -98,7 +98,7 @@ def test_times_are_cast_as_the_pipeline_casts_them(qwen):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_teachers_sampler_is_the_stock_pipeline(qwen, guidance):
     noise = draw_noise([0, 1], qwen.latent_shape, 1)
-    ours = sample(qwen, qwen.net, PROMPTS, noise, SamplerConfig(steps=4, guidance=guidance))
+    ours = sample(qwen, qwen.net, PROMPTS, noise, SamplerConfig(steps=4, guidance_scale=guidance))
     theirs = qwen.pipe(
         PROMPTS,
         negative_prompt="" if guidance > 1 else None,
@@ -114,14 +114,14 @@ def test_the_teachers_sampler_is_the_stock_pipeline(qwen, guidance):
 
 def test_guidance_keeps_the_length_of_every_token(qwen):
     v, v_null = torch.randn(2, 2, 4, 8, 8)
-    out = qwen.guide(v, v_null, 4.0)
+    out = qwen.apply_guidance(v, v_null, 4.0)
     torch.testing.assert_close(pack(out).norm(dim=-1), pack(v).norm(dim=-1))
-    torch.testing.assert_close(qwen.guide(v, v_null, 1.0), v)
+    torch.testing.assert_close(qwen.apply_guidance(v, v_null, 1.0), v)
 
 
 def test_a_guided_teacher_pads_the_empty_prompt(qwen):
-    null = qwen.embed(qwen.tokenize([""]))
-    cond = qwen.embed(qwen.tokenize(PROMPTS))
+    null = qwen.encode_text(qwen.tokenize([""]))
+    cond = qwen.encode_text(qwen.tokenize(PROMPTS))
     x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
     with torch.no_grad():
         v = Teacher(qwen, 3.0, null)(x, t, cond)
@@ -158,14 +158,21 @@ def test_an_image_is_a_video_of_one_frame(qwen):
 
 
 def test_features_are_image_tokens(qwen):
-    cond = qwen.embed(qwen.tokenize(PROMPTS))
+    cond = qwen.encode_text(qwen.tokenize(PROMPTS))
     found = qwen.features(qwen.net, torch.randn(2, 4, 8, 8), torch.rand(2), cond, [0, 1])
     assert [f.shape for f in found] == [(2, 16, qwen.hidden_size)] * 2
 
 
 @pytest.mark.parametrize("recipe", ["mini-sd35-advdmd", "mini-sd35-dmd2"])
 def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(recipe, folder, tmp_path):
-    words = ["iterations=2", "algorithm.steps=2", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1"]
+    words = [
+        "iterations=2",
+        "algorithm.steps=2",
+        "algorithm.group_size=2",
+        "prompts_per_step=2",
+        "data.num_prompts=6",
+        "data.images_per_prompt=1",
+    ]
     words += ["algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"] if recipe.endswith("advdmd") else []
     student = train.train(*resolve(recipe, [*words, f"teacher={folder}"]), tmp_path / "run")
     from diffusers import DiffusionPipeline
@@ -173,7 +180,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(reci
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     backbone, how = loading.load(str(student))
-    cond = backbone.embed(backbone.tokenize(PROMPTS[:1]))
+    cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
     first = torch.randn(1, 4, 8, 8)
     torch.manual_seed(11)
     noise = torch.stack([first, unpack(torch.randn(1, 16, 16), 8, 8)])

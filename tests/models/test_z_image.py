@@ -36,7 +36,7 @@ def z(folder):
 
 def test_embeddings_are_the_stock_pipelines_at_each_captions_own_length(z):
     with torch.no_grad():
-        cond = z.embed(z.tokenize(PROMPTS))
+        cond = z.encode_text(z.tokenize(PROMPTS))
         theirs, _ = z.pipe.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
     lengths = cond.mask.sum(1).tolist()
     assert [len(e) for e in theirs] == lengths
@@ -50,7 +50,7 @@ def test_embeddings_are_the_stock_pipelines_at_each_captions_own_length(z):
 def test_the_teachers_sampler_is_the_stock_pipeline(z, guidance):
     """A wrong sign, a time from the wrong end or another guidance convention would all differ."""
     noise = draw_noise([0, 1], z.latent_shape, 1)
-    ours = sample(z, z.net, PROMPTS, noise, SamplerConfig(steps=4, guidance=guidance))
+    ours = sample(z, z.net, PROMPTS, noise, SamplerConfig(steps=4, guidance_scale=guidance))
     size = {"height": 8 * z.pipe.vae_scale_factor, "width": 8 * z.pipe.vae_scale_factor}
     theirs = z.pipe(
         list(PROMPTS), guidance_scale=guidance - 1, num_inference_steps=4, latents=noise[0], output_type="pt", **size
@@ -68,7 +68,7 @@ def test_velocity_points_from_data_to_noise(z):
         seen.append(time)
         return ([a.unsqueeze(1) for a in (x0 - e)],)
 
-    v = z.velocity(net, flow.interpolate(x0, e, t), t, z.embed(z.tokenize(PROMPTS)))
+    v = z.velocity(net, flow.interpolate(x0, e, t), t, z.encode_text(z.tokenize(PROMPTS)))
     torch.testing.assert_close(v, e - x0)
     torch.testing.assert_close(seen[0], 1 - t)
 
@@ -78,7 +78,7 @@ def test_padding_is_not_seen(z):
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.6, 0.3])
     long = " ".join([PROMPTS[1]] * 3)  # another multiple of 32 tokens
     with torch.no_grad():
-        alone, other = (z.embed(z.tokenize([p])) for p in (PROMPTS[0], long))
+        alone, other = (z.encode_text(z.tokenize([p])) for p in (PROMPTS[0], long))
         v = z.velocity(z.net, x[:1], t[:1], alone)
         padded = z.velocity(z.net, x[:1], t[:1], alone.padded(90))
         beside = z.velocity(z.net, x, t, Cond.cat([alone, other]))[:1]
@@ -89,7 +89,7 @@ def test_padding_is_not_seen(z):
 
 
 def test_features_are_image_tokens(z):
-    x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2), z.embed(z.tokenize(PROMPTS))
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2), z.encode_text(z.tokenize(PROMPTS))
     found = z.features(z.net, x, t, cond, [0, 1])
     assert [f.shape for f in found] == [(2, 16, z.hidden_size)] * 2
     swapped = z.features(z.net, x.flip(-1), t, cond, [0])[0]
@@ -104,7 +104,14 @@ def test_latents_round_trip(z):
 
 @pytest.mark.parametrize("words", [[], ["lora_rank=4", "discriminator.trunk=teacher"]], ids=["whole", "adapters"])
 def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
-    tiny = ["iterations=3", "algorithm.steps=2", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1"]
+    tiny = [
+        "iterations=3",
+        "algorithm.steps=2",
+        "algorithm.group_size=2",
+        "prompts_per_step=2",
+        "data.num_prompts=6",
+        "data.images_per_prompt=1",
+    ]
     tiny += ["algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=0", f"teacher={folder}"]
     student = train.train(*resolve("mini-sd35-advdmd", [*tiny, *words]), tmp_path / "run")
     from diffusers import DiffusionPipeline
@@ -119,7 +126,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     noise = torch.stack([first, torch.randn(1, 4, 8, 8)])
     torch.manual_seed(11)
     theirs = pipe(PROMPTS[0], latents=first, output_type="latent", **told).images
-    cond = backbone.embed(backbone.tokenize(PROMPTS[:1]))
+    cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
     path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
     torch.testing.assert_close(path.x[-1], theirs, atol=1e-5, rtol=1e-4)
 
@@ -129,6 +136,9 @@ def test_what_it_cannot_do_is_refused(z, folder, tmp_path):
         ZImage(z.pipe, 7)
     with pytest.raises(ValueError, match="no second time embedding for a ZImageTransformer2DModel"):
         train.train(
-            *resolve("mini-sd35-twinflow", ["data.num_prompts=6", "data.images_per_prompt=1", "prompts_per_step=2", f"teacher={folder}"]),
+            *resolve(
+                "mini-sd35-twinflow",
+                ["data.num_prompts=6", "data.images_per_prompt=1", "prompts_per_step=2", f"teacher={folder}"],
+            ),
             tmp_path,
         )

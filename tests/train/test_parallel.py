@@ -197,7 +197,15 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     assert last(tmp_path / "r")[0] >= "step-0000003"
 
 
-SHARDED = [*WORDS, "fsdp=true", "algorithm.discriminator_every_nth_sample=2", "discriminator.trunk=own", "sample_every=2", "eval_every=2", "eval_images=2"]
+SHARDED = [
+    *WORDS,
+    "fsdp=true",
+    "algorithm.discriminator_every_nth_sample=2",
+    "discriminator.trunk=own",
+    "sample_every=2",
+    "eval_every=2",
+    "eval_images=2",
+]
 
 
 def students_agree(a, b):

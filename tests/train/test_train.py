@@ -18,14 +18,16 @@ from advdmd.training import checkpoint, logger, trainer
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.learner import Learner
 from advdmd.training.logger import MetricsLogger
-from advdmd.training.optimizer import OptimizerConfig
-from tests.toy import Mixture, Net, flat, make_cast, toy_deal
+from advdmd.training.optimizer import OptimizerConfig, ParamGroup
+from tests.toy import Mixture, Net, flat, make_models, toy_batch_fn
 
 
-def learner(ema_decay=0.9, **optim):
+def learner(ema_decay=0.9, **config):
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
-    return Learner("net", net, net, {"main": (OptimizerConfig(**({"lr": 0.1} | optim)), [(net.parameters(), 1.0)])}, ema=ema)
+    return Learner(
+        "net", net, net, {"main": (OptimizerConfig(**({"lr": 0.1} | config)), [ParamGroup(net.parameters())])}, ema_decay=ema_decay
+    )
 
 
 def test_losses_that_arrive_in_parts_move_as_one(gen):
@@ -33,7 +35,7 @@ def test_losses_that_arrive_in_parts_move_as_one(gen):
     for parts in (12, 5, 1):
         one = learner()
         log = one.update(one(p)[:, 0].square() for p in x.split(parts))
-        out.append((flat(one.net), log["net/loss"], log["net/norm"]))
+        out.append((flat(one.net), log["net/loss"], log["net/grad_norm"]))
     for other in out[1:]:
         torch.testing.assert_close(out[0][0], other[0])
         assert out[0][1:] == pytest.approx(other[1:], rel=1e-5)
@@ -59,25 +61,25 @@ def test_a_gradient_that_is_not_finite_stops_too():
 def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch, clip):
     torch.manual_seed(0)
     net, x = nn.Linear(3, 1), torch.randn(8, 3)
-    one = Learner("net", net, net, {"main": (OptimizerConfig(lr=0.1, clip=clip), [(list(net.parameters()), 1.0)])})
+    one = Learner("net", net, net, {"main": (OptimizerConfig(lr=0.1, max_grad_norm=clip), [ParamGroup(list(net.parameters()))])})
     given = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: given.extend(p.grad.clone() for p in net.parameters()))
     wanted = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
     norm = torch.cat([g.flatten() for g in wanted]).norm()
     log = one.update(net(part)[:, 0].square() for part in (x[:6], x[6:]))
-    torch.testing.assert_close(log["net/norm"], norm.item())
+    torch.testing.assert_close(log["net/grad_norm"], norm.item())
     torch.testing.assert_close(given, [g * min(1, clip / norm) for g in wanted])
 
 
 def test_rates_follow_the_schedule():
-    assert OptimizerConfig(lr=1.0, warmup=4).rate(0) == 0.25
-    assert OptimizerConfig(lr=1.0, warmup=4).rate(10) == 1.0
-    assert OptimizerConfig(lr=1.0, decay=10).rate(0) == 1.0
-    assert OptimizerConfig(lr=1.0, decay=10).rate(10) == pytest.approx(0.02)
-    assert OptimizerConfig(lr=1.0, decay=10).rate(99) == pytest.approx(0.02)
+    assert OptimizerConfig(lr=1.0, warmup_steps=4).learning_rate(0) == 0.25
+    assert OptimizerConfig(lr=1.0, warmup_steps=4).learning_rate(10) == 1.0
+    assert OptimizerConfig(lr=1.0, decay_steps=10).learning_rate(0) == 1.0
+    assert OptimizerConfig(lr=1.0, decay_steps=10).learning_rate(10) == pytest.approx(0.02)
+    assert OptimizerConfig(lr=1.0, decay_steps=10).learning_rate(99) == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"betas": (1.0, 0.9)}, {"clip": 0.0}, {"warmup": -1}])
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"betas": (1.0, 0.9)}, {"max_grad_norm": 0.0}, {"warmup_steps": -1}])
 def test_bad_optimizer_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         OptimizerConfig(**({"lr": 0.1} | bad))
@@ -94,16 +96,16 @@ def test_the_average_follows_with_a_warm_start():
 def test_two_turns_of_a_player_say_whether_they_agree():
     torch.manual_seed(0)
     net = nn.Linear(3, 1, bias=False)
-    optim = OptimizerConfig(lr=0.01, clip=1e9)
-    one = Learner("net", net, net, {k: (optim, [(list(net.parameters()), 1.0)]) for k in ("match", "policy")})
+    optim = OptimizerConfig(lr=0.01, max_grad_norm=1e9)
+    one = Learner("net", net, net, {k: (optim, [ParamGroup(list(net.parameters()))]) for k in ("dm", "policy")})
     x = torch.eye(3)
-    assert "net/cosine" not in one.update([one(x[:1])[:, 0]], turn="match")  # the other has not moved yet
-    log = one.update([3 * one(x[1:2])[:, 0]], turn="policy")
-    assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((0, 3), abs=1e-6)
+    assert "net/policy_dm_cosine" not in one.update([one(x[:1])[:, 0]], optimizer="dm")  # the other has not moved yet
+    log = one.update([3 * one(x[1:2])[:, 0]], optimizer="policy")
+    assert (log["net/policy_dm_cosine"], log["net/policy_dm_ratio"]) == pytest.approx((0, 3), abs=1e-6)
     for _ in range(200):  # both follow the same direction, one twice as strongly the other way
-        one.update([one(x[:1])[:, 0]], turn="match")
-        log = one.update([-2 * one(x[:1])[:, 0]], turn="policy")
-    assert (log["net/cosine"], log["net/ratio"]) == pytest.approx((-1, 2), abs=1e-4)
+        one.update([one(x[:1])[:, 0]], optimizer="dm")
+        log = one.update([-2 * one(x[:1])[:, 0]], optimizer="policy")
+    assert (log["net/policy_dm_cosine"], log["net/policy_dm_ratio"]) == pytest.approx((-1, 2), abs=1e-4)
 
 
 def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
@@ -129,21 +131,22 @@ def test_state_round_trips_and_strangers_are_refused():
     a, b = learner(), learner()
     for _ in range(3):
         a.update([a(torch.ones(2, 3))[:, 0]])
-    b.load(*a.state())
+    b.load_state_dict(*a.state_dict())
     for one in (a, b):
         one.update([one(torch.ones(2, 3))[:, 0]])
     assert torch.equal(flat(a.net), flat(b.net))
-    tensors, counters = a.state()
+    tensors, counters = a.state_dict()
     with pytest.raises(ValueError, match="average"):
-        learner(ema=None).load(tensors, counters)
+        learner(ema_decay=None).load_state_dict(tensors, counters)
 
 
-def run(folder, steps, cast=None, algorithm=None, **kw):
-    cast = cast or make_cast(Mixture(), seeded_net(), 4)
-    algorithm = algorithm or AdvDMD(warmup=1, ramp=2, micro=512)
-    settings = {"seed": 0, "steps": steps, "save_every": 2, "extra": {"auc": cast.auc}} | kw
-    trainer.train(algorithm, cast, toy_deal(Mixture()), folder, **settings)
-    return cast
+def run(folder, steps, models=None, algorithm=None, **kw):
+    models = models or make_models(Mixture(), seeded_net(), 4)
+    algorithm = algorithm or AdvDMD(dm_only_iterations=1, policy_ramp_iterations=2, micro_batch_size=512)
+    settings = {"seed": 0, "iterations": steps, "save_every": 2, "extra_state": algorithm.extra_state(models)} | kw
+    batch_fn = toy_batch_fn(Mixture())
+    trainer.Trainer(algorithm=algorithm, models=models, batch_fn=batch_fn, folder=folder, **settings).run()
+    return models
 
 
 def seeded_net():
@@ -156,8 +159,8 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
     run(tmp_path / "b", 4)
     resumed = run(tmp_path / "b", 7)
     assert torch.equal(flat(whole.student.net), flat(resumed.student.net))
-    assert torch.equal(flat(whole.fake.net), flat(resumed.fake.net))
-    assert torch.equal(whole.auc, resumed.auc)
+    assert torch.equal(flat(whole.fake_score.net), flat(resumed.fake_score.net))
+    assert torch.equal(whole.discriminator_auc, resumed.discriminator_auc)
     assert all(torch.equal(v, resumed.student.ema[k]) for k, v in whole.student.ema.items())
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
 
@@ -166,12 +169,12 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_written_once(tmp_pat
     class Stop(Exception):
         pass
 
-    def look(step):
+    def save_samples(step):
         if step == 5:
             raise Stop
 
     with pytest.raises(Stop):
-        run(tmp_path, 8, look=look, sample_every=1)
+        run(tmp_path, 8, save_samples=save_samples, sample_every=1)
     run(tmp_path, 8)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(8))
@@ -181,23 +184,23 @@ def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, caps
     def lines():
         return len((tmp_path / "metrics.jsonl").read_text().splitlines())
 
-    run(tmp_path, 40, verdict=lambda: f"{lines()} are written")
+    run(tmp_path, 40, health=lambda: f"{lines()} are written")
     said = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
     assert said == [f"train after {n}: {n} are written" for n in (20, 30)]
 
 
 def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(logger, "LINES", 4)
-    run(tmp_path, 12, exam=lambda step: {"eval/strict": 0.5}, eval_every=5)
+    monkeypatch.setattr(logger, "MAX_LINES", 4)
+    run(tmp_path, 12, validate=lambda step: {"eval/strict": 0.5}, eval_every=5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 4, 8, 9, 11], "one in three, those with an exam, and the last"
 
 
 def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):
-    cast = make_cast(Mixture(), seeded_net(), 4)
+    models = make_models(Mixture(), seeded_net(), 4)
     teacher = lambda x, t, c: torch.full_like(x, float("nan"))  # noqa: E731
-    with pytest.raises(FloatingPointError, match=r"step 0, student/match"):
-        run(tmp_path, 3, cast=cast._replace(teacher=teacher))
+    with pytest.raises(FloatingPointError, match=r"step 0, student/dm"):
+        run(tmp_path, 3, models=models._replace(teacher=teacher))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path):
@@ -214,7 +217,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     path.unlink()
     assert checkpoint.latest(folder, said.append) is None
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
-        checkpoint.resume(folder, {})
+        checkpoint.resume(folder, {}, {})
     assert "cannot be read" in said[-1]
 
 
@@ -246,10 +249,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_checkpoint_of_other_players_is_refused(tmp_path):
-    checkpoint.save(tmp_path, 1, {"net": learner()})
+    checkpoint.save(tmp_path, 1, {"net": learner()}, {})
     with pytest.raises(ValueError, match="holds"):
-        checkpoint.resume(tmp_path, {"student": learner()})
-    assert checkpoint.resume(tmp_path / "none", {"net": learner()}) == 0
+        checkpoint.resume(tmp_path, {"student": learner()}, {})
+    assert checkpoint.resume(tmp_path / "none", {"net": learner()}, {}) == 0
 
 
 def test_progress_says_how_long_is_left(tmp_path):
@@ -266,7 +269,7 @@ def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, stop in ((0, 4), (2, 5)):  # stopped after step 3, but the last checkpoint was at 2
-        book = MetricsLogger(tmp_path, "run", 5, start, track=("tensorboard",))
+        book = MetricsLogger(tmp_path, "run", 5, start, trackers=("tensorboard",))
         for step in range(start, stop):
             book.write(step, {"fake_score/loss": 10.0 * start + step})
         book.close()
@@ -276,18 +279,18 @@ def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"pip install -e '\.\[wandb\]'")]
+    ("kind", "said"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"pip install 'advdmd\[wandb\]'")]
 )
 def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path, kind, said):
     if kind == "wandb" and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed here")
     with pytest.raises(ValueError, match=said):
-        train(*resolve("mini-sd35-advdmd", []), tmp_path / "run", track=(kind,))
+        train(*resolve("mini-sd35-advdmd", []), tmp_path / "run", trackers=(kind,))
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_of_a_trackers_is_imported_unless_asked():
-    code = "import advdmd.run, sys; assert not {'tensorboard', 'wandb', 'trackio', 'gradio'} & set(sys.modules)"
+    code = "import advdmd.commands.train, sys; assert not {'tensorboard', 'wandb', 'trackio', 'gradio'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

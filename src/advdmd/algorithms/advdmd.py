@@ -256,7 +256,7 @@ class AdvDMD(Algorithm[DistillationModels]):
 
         def gan_levels(name: str, k: Tensor, u: Tensor) -> Tensor:
             """Where the discriminator is trained on what step k leads to: the next level, or a small u for the final image."""
-            return torch.where(k + 1 < self.steps, trajectory.t[k + 1], rng.uniform("match.w", *FINAL_NOISE_RANGE))
+            return torch.where(k + 1 < self.steps, trajectory.t[k + 1], rng.uniform(f"{name}.w", *FINAL_NOISE_RANGE))
 
         return update_student(
             models,

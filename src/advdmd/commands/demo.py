@@ -103,7 +103,7 @@ def page(models: Sequence[DemoModel]) -> Any:
     try:
         import gradio as gr
     except ImportError:
-        raise ValueError("the compare page needs gradio: install advdmd with its extra, pip install -e '.[demo]'") from None
+        raise ValueError("the compare page needs gradio: install advdmd with its extra, pip install 'advdmd[demo]'") from None
 
     teacher = next((m for m in models if m.is_teacher), models[0])
     with gr.Blocks(title="advdmd", analytics_enabled=False) as blocks:

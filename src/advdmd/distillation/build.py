@@ -72,7 +72,7 @@ class Builder:
 
     def distillation_models(self, num_steps: int, *optimizers: str) -> DistillationModels:
         """Teacher, a student of `num_steps` steps trained by the optimizers, its fake score and the discriminator."""
-        r, velocity = self.recipe, self.backbone.velocity
+        r, backbone = self.recipe, self.backbone
         config = r.discriminator
         trunks = ["trunk"] if config.trunk == "own" else []
         (net, score, *trunk), ema_net = self._copies("student", "fake", *trunks)
@@ -89,7 +89,7 @@ class Builder:
             groups.append(ParamGroup(both.trunk.parameters(), r.trunk_lr_scale))
 
         def fake_velocity(x: Tensor, t: Tensor, cond: Cond, k: Tensor) -> Tensor:
-            return velocity(both.score, x, t, both.with_exit_embedding(cond, k))
+            return backbone.velocity(both.score, x, t, both.with_exit_embedding(cond, k))
 
         return DistillationModels(
             teacher=self.teacher(),
@@ -107,12 +107,12 @@ class Builder:
         With adapters there is no second time embedding: the one time that the network takes is t - r / 2 (2512.05150, its
         LoRA code).
         """
-        r, velocity = self.recipe, self.backbone.velocity
+        r, backbone = self.recipe, self.backbone
         (net,), ema_net = self._copies("student")
         if ema_net is not None:
 
             def adapter(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
-                return velocity(net, x, t - target / 2, cond)
+                return backbone.velocity(net, x, t - target / 2, cond)
 
             student = self._learner(net, lambda *args: adapter(net, *args), ema_net, None, {"main": r.dm_optimizer})
             return student, torch.no_grad()(lambda *args: adapter(ema_net, *args))
@@ -121,7 +121,7 @@ class Builder:
 
         def whole(net: TargetTime, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
             with net.targeting(target):
-                return velocity(net, x, t, cond)
+                return backbone.velocity(net, x, t, cond)
 
         student = self._learner(target_net, lambda *args: whole(target_net, *args), None, None, {"main": r.dm_optimizer})
         ema_copy = student.ema_copy(target_net)
@@ -142,8 +142,8 @@ class Builder:
         *optimizers: str,
     ) -> Learner:
         configs = {name: self.recipe.optimizers[f"{name}_optimizer"] for name in optimizers}
-        velocity = self.backbone.velocity
-        return self._learner(net, lambda x, t, cond: velocity(net, x, t, cond), ema_net, make_unsharded, configs)
+        backbone = self.backbone
+        return self._learner(net, lambda x, t, cond: backbone.velocity(net, x, t, cond), ema_net, make_unsharded, configs)
 
     def _learner(
         self,

@@ -22,9 +22,9 @@ def check_trackers(kinds: Sequence[str]) -> None:
     """Raises ValueError, before any long work, if a tracker is unknown or not installed."""
     for kind in kinds:
         if kind not in TRACKERS:
-            raise ValueError(f"track={kind!r}: one of {', '.join(TRACKERS)}")
+            raise ValueError(f"report_to={kind!r}: one of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(kind) is None:
-            raise ValueError(f"track={kind} needs {kind}: install advdmd with its extra, pip install -e '.[{kind}]'")
+            raise ValueError(f"report_to={kind} needs {kind}: install advdmd with its extra, pip install 'advdmd[{kind}]'")
 
 
 def open_tracker(kind: str, folder: Path, label: str, start: int) -> Tracker:
