@@ -38,7 +38,7 @@ def test_a_teacher_takes_the_steps_asked_for_and_a_student_its_own(models):
 
 def test_the_same_seed_draws_the_same_and_another_another(models):
     model = demo.DemoModel.read(models[1])
-    a, b, c = (model.draw(PROMPT, seed, 2)[0] for seed in (1, 1, 2))
+    a, b, c = (model.sample(PROMPT, seed, 2)[0] for seed in (1, 1, 2))
     assert (a == b).all()
     assert (a != c).any()
     assert (a[0] != a[1]).any()
@@ -74,7 +74,7 @@ def test_only_this_machine_is_served_and_only_so_many_wait(models):
     pytest.importorskip("gradio")
     script = """
 import json, sys, gradio
-from advdmd import demo
+from advdmd.commands import demo
 def launch(b, **how): print(json.dumps([how["server_name"], how["server_port"], how["share"], b._queue.max_size]))
 gradio.Blocks.launch = launch
 demo.serve([sys.argv[1]], 7777, 1)

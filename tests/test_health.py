@@ -20,7 +20,7 @@ def test_a_run_is_healthy_beside_itself_and_a_lagging_fake_score_is_not():
     assert health.summarize(GOOD, health.diagnose(GOOD, bands)) == "healthy"
     sick = [m | {"fake_score/loss": 9.0} for m in GOOD]
     said = health.summarize(sick, health.diagnose(sick, bands))
-    assert said.startswith("fake_score/loss 9, band 2 to 2.06: it lags")
+    assert said.startswith("fake_score/loss 9, range 2 to 2.06: it lags")
 
 
 def test_only_the_late_part_of_a_run_is_judged_and_a_harmless_side_is_not_flagged():
@@ -37,16 +37,17 @@ def test_a_number_that_is_none_is_out():
 
 
 def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do():
-    assert set(health.healthy_ranges()) <= {p.key for p in health.DIAGNOSTICS}
-    assert len(health.healthy_ranges()) >= 12
-    assert all(p.meaning and (p.low or p.high) for p in health.DIAGNOSTICS)
-    assert all(low <= high for low, high in health.healthy_ranges().values())
+    shipped = health.shipped_ranges()
+    for ranges in shipped.values():
+        assert set(ranges) <= {d.key for d in health.DIAGNOSTICS}
+        assert all(low <= high for low, high in ranges.values())
+    assert len(shipped["advdmd/4"]) >= 12
+    assert all(d.meaning and (d.low or d.high) for d in health.DIAGNOSTICS)
 
 
 def test_ranges_are_only_used_on_runs_like_those_they_were_measured_on():
-    assert health.ranges_for(resolve("mini-sd3-dmd2")[1]) == health.healthy_ranges(4)
+    assert health.ranges_for(resolve("mini-sd3-dmd2")[1]) == health.shipped_ranges()["dmd2/4"]
     for name, words in (
-        ("mini-sd35-twinflow", []),
         ("mini-sd35-advdmd", ["algorithm.steps=8"]),
         ("sd3-medium-dmd2-4step-80gb", []),
     ):
@@ -58,36 +59,39 @@ def test_ranges_are_only_used_on_runs_like_those_they_were_measured_on():
 def test_the_main_jobs_folder_stands_for_its_run(tmp_path):
     kept = Path(__file__).parent.parent / "results" / "mini"
     shutil.copytree(kept, tmp_path / "job/run")
-    assert health.read(tmp_path / "job") == health.read(kept)
+    assert health.read_metrics(tmp_path / "job") == health.read_metrics(kept)
 
 
 KEPT = Path(__file__).parent.parent / "results"
+GOOD_RUNS = sorted(p.parent for p in (KEPT / "healthy").glob("*/metrics.jsonl"))
 
 
-GOOD_RUNS = [KEPT / "mini", *sorted(KEPT.glob("h[12]/*-[0-9]"))]
+def ranges_of(folder):
+    return health.ranges_for(resolve(str(folder / "recipe.yaml"))[1])
 
 
-@pytest.mark.parametrize("folder", GOOD_RUNS, ids=lambda f: f"{f.parent.name}-{f.name}")
+@pytest.mark.parametrize("folder", GOOD_RUNS, ids=lambda f: f.name)
 def test_a_good_run_is_called_healthy_while_it_goes_on(folder):
-    run = health.read(folder)
+    run, ranges = health.read_metrics(folder), ranges_of(folder)
+    assert len(ranges) >= 5
     for tenths in range(3, 11):
         so_far = run[: len(run) * tenths // 10]
-        assert health.summarize(so_far, health.diagnose(so_far, health.healthy_ranges())) == "healthy", f"at {tenths}/10"
+        assert health.summarize(so_far, health.diagnose(so_far, ranges)) == "healthy", f"at {tenths}/10"
 
 
-@pytest.mark.parametrize("folder", sorted((KEPT / "broken").glob("*/")), ids=lambda f: f.name)
-def test_a_broken_run_is_told_while_it_goes_on(folder):
-    run = health.read(folder)
+@pytest.mark.parametrize("folder", sorted((KEPT / "unhealthy").glob("*/")), ids=lambda f: f.name)
+def test_an_unhealthy_run_is_named_while_it_goes_on(folder):
+    run = health.read_metrics(folder)
     for tenths in range(3, 11):
         so_far = run[: len(run) * tenths // 10]
-        assert any(f.remedy for f in health.diagnose(so_far, health.healthy_ranges())), f"at {tenths}/10"
+        assert any(f.remedy for f in health.diagnose(so_far, ranges_of(folder))), f"at {tenths}/10"
 
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a training run"):
-        health.read(tmp_path)
+        health.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="is empty"):
-        health.read(tmp_path)
+        health.read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "fake_score/loss": 1.0}) + '\n{"step": 1, "fake')
-    assert health.read(tmp_path) == [{"step": 0, "fake_score/loss": 1.0}]
+    assert health.read_metrics(tmp_path) == [{"step": 0, "fake_score/loss": 1.0}]

@@ -130,7 +130,7 @@ def test_advantage_is_clipped_and_refuses_broken_groups():
     reward = torch.zeros(1, 1024)
     reward[0, 0] = 100.0
     assert losses.group_advantage(reward, 1024).max() == 5
-    with pytest.raises(ValueError, match="group=7"):
+    with pytest.raises(ValueError, match="group_size=7"):
         losses.group_advantage(reward, 7)
 
 
@@ -169,7 +169,7 @@ def test_critic_losses_are_the_cross_entropies(gen):
 
 def test_a_split_of_the_samples_draws_the_same_numbers():
     whole, halves = Rng(3, 7, range(8)), [Rng(3, 7, range(4)), Rng(3, 7, range(4, 8))]
-    for draw in (lambda r: r.normal("x", (2,)), lambda r: r.uniform("u", 1, 2), lambda r: r.index("i", 0, 9)):
+    for draw in (lambda r: r.normal("x", (2,)), lambda r: r.uniform("u", 1, 2), lambda r: r.integers("i", 0, 9)):
         assert torch.equal(draw(whole), torch.cat([draw(h) for h in halves]))
 
 
@@ -212,6 +212,6 @@ def test_a_path_walked_in_parts_is_the_path():
 
     velocity = lambda x, t, cond: x * t[:, None] + cond  # noqa: E731
     cond, noise, grid = torch.randn(7, 3), torch.randn(4, 7, 3), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
-    whole, parts = rollout(velocity, cond, noise, grid, cps(1.0)), rollout(velocity, cond, noise, grid, cps(1.0), micro=3)
-    for name in ("x", "t", "x0", "close"):
+    whole, parts = rollout(velocity, cond, noise, grid, cps(1.0)), rollout(velocity, cond, noise, grid, cps(1.0), micro_batch_size=3)
+    for name in ("x", "t", "x0", "neg_mse"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name

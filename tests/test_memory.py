@@ -2,7 +2,7 @@
 
 import pytest
 
-from advdmd.distillation.memory import estimate, fit_advice, num_trainable
+from advdmd.distillation.memory import estimate, fit_advice
 from advdmd.recipes.published import RECIPES, preset_from_name
 from advdmd.recipes.registry import resolve
 
@@ -19,16 +19,16 @@ def test_parameters_are_the_published_models(name, billions):
 def test_every_recipe_fits_the_cards_it_is_named_after():
     for name in RECIPES:
         r, fit = resolve(name)[1], preset_from_name(name)
-        assert name.endswith(f"-{fit.cards}x{fit.card}gb" if fit.cards > 1 else f"-{fit.card}gb")
-        assert fit_advice(r, estimate(r, fit.side, fit.cards), fit.card).startswith("fits"), name
-        r.check_world_size(fit.cards)
+        assert name.endswith(f"-{fit.gpus}x{fit.gpu_memory}gb" if fit.gpus > 1 else f"-{fit.gpu_memory}gb")
+        assert fit_advice(r, estimate(r, fit.resolution, fit.gpus), fit.gpu_memory).startswith("fits"), name
+        r.check_world_size(fit.gpus)
     assert preset_from_name("mini-sd35-advdmd") is None
 
 
 def test_whole_networks_are_shared_by_the_cards():
     r = resolve("sd35-large-advdmd-4step-8x80gb")[1]
-    one, many = estimate(r, cards=1), estimate(r, cards=8)
-    for part in ("trained weights", "gradients", "Adam", "average"):
+    one, many = estimate(r, gpus=1), estimate(r, gpus=8)
+    for part in ("trained weights", "gradients", "Adam", "EMA"):
         assert many.parts[part] == one.parts[part] / 8
     # One card has nobody to share with: all of it is float32.
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
@@ -42,7 +42,7 @@ def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
     r = resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tiny_folder}", "lora_rank=4"])[1]
     made = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
     assert estimate(r).adapter == sum(p.numel() for p in made.parameters())
-    assert num_trainable(r) == 3
+    assert estimate(r).networks == 3
 
 
 def test_a_card_that_is_too_small_gets_a_way_out():

@@ -36,7 +36,7 @@ def test_the_page_says_what_the_runs_and_scores_say(report):
     )
     assert report.count("healthy") == 2
     assert "algorithm.gan_loss_weight: " in report  # the recipes' differences
-    logged = {k for r in RUNS for m in health.read(r) for k in m}
+    logged = {k for r in RUNS for m in health.read_metrics(r) for k in m}
     for panel in health.DIAGNOSTICS:
         assert (f"<h3>{panel.key}</h3>" in report) == (panel.key in logged)
     assert report.count('class="band"') >= 10

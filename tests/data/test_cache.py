@@ -14,19 +14,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import advdmd
 from advdmd.cli import main
 from advdmd.commands import train
 from advdmd.commands.encode import encode
 from advdmd.data import aspect_buckets, embedding_cache
 from advdmd.data.captioned_images import CaptionedImage, _rows, group_by_prompt, load_image, read_captioned_images
-from advdmd.data.loader import make_batch_fn, on_default_device
+from advdmd.data.loader import BatchConfig, make_batch_fn
 from advdmd.distillation import memory
+from advdmd.distillation.build import setup
 from advdmd.distillation.sample_grids import save_sample_grid
 from advdmd.mini import pipelines
 from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import fingerprints, loading
 from advdmd.models.sampler import SamplerConfig
 from advdmd.recipes.registry import resolve
+from advdmd.rng import Rng
 from advdmd.types import Cond
 from tests.conftest import TINY
 from tests.tiny_t5 import sd3_with_t5
@@ -83,7 +86,7 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
     backbone, _ = loading.load(str(teacher))
     found = embedding_cache.EmbeddingCache(encoded)
     assert found.prompts == CAPTIONS
-    assert [found.images(n) for n in range(5)] == [2, 1, 1, 1, 1]
+    assert [found.num_images(n) for n in range(5)] == [2, 1, 1, 1, 1]
     with torch.no_grad():
         cond = backbone.encode_text(backbone.tokenize([CAPTIONS[3], CAPTIONS[0]]))
         image = torch.from_numpy(load_image(CaptionedImage("", photos / "5.png"), 32, 32))[None]
@@ -95,23 +98,23 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
 
 def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoch(encoded):
     found = embedding_cache.EmbeddingCache(encoded)
-    deal = make_batch_fn(5, 2, 2, 0, found.cond, found.real)
+    deal = make_batch_fn(5, BatchConfig(2, 2, 0), found.cond, found.real)
     first, ids = deal(0)
     again, _ = deal(0)
-    assert torch.equal(first.real, again.real)
+    assert torch.equal(first.real_latents, again.real_latents)
     assert ids == [0, 1, 2, 3]
-    assert first.prompt[0] == first.prompt[1] != first.prompt[2]
+    assert first.prompt_index[0] == first.prompt_index[1] != first.prompt_index[2]
     seen = set()
     for step in range(5):
         batch, _ = deal(step)
-        for n, z in zip(batch.prompt.tolist(), batch.real, strict=True):
+        for n, z in zip(batch.prompt_index.tolist(), batch.real_latents, strict=True):
             seen.add(n)
-            assert any(torch.equal(z, found.real(n, r)) for r in range(found.images(n)))
+            assert any(torch.equal(z, found.real(n, r)) for r in range(found.num_images(n)))
     assert seen == set(range(5))
 
 
 def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, encoded, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_cache, "SHARD", 2)
+    monkeypatch.setattr(embedding_cache, "PROMPTS_PER_SHARD", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert encode(photos, str(teacher), whole)
     assert not encode(photos, str(teacher), parts, worker=(0, 2))
@@ -131,7 +134,7 @@ def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, en
 
 
 def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_cache, "SHARD", 2)
+    monkeypatch.setattr(embedding_cache, "PROMPTS_PER_SHARD", 2)
     mine = shutil.copytree(photos, tmp_path / "photos")
     good = (mine / "2.png").read_bytes()
     (mine / "2.png").write_bytes(good[:50])
@@ -207,7 +210,7 @@ def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, t
 def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(CAPTIONS[:3]) + "\n\n" + CAPTIONS[0])
-    with pytest.raises(ValueError, match="--reals teacher"):
+    with pytest.raises(ValueError, match="--real-images teacher"):
         encode(prompts, str(teacher), tmp_path / "c")
     assert encode(prompts, str(teacher), tmp_path / "c", real_images="teacher", per_prompt=2)
     found = embedding_cache.EmbeddingCache(tmp_path / "c")
@@ -250,14 +253,14 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
     }
     words = [f"teacher={tmp_path / 't'}", f"data.folder={tmp_path / 'c'}", *WORDS, "iterations=6"]
     name, r = resolve("sd35-medium-advdmd-4step-24gb", words)
-    _, data, _ = train.stage(r, found)
-    batches = [data.deal(k)[0] for k in range(60)]
-    seen = [tuple(b.real.shape[-2:]) for b in batches]
+    _, data, _ = setup(r, found)
+    batches = [data.batch_fn(k)[0] for k in range(60)]
+    seen = [tuple(b.real_latents.shape[-2:]) for b in batches]
     assert set(seen) == {(6, 10), (8, 8), (10, 6)}
-    assert seen == [tuple(data.deal(k)[0].real.shape[-2:]) for k in range(60)], "pure in the step"
+    assert seen == [tuple(data.batch_fn(k)[0].real_latents.shape[-2:]) for k in range(60)], "pure in the step"
     of = {(6, 10): {0, 1}, (8, 8): {2, 3}, (10, 6): {4}}
     for batch, shape in zip(batches, seen, strict=True):
-        assert set(batch.prompt.tolist()) <= of[shape], "prompts are counted through all shapes"
+        assert set(batch.prompt_index.tolist()) <= of[shape], "prompts are counted through all shapes"
     assert (train.train(name, r, tmp_path / "run") / "model_index.json").is_file()
     shutil.rmtree(tmp_path / "c/40x24")
     with pytest.raises(ValueError, match="40x24' is not a cache"):
@@ -451,7 +454,7 @@ def test_a_published_model_needs_a_cache_and_whole_networks_float32(teacher):
         train.train(*resolve(name, [f"teacher={teacher}", "data.folder=nowhere"]), teacher / "x")
     with pytest.raises(ValueError, match="whole networks learn in float32"):
         resolve(name, ["lora_rank=0"])
-    with pytest.raises(ValueError, match="exams are the miniature's"):
+    with pytest.raises(ValueError, match="validation is the miniature's"):
         resolve(name, ["eval_every=5"])
 
 
@@ -604,15 +607,15 @@ def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     assert found.cond([0, 1]).mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
-def test_a_run_on_another_device_gets_its_batches_there_and_leaves_the_default_as_it_was():
-    """The device without memory stands for a card."""
+def test_a_step_runs_where_the_trainer_says_and_nothing_is_ambient():
+    """Batches come from the CPU and are moved, draws are made there and moved. The device without memory stands for a GPU."""
     cond = lambda i: Cond(torch.zeros(len(i), 2, 3))  # noqa: E731
-    deal = make_batch_fn(4, 2, 2, 0, cond, lambda p, k: torch.zeros(1, 2, 2))
-    with loading.default_device("meta"):
-        batch, samples = on_default_device(deal)(0)
-        with loading.default_device("cpu"):
-            assert torch.get_default_device().type == "meta"
-    assert {batch.real.device.type, batch.cond.embeds.device.type} == {"meta"}
-    assert samples == deal(0)[1]
-    assert torch.get_default_device().type == "cpu"
-    assert torch.backends.cudnn.allow_tf32
+    batch, samples = make_batch_fn(4, BatchConfig(2, 2, 0), cond, lambda p, k: torch.zeros(1, 2, 2))(0)
+    moved = batch.to("meta")
+    assert {moved.real_latents.device.type, moved.cond.embeds.device.type, moved.prompt_index.device.type} == {"meta"}
+    rng = Rng(0, 0, samples, device="meta")
+    drawn = [rng.normal("rollout", (2,)), rng.uniform("t"), rng.integers("critic.k", 0, 3), rng.minibatches("critic.order", 2, 2)[0][0]]
+    assert {x.device.type for x in drawn} == {"meta"}
+    ambient = ("set_default_device", "get_default_device", 'torch.device("cpu")')
+    sources = [f for f in Path(advdmd.__file__).parent.rglob("*.py") if any(word in f.read_text() for word in ambient)]
+    assert sources == []

@@ -137,7 +137,7 @@ def test_qwen_answers_with_a_probability_that_depends_on_picture_and_question(tm
     assert len({round(p, 6) for p in found}) == 4
     assert judge.answer(red, "is it red?") == found[1]
     item = DPG(csv).items()[0]
-    seen = judge.judge_images([item], [np.asarray(red)])[0]
+    seen = judge.judge([item], [np.asarray(red)])[0]
     assert set(seen["answers"]) == {"1", "2", "3", "4"}
     assert json.loads(json.dumps(seen)) == seen
 

@@ -10,7 +10,6 @@ from advdmd.evaluation import results, statistics
 from advdmd.evaluation.benchmark import Verdict
 from advdmd.evaluation.generate import generate, image_jobs, read_images
 from advdmd.evaluation.geneval_rule import Detection, geneval_correct, relative_position
-from advdmd.mini.diversity import diversity
 from advdmd.mini.suites import MiniSuite, metadata, questions
 from advdmd.mini.world.render import render, to_uint8
 from advdmd.mini.world.scene import COLORS, SHAPES, WORLDS, Group, Scene, SceneObject, Spec, draw_scene
@@ -32,10 +31,10 @@ def true_images(suite, seed=0):
 @pytest.mark.parametrize("suite", SUITES, ids=lambda s: f"{s.name}-{s.split}-{s.world}")
 def test_true_images_score_one_and_shuffled_captions_score_nothing(suite):
     items, images = [i for i, _ in image_jobs(suite)], true_images(suite)
-    assert all(v.official == v.strict == 1 for v in suite.judge(items, images))
+    assert all(v.official == v.strict == 1 for v in suite.judge_images(items, images))
     if suite.name == "mini-geneval":
         rolled = np.roll(images, suite.images_per_task + 3, axis=0)
-        assert np.mean([v.strict for v in suite.judge(items, rolled)]) <= 0.08
+        assert np.mean([v.strict for v in suite.judge_images(items, rolled)]) <= 0.08
 
 
 def test_suites_have_equal_images_per_task_and_distinct_prompts():
@@ -71,7 +70,7 @@ def test_one_sheet_of_all_shapes_fools_the_loose_rule_but_not_the_strict_one():
     sheet = to_uint8(render([Scene("black", tuple(things))]))
     suite = MiniSuite("mini-geneval", 24, 24, world="full")
     items = [i for i, _ in image_jobs(suite)]
-    verdicts = suite.judge(items, np.repeat(sheet, len(items), 0))
+    verdicts = suite.judge_images(items, np.repeat(sheet, len(items), 0))
     assert np.mean([v.official for v in verdicts]) > 0.2
     assert max(v.strict for v in verdicts) == 0
 
@@ -220,7 +219,7 @@ def test_results_are_written_and_read_back(tmp_path):
 def test_the_renderer_is_as_diverse_as_itself_and_a_constant_is_not():
     suite = MiniSuite("mini-geneval", 48, 12)
     ids = [i.id for i, _ in image_jobs(suite)]
-    assert diversity(suite, true_images(suite, 1), ids)["mean"] == pytest.approx(1, abs=0.12)
+    assert suite.spread(true_images(suite, 1), ids)["mean"] == pytest.approx(1, abs=0.12)
     first = {}
     collapsed = np.stack([first.setdefault(i, im) for i, im in zip(ids, true_images(suite, 1))])
-    assert diversity(suite, collapsed, ids)["mean"] < 1e-9
+    assert suite.spread(collapsed, ids)["mean"] < 1e-9

@@ -180,7 +180,7 @@ def test_a_converted_folder_loads_as_genevals_own(tmp_path):
     assert other.fingerprint != "" != judge.fingerprint
     image = (np.random.default_rng(0).random((16, 640, 3)) * 255).astype(np.uint8)
     item = GenEval().items()[0]
-    assert judge.judge_images([item], [image]) == other.judge_images([item], [image])
+    assert judge.judge([item], [image]) == other.judge([item], [image])
 
 
 @pytest.mark.parametrize(("size", "want"), [((512, 512), (800, 800)), ((1024, 768), (1067, 800)), ((300, 900), (444, 1333))])
@@ -244,13 +244,13 @@ def test_only_the_classes_whose_colour_is_asked_for_are_named_and_thresholds_hol
     )
     image = (np.random.default_rng(0).random((16, 640, 3)) * 255).astype(np.uint8)
     plain = GenEval().items()[0]
-    objects = judge.judge_images([plain], [image])[0]["objects"]
+    objects = judge.judge([plain], [image])[0]["objects"]
     assert objects
     assert all(o["confidence"] > 0.3 and "color" not in o for o in objects)
     assert max(Counter(o["label"] for o in objects).values()) <= geneval_detector.MAX_OBJECTS
     label = objects[0]["label"]
     asked = SuiteItem("x", "", "colors", {"tag": "colors", "include": [{"class": label, "count": 1, "color": "red"}]}, 1)
-    named = judge.judge_images([asked], [image])[0]["objects"]
+    named = judge.judge([asked], [image])[0]["objects"]
     assert all(("color" in o) == (o["label"] == label) for o in named)
     assert {o["color"] for o in named if "color" in o} <= set(COLORS)
 

@@ -169,16 +169,16 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
         distances.frechet(x[:1], y)
 
 
-def test_coefficients_distance_is_unbiased():
+def test_kernel_distance_is_unbiased():
     """Its mean over many small draws of one distribution is zero; a biased estimate's is not."""
     rng = np.random.default_rng(0)
-    draws = [distances.coefficients(rng.normal(size=(8, 4)), rng.normal(size=(8, 4))) for _ in range(2000)]
+    draws = [distances.kernel(rng.normal(size=(8, 4)), rng.normal(size=(8, 4))) for _ in range(2000)]
     assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws))
     x, y = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)) + 1
     k = lambda a, b: (np.dot(a, b) / 3 + 1) ** 3  # noqa: E731
     pairs = lambda z: np.mean([k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j])  # noqa: E731
     want = pairs(x) + pairs(y) - 2 * np.mean([k(a, b) for a in x for b in y])
-    assert distances.coefficients(x, y) == pytest.approx(want)
+    assert distances.kernel(x, y) == pytest.approx(want)
 
 
 def test_variety_is_within_prompts_only():
@@ -213,7 +213,7 @@ def test_a_metric_is_measured_over_a_suite_and_written_down(weights, tmp_path):
     assert (
         "own training reward" in metric.compute_metric(suite, folder, "pickscore", weights, allow_training_reward=True)["name"]
     )
-    for bad, message in (({"metric": "psnr"}, "one of clipscore"), ({"metric": "coefficients"}, "--reference goes with")):
+    for bad, message in (({"metric": "psnr"}, "one of clipscore"), ({"metric": "kernel"}, "--reference goes with")):
         with pytest.raises(ValueError, match=message):
             metric.compute_metric(suite, folder, **{"weights": weights, **bad})
 

@@ -41,7 +41,7 @@ def test_two_shards_equal_one_run(drawn, tmp_path):
     records = {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())}
     for f in drawn.glob("perceptions-*"):
         f.unlink()
-    with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other shards"):
+    with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other workers"):
         evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(worker=(0, 2)))
     assert evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(worker=(1, 2))) == whole
     assert {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())} == records
@@ -59,16 +59,16 @@ def test_shards_part_the_items():
 SLOW = """
 import sys, time
 from pathlib import Path
-from advdmd.evaluation import scoring
-from advdmd.evaluation.shapes import Checker, Shapes
+from advdmd.evaluation import judging
+from advdmd.mini.suites import CheckerJudge, MiniSuite
 
-class Slow(Checker):
+class Slow(CheckerJudge):
     batch = 1
-    def look(self, items, images):
+    def judge(self, items, images):
         time.sleep(0.02)
-        return super().look(items, images)
+        return super().judge(items, images)
 
-scoring.perceive(Shapes("mini-geneval", 8, 4), Path(sys.argv[1]), Slow())
+judging.run_judge(MiniSuite("mini-geneval", 8, 4), Path(sys.argv[1]), Slow())
 """
 
 
@@ -127,7 +127,7 @@ class Moody(CheckerJudge):
 
 
 def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(drawn):
-    with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was seen before is kept"):
+    with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was judged before is kept"):
         evaluate.score(SUITE, drawn, Moody())
     with pytest.raises(ValueError, match=r"only 42/48.*0 images missing, 6 failed.*out of memory"):
         evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True))

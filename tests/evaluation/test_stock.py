@@ -34,14 +34,14 @@ def foreign(tiny_folder, tmp_path_factory):
 
 def test_settings_become_the_pipelines_own_arguments(foreign):
     stock = DiffusersModel(str(foreign), DiffusersSampling(steps=2, guidance_scale=3.0, height=32, width=32))
-    assert stock.told == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
+    assert stock.call_kwargs == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
     assert stock.nfe == 4
     assert DiffusersModel(str(foreign), DiffusersSampling(steps=3, guidance_scale=1.0)).nfe == 3
     assert DiffusersModel(str(foreign), DiffusersSampling()).nfe == 56, "the pipeline's own 28 steps and guidance 7"
-    a, b = (stock.paint(["a picture"], [("s", k)]) for k in (0, 1))
+    a, b = (stock.sample(["a picture"], [("s", k)]) for k in (0, 1))
     assert a.shape == (1, 32, 32, 3)
     assert not np.array_equal(a, b)
-    assert np.array_equal(stock.paint(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
+    assert np.array_equal(stock.sample(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
     with pytest.raises(ValueError, match="steps=0"):
         DiffusersSampling(steps=0)
 
@@ -106,7 +106,7 @@ def test_geneval_from_the_command_line_with_a_stock_pipeline(foreign, tmp_path):
     tiny.save_clip(tmp_path / "clip", names=("red", "blue"))
     tiny.save_clip(tmp_path / "unable", names=("blue", "red"))
     args = ["eval", foreign, "geneval", "--images", 1, "--steps", 1, "--guidance", 1]
-    args += ["--shard", f"0/{n}", "--out", tmp_path / "out", "--threads", 1, "--clip", tmp_path / "unable"]
+    args += ["--worker", f"0/{n}", "--out", tmp_path / "out", "--threads", 1, "--clip", tmp_path / "unable"]
     done = cli(*args)
     assert done.returncode == 2
     assert "geneval needs --detector" in done.stderr
@@ -162,12 +162,12 @@ def test_dpg_with_a_judge_gives_categories_and_its_name(tmp_path):
         (["dpg", "--csv", "{csv}"], "needs --judge qwen-vl"),
         (["dpg", "--csv", "{csv}", "--judge", "gpt"], "judge 'gpt'"),
         (["geneval", "--csv", "{csv}"], "--csv is dpg's"),
-        (["mini-geneval", "--shard", "2/2"], "--shard '2/2'"),
+        (["mini-geneval", "--worker", "2/2"], "--worker '2/2'"),
         (["dpg", "--csv", "nobody/nothing/dpg.csv"], "not to be had from the hub"),
         (["geneval", "--detector", "no/where/at/all", "--clip", "x"], "no such folder, and no hub id"),
         (["geneval", "--detector", "no/where", "--clip", "x"], "cannot be had from the hub"),
         (["imagenet"], "suite 'imagenet': one of mini-geneval"),
-        (["mini-geneval", "--split", "exam"], "only mini-dpg"),
+        (["mini-geneval", "--split", "validation"], "only mini-dpg"),
     ],
 )
 def test_wrong_suites_judges_and_shards_end_with_one_line(words, says, tmp_path, tiny_folder):
@@ -193,8 +193,8 @@ def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny
         logs[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())
         note = json.loads((student / "advdmd.json").read_text())
         assert note.get("rewards", {}) == ({"clipscore": 2.0} if more else {})
-    assert "reward/clipscore[clip]_spread" in logs["paid"]
+    assert "reward/clipscore[clip]_std" in logs["paid"]
     assert logs["paid"]["policy/grad_norm"] != logs["plain"]["policy/grad_norm"]
     assert logs["paid"]["reward/final"] == logs["plain"]["reward/final"]
-    with pytest.raises(ValueError, match="only AdvDMD has policy turns"):
+    with pytest.raises(ValueError, match="dmd2 has no policy updates"):
         resolve("mini-sd35-dmd2", [f"rewards=[1*clipscore:{weights}]"])

@@ -61,7 +61,7 @@ def test_a_role_holds_its_adapter_and_nothing_else(scene):
 
 def test_the_fused_network_is_the_role(scene):
     backbone, plain, student, _, at = scene
-    plain.load_state_dict(student.fused())
+    plain.load_state_dict(student.fused_state_dict())
     with torch.no_grad():
         torch.testing.assert_close(backbone.velocity(plain, *at), backbone.velocity(student, *at), atol=1e-5, rtol=1e-5)
 
@@ -189,7 +189,8 @@ def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, 
             cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
             null = backbone.encode_text(backbone.tokenize([""]))
         config = DiscriminatorConfig(trunk="own", feature_depths=(0.5, 1.0), hidden_size=8)
-        student, fake = networks.build_student_and_fake_score(backbone, config, 0, 2, null, rank, checkpointing)
+        student, score, trunk = networks.trainable_copies(backbone, ["student", "fake", "trunk"], rank, 0, checkpointing)
+        fake = networks.make_fake_score_and_discriminator(backbone, config, 0, 2, null, score, trunk)
         torch.manual_seed(2)
         for p in (*student.parameters(), *fake.trunk.parameters()):
             p.data += 0.05 * torch.randn_like(p)
@@ -224,7 +225,7 @@ def test_shared_roles_are_separate_networks_with_an_adapter_each(scene):
 
 def test_a_role_walks_a_path_like_any_student(scene):
     backbone, plain, student, _, (_, _, cond) = scene
-    plain.load_state_dict(student.fused())
+    plain.load_state_dict(student.fused_state_dict())
     noise = torch.randn(2, 2, *backbone.latent_shape)
     walk = lambda net: rollout(  # noqa: E731
         lambda x, t, c: backbone.velocity(net, x, t, c), cond, noise, torch.tensor([1.0, 0.5, 0.0]), cps(1.0)
@@ -243,4 +244,4 @@ def test_adapters_learn_in_float32_on_a_bfloat16_base(tiny_folder):
     assert v.dtype == torch.float32
     (grads_,) = grads(lambda: v.square().sum(), role)
     assert all(g is not None and g.dtype == torch.float32 for g in grads_)
-    assert role.fused()["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16
+    assert role.fused_state_dict()["transformer_blocks.0.attn.to_q.weight"].dtype == torch.bfloat16

@@ -101,7 +101,7 @@ def test_an_images_noise_does_not_depend_on_its_batch(backbone):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"steps": 4, "guidance": 0.0}, {"steps": 4, "eta": 1.0, "guidance": 2.0}, {"steps": 4, "eta": 3.0}]
+    "bad", [{"steps": 0}, {"steps": 4, "guidance_scale": 0.0}, {"steps": 4, "eta": 1.0, "guidance_scale": 2.0}, {"steps": 4, "eta": 3.0}]
 )
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=r"steps|guidance|eta"):
@@ -130,7 +130,7 @@ def test_a_deeper_text_encoder_says_the_same_until_it_is_trained(backbone, tmp_p
     assert torch.equal(before.embeds, after.embeds)
     assert torch.equal(before.pooled, after.pooled)
     backbone.pipe.save_pretrained(tmp_path)
-    assert torch.equal(SD3(loading.load_pipeline(tmp_path), 0).embed(ids).embeds, after.embeds)
+    assert torch.equal(SD3(loading.load_pipeline(tmp_path), 0).encode_text(ids).embeds, after.embeds)
 
 
 def test_an_sd3_begins_near_the_sd35_it_is_made_from(backbone):
@@ -169,12 +169,13 @@ def test_what_is_not_a_pipeline_is_refused(tmp_path):
 
 
 def test_shipped_teachers_load_and_say_how_to_sample():
-    for name in loading.SHIPPED:
+    assert set(loading.shipped()) == {"mini-sd3", "mini-sd35", "mini-qwen"}
+    for name in loading.shipped():
         backbone, how = loading.load(name)
         assert backbone.latent_shape == (4, 8, 8)
         assert how.steps == 40
-        assert how.guidance > 1
-        assert loading.is_mini_pipeline(backbone)
+        assert how.guidance_scale > 1
+        assert pipelines.is_mini_pipeline(backbone)
         total = sum(f.stat().st_size for f in loading.pipeline_folder(name).rglob("*") if f.is_file())
         assert total < 10e6
 
@@ -183,12 +184,12 @@ def test_taps_are_fractions_of_depth():
     assert DiscriminatorConfig(feature_depths=(0.25, 0.5)).feature_indices(4) == [0, 1]
     assert DiscriminatorConfig(feature_depths=(0.5, 1.0)).feature_indices(24) == [11, 23]
     for bad in (
-        {"blocks": ()},
-        {"blocks": (1.5,)},
+        {"feature_depths": ()},
+        {"feature_depths": (1.5,)},
         {"trunk": "student"},
-        {"trunk_weight": 2.0},
-        {"trunk": "teacher", "trunk_weight": 0.1},
-        {"hidden": 0},
+        {"trunk_grad_scale": 2.0},
+        {"trunk": "teacher", "trunk_grad_scale": 0.1},
+        {"hidden_size": 0},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             DiscriminatorConfig(**bad)

@@ -14,7 +14,7 @@ from advdmd.models import loading, quantization
 from advdmd.models.lora import LoraModel, SharedBase
 from advdmd.recipes.registry import resolve
 from advdmd.training.learner import Learner
-from advdmd.training.optimizer import OptimizerConfig
+from advdmd.training.optimizer import OptimizerConfig, ParamGroup
 
 WORDS = [
     "algorithm.group_size=2", "prompts_per_step=2", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "data.num_prompts=4", "data.images_per_prompt=1",
@@ -51,7 +51,7 @@ def test_adapters_on_it_learn_and_fuse_as_on_the_numbers_it_stands_for(scene):
     torch.manual_seed(1)
     for p in student.parameters():
         p.data.normal_(0, 0.1)
-    fused = student.fused()
+    fused = student.fused_state_dict()
     assert set(fused) == set(whole.state_dict())
     whole.load_state_dict(fused)
     whole.requires_grad_(True)
@@ -73,7 +73,7 @@ def test_what_was_bfloat16_is_bfloat16_again(tiny_folder, bits):
     backbone = loading.load(str(tiny_folder), dtype=torch.bfloat16)[0]
     quantization.quantize(backbone.blocks(backbone.net), bits, torch.bfloat16, "cpu")
     role = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
-    assert {v.dtype for v in role.fused().values()} == {torch.bfloat16}
+    assert {v.dtype for v in role.fused_state_dict().values()} == {torch.bfloat16}
 
 
 def learner(bits):
@@ -96,15 +96,15 @@ def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
     there, here = exact.net.state_dict(), close.net.state_dict()
     way, off = (torch.cat([(a[k] - b[k]).flatten() for k in began]) for a, b in ((there, began), (here, there)))
     assert 0 < off.norm() < 0.2 * way.norm()
-    tensors, counters = close.state()
+    tensors, counters = close.state_dict()
     assert sum(v.dtype == torch.uint8 for v in tensors.values()) == 2
     other = learner(8)
-    other.load({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(counters)))
+    other.load_state_dict({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(counters)))
     for one in (close, other):
         update(one, 3, gen(2))
     assert all(torch.equal(a, b) for a, b in zip(close.net.parameters(), other.net.parameters(), strict=True))
     with pytest.raises(ValueError, match="whole optimizer state of 3"):
-        learner(8).load({k: v for k, v in tensors.items() if "0/absmax1" not in k}, counters)
+        learner(8).load_state_dict({k: v for k, v in tensors.items() if "0/absmax1" not in k}, counters)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -124,9 +124,9 @@ def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp
 def test_what_cannot_be_of_few_bits_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"base_bits=4: only a frozen base .* set lora_rank"):
         resolve("mini-sd35-advdmd", ["base_bits=4"])
-    with pytest.raises(ValueError, match=r"8-bit optimizers .* cannot be spread"):
+    with pytest.raises(ValueError, match=r"8-bit optimizers .* cannot be sharded"):
         resolve("sd35-large-advdmd-4step-8x80gb", ["fake_score_optimizer.state_bits=8"])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"need bitsandbytes: install advdmd with its extra, pip install -e '\.\[bits\]'"):
+    with pytest.raises(ValueError, match=r"need bitsandbytes: install advdmd with its extra, pip install 'advdmd\[bits\]'"):
         train("x", resolve("mini-sd35-advdmd", WORDS)[1], tmp_path / "run")
     assert not (tmp_path / "run").exists()

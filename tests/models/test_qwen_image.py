@@ -126,7 +126,7 @@ def test_a_guided_teacher_pads_the_empty_prompt(qwen):
     with torch.no_grad():
         v = Teacher(qwen, 3.0, null)(x, t, cond)
         alone = [qwen.velocity(qwen.net, x, t, c) for c in (cond, null[torch.zeros(2, dtype=torch.long)])]
-    torch.testing.assert_close(v, qwen.guide(*alone, 3.0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(v, qwen.apply_guidance(*alone, 3.0), atol=1e-5, rtol=1e-4)
 
 
 def test_latents_round_trip_through_the_configured_statistics(qwen):
@@ -205,4 +205,4 @@ def test_a_scheduler_that_shifts_by_image_size_has_the_static_shift_of_that_size
     scheduler = backbone.pipe.scheduler
     mu = calculate_shift(16, base_seq_len=scheduler.config.base_image_seq_len, max_seq_len=8192, base_shift=0.5, max_shift=0.9)
     scheduler.set_timesteps(sigmas=flow.grid(how.steps)[:-1].numpy(), mu=mu)
-    torch.testing.assert_close(scheduler.sigmas, how.grid, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scheduler.sigmas, how.grid(), atol=1e-6, rtol=0)

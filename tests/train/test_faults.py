@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from advdmd.commands import train as command
+from advdmd.commands import train as train_command
 from advdmd.data import embedding_cache
 from advdmd.recipes.registry import resolve
 from advdmd.training import checkpoint
@@ -24,7 +24,7 @@ WORDS = [
 
 
 def train(teacher, out, *words):
-    return command.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={teacher}", *words]), out)
+    return train_command.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={teacher}", *words]), out)
 
 
 def weights(folder):
@@ -52,17 +52,17 @@ def poison(monkeypatch, where, bad, calls):
 @pytest.mark.parametrize(
     ("name", "calls", "said"),
     [
-        ("track_student", 11, r"step \d, fake/main: loss"),
-        ("match_teacher", 3, r"step \d, student/match: loss"),
-        ("pay", 2, r"step \d, policy: a reward is not finite"),
-        ("pay:1", 2, r"step \d, policy: a reward is not finite"),  # the final image's
+        ("fake_score_loss", 11, r"step \d, fake_score/main: loss"),
+        ("student_loss", 3, r"step \d, student/dm: loss"),
+        ("discriminator_rewards", 2, r"step \d, policy: a reward is not finite"),
+        ("discriminator_rewards:1", 2, r"step \d, policy: a reward is not finite"),  # the final image's
     ],
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
     """Whether a loss or a reward: step and player are named, and no player has moved since its last good step."""
     from advdmd.algorithms import advdmd, updates
 
-    poison(monkeypatch, (updates if name in ("track_student", "match_teacher") else advdmd, name), bad, calls)
+    poison(monkeypatch, (updates if name in ("fake_score_loss", "student_loss") else advdmd, name), bad, calls)
     moved = []
     true = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: moved.append(self) or true(self, *a, **k))
@@ -117,9 +117,9 @@ def test_what_clipping_would_hide_of_twinflows_target_stops_the_run(tiny_folder,
     from advdmd.algorithms import twinflow
 
     poison(monkeypatch, (twinflow.TwinFlow, "integrate"), float("inf"), 3)
-    words = [w for w in WORDS if "warmup" not in w and "ramp" not in w and "gated" not in w]
+    words = [w for w in WORDS if "dm_only" not in w and "ramp" not in w and "gating" not in w]
     with pytest.raises(FloatingPointError, match=r"step 2, student: a target is not finite"):
-        train.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
+        train_command.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
 
 
 def test_a_file_that_grows_too_large_ends_the_run_with_one_line(tiny_folder, tmp_path):

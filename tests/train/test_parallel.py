@@ -146,7 +146,7 @@ def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
 
 def test_minibatches_are_the_steps_however_it_is_shared():
     whole = Rng(1, 2, range(8)).minibatches("order", 3, 2)
-    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Ranks(rank=r, size=2)).minibatches("order", 3, 2) for r in (0, 1)]
+    parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Ranks(rank=r, world_size=2)).minibatches("order", 3, 2) for r in (0, 1)]
     for (m, passes), (a, mine), (b, theirs) in zip(whole, *parts, strict=True):
         assert passes == -(-len(m) // 2)
         assert mine == theirs == -(-max(len(a), len(b)) // 2), "all make as many"

@@ -18,8 +18,10 @@ def recipe_table() -> str:
         known_steps, presets = rows.setdefault((model, method), ([], []))
         known_steps += [steps] if steps not in known_steps else []
         presets += [preset] if preset and preset not in presets else []
+    models = list(dict.fromkeys(model for model, _ in rows))
+    ordered = sorted(rows.items(), key=lambda row: models.index(row[0][0]))
     cells = [("model", "method", "steps", "presets")]
-    cells += [(model, method, ", ".join(s), ", ".join(p) or "-") for (model, method), (s, p) in rows.items()]
+    cells += [(model, method, ", ".join(s), ", ".join(p) or "-") for (model, method), (s, p) in ordered]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))

@@ -201,7 +201,7 @@ class EmbeddingCache:
         longest = max(1, int(both.mask.sum(1).max()))
         return Cond(both.embeds[:, :longest], both.pooled, both.mask[:, :longest])
 
-    def images(self, n: int) -> int:
+    def num_images(self, n: int) -> int:
         """How many images prompt n has."""
         return self._shard(n // PROMPTS_PER_SHARD)[1][n % PROMPTS_PER_SHARD]
 

@@ -52,7 +52,7 @@ def parse_overrides(words: Sequence[str]) -> Json:
             out[key] = read_yaml(value)
         except ValueError:
             raise ValueError(f"override {word!r}: {value!r} is not a value (number, text, true, [list])") from None
-        if (new := renamed.new_value(key, out[key])) != out[key]:
+        if (new := renamed.new_value(key, out[key])) is not out[key]:
             raise ValueError(f"override {word!r}: the value {out[key]} is now called {new}")
     return out
 
