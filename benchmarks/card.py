@@ -36,12 +36,22 @@ from advdmd.types import Batch, Cond
 
 SAME = {
     "AdvDMD": ("mini-sd35-advdmd", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4"),
-    "AdvDMD, adapters": ("mini-sd35-advdmd", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4", "lora_rank=4"),
+    "AdvDMD, adapters": (
+        "mini-sd35-advdmd",
+        "algorithm.dm_only_iterations=2",
+        "algorithm.policy_ramp_iterations=4",
+        "lora_rank=4",
+    ),
     "AdvDMD, adapters on bfloat16, checkpointing": (
         *("mini-sd35-advdmd", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4"),
         *("lora_rank=4", "dtype=bfloat16", "gradient_checkpointing=true"),
     ),
-    "AdvDMD, mini-qwen": ("mini-sd35-advdmd", "teacher=mini-qwen", "algorithm.dm_only_iterations=2", "algorithm.policy_ramp_iterations=4"),
+    "AdvDMD, mini-qwen": (
+        "mini-sd35-advdmd",
+        "teacher=mini-qwen",
+        "algorithm.dm_only_iterations=2",
+        "algorithm.policy_ramp_iterations=4",
+    ),
     "DMD2": ("mini-sd35-dmd2",),
     "TwinFlow": ("mini-sd35-twinflow",),
     "TwinFlow, adapters": ("mini-sd35-twinflow", "lora_rank=4"),
@@ -52,7 +62,10 @@ SIZE = (
     *("qwen-image-24gb@512", "qwen-image-80gb@512", "qwen-image-80gb@1024"),
 )
 LONG = 15  # seconds
-FEW = ("prompts_per_step=2", "algorithm.group_size=2")  # samples an iteration, so that it takes seconds; passes are the preset's
+FEW = (
+    "prompts_per_step=2",
+    "algorithm.group_size=2",
+)  # samples an iteration, so that it takes seconds; passes are the preset's
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

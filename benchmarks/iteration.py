@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from advdmd.distillation.batches import load_training_data
 
 from advdmd import flow
-from advdmd.distillation.batches import load_training_data
 from advdmd.distillation.build import build
 from advdmd.models import loading
 from advdmd.recipes import registry

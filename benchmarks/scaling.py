@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from advdmd.distillation.batches import load_training_data
+
 from advdmd.distillation.build import build
 from advdmd.files import write_text
 from advdmd.models import loading

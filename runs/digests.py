@@ -1,8 +1,11 @@
-"""Digests of everything that a move or a rename must not change, bit for bit on one machine: python runs/digests.py OUT.json
+"""Digests of everything that a move or a rename must not change, bit for bit on one machine.
+
+Python runs/digests.py OUT.json
 
 Weights after four iterations of every kind of run (algorithm x teacher x whole, adapters, adapters on bfloat16 with
 checkpointing; two processes, sharded), pictures, an exported student, an evaluation table, a cache, one draw of every random
-stream. A digest of tensors does not depend on their names. With --against OLD.json differences are printed and end with status 1.
+stream. A digest of tensors does not depend on their names. With --against OLD.json differences are printed and end with status
+1.
 """
 
 import argparse

@@ -328,7 +328,7 @@ def records(rng: random.Random, here: Path) -> None:
     (here / "best.safetensors").write_bytes(damaged(save({"a": torch.zeros(2)}), rng))
     rng.choice(
         (
-            lambda: health.diagnose(health.read(here), health.healthy_ranges()),
+            lambda: health.diagnose(health.read_metrics(here), health.healthy_ranges()),
             lambda: results.read_scores(here),
             lambda: results.read_verdicts(here),
             lambda: list(judging._lines(here)),

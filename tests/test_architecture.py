@@ -110,7 +110,11 @@ def test_no_closure_writes_into_the_frame_around_it():
                         assert isinstance(node.value, ast.Name), (file.name, inner.name)
                         assert node.value.id in own, (file.name, inner.name)
                     called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-                    if called and node.func.attr in ("append", "extend", "update", "add") and isinstance(node.func.value, ast.Name):
+                    if (
+                        called
+                        and node.func.attr in ("append", "extend", "update", "add")
+                        and isinstance(node.func.value, ast.Name)
+                    ):
                         assert node.func.value.id in own, (file.name, inner.name)
 
 
@@ -138,7 +142,8 @@ def advdmd(*words): app([str(w) for w in words], standalone_mode=False)
 words = json.loads(sys.argv[3])
 advdmd("encode", out / "photos", folder, "--resolution", 32, "--out", out / "cache", "--device", "cpu", "--threads", 1)
 advdmd("show")
-advdmd("train", "sd35-medium-advdmd-4step-24gb", f"teacher={folder}", f"data.folder={out / 'cache'}", *words, "--out", out / "run")
+own = (f"teacher={folder}", f"data.folder={out / 'cache'}")
+advdmd("train", "sd35-medium-advdmd-4step-24gb", *own, *words, "--out", out / "run")
 advdmd("doctor", out / "run")
 advdmd("report", out / "run", "--out", out / "report.html")
 advdmd("export", out / "run", "--out", out / "student")
@@ -158,7 +163,10 @@ assert not any(m.startswith("advdmd.mini.") for m in sys.modules)
 
 
 def test_the_library_trains_a_real_pipeline_without_the_miniature(tmp_path):
-    """advdmd.mini is hidden, as if it were deleted: encode, train, diagnose, export, sample, evaluate on a pipeline made here."""
+    """advdmd.mini is hidden, as if it were deleted.
+
+    Encode, train, diagnose, export, sample, evaluate on a pipeline made here.
+    """
     from PIL import Image
 
     from tests.evaluation.tiny import save_dpg

@@ -62,9 +62,9 @@ def test_every_command_in_the_documentation_is_one(page, words):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
-    told = ours(words)
-    assert told is not None, f"{page}: {words[0]} is not tested"
-    name, command, rest = COMMAND.resolve_command(COMMAND.make_context("advdmd", [], resilient_parsing=True), told)
+    args = ours(words)
+    assert args is not None, f"{page}: {words[0]} is not tested"
+    name, command, rest = COMMAND.resolve_command(COMMAND.make_context("advdmd", [], resilient_parsing=True), args)
     params = command.make_context(name, list(rest)).params
     if name in ("train", "show") and params["recipe"]:
         registry.resolve(params["recipe"], params["changes"] or [])
@@ -88,14 +88,14 @@ def stand_ins(tmp_path):
     return {"stabilityai/stable-diffusion-3.5-medium": str(model), "MODEL": str(model), "512": "32"}
 
 
-def shrunk(told, stand_ins):
+def shrunk(args, stand_ins):
     """The same command on stand-ins and with smaller numbers."""
     for name, mine in stand_ins.items():
-        told = [re.sub(rf"(^|=){re.escape(name)}$", rf"\g<1>{mine}", w) for w in told]
-    if told[0] != "train":
-        return [*told, *SMALLER.get(told[0], [])]
-    real = told[1].startswith("sd35-medium")
-    return [*told, *TINY, *([*REAL, f"teacher={stand_ins['MODEL']}"] if real else POOL)]
+        args = [re.sub(rf"(^|=){re.escape(name)}$", rf"\g<1>{mine}", w) for w in args]
+    if args[0] != "train":
+        return [*args, *SMALLER.get(args[0], [])]
+    real = args[1].startswith("sd35-medium")
+    return [*args, *TINY, *([*REAL, f"teacher={stand_ins['MODEL']}"] if real else POOL)]
 
 
 def test_the_documentations_commands_run_in_their_order(tmp_path, monkeypatch, stand_ins):
@@ -105,10 +105,10 @@ def test_the_documentations_commands_run_in_their_order(tmp_path, monkeypatch, s
     ran = 0
     for page in ("docs/index.md", "README.md", "docs/own-model.md", "docs/evaluation.md"):
         for words in commands(ROOT / page):
-            told = ours(words)
-            if told is None or words[0] == "torchrun" or told[0] in APART or "PATH_OR_HUB_ID" in told:
+            args = ours(words)
+            if args is None or words[0] == "torchrun" or args[0] in APART or "PATH_OR_HUB_ID" in args:
                 continue
-            COMMAND.main(shrunk(told, stand_ins), standalone_mode=False)
+            COMMAND.main(shrunk(args, stand_ins), standalone_mode=False)
             ran += 1
     assert ran >= 28
     made = (
@@ -151,5 +151,5 @@ def test_the_site_builds_without_a_warning_and_asks_for_nothing_from_afar(tmp_pa
     )
     assert built.returncode == 0, built.stderr
     for page in PAGES[1:]:
-        told = (tmp_path / "site" / f"{page.stem}.html").read_text()
-        assert not re.search(r'(src|href)="https?://[^"]+\.(js|css|woff2?|png)', told), page
+        page_text = (tmp_path / "site" / f"{page.stem}.html").read_text()
+        assert not re.search(r'(src|href)="https?://[^"]+\.(js|css|woff2?|png)', page_text), page

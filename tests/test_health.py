@@ -57,7 +57,7 @@ def test_ranges_are_only_used_on_runs_like_those_they_were_measured_on():
 
 
 def test_the_main_jobs_folder_stands_for_its_run(tmp_path):
-    kept = Path(__file__).parent.parent / "results" / "mini"
+    kept = Path(__file__).parent.parent / "results" / "main_job"
     shutil.copytree(kept, tmp_path / "job/run")
     assert health.read_metrics(tmp_path / "job") == health.read_metrics(kept)
 

@@ -84,8 +84,8 @@ def test_full_noise_is_diffusers_stochastic_step_to_the_bit(gen):
     for k, t in enumerate(scheduler.timesteps):
         v = torch.randn(x.shape, generator=gen(k))
         theirs = scheduler.step(v, t, x, generator=gen(50 + k), return_dict=False)[0]
-        hop = transition(renoise if k < 3 else ode, x, v, grid[k].expand(2), grid[k + 1].expand(2))
-        x = hop.sample(torch.randn(x.shape, generator=gen(50 + k))) if k < 3 else hop.mean
+        step = transition(renoise if k < 3 else ode, x, v, grid[k].expand(2), grid[k + 1].expand(2))
+        x = step.sample(torch.randn(x.shape, generator=gen(50 + k))) if k < 3 else step.mean
         assert torch.equal(x, theirs)
 
 
@@ -212,6 +212,9 @@ def test_a_path_walked_in_parts_is_the_path():
 
     velocity = lambda x, t, cond: x * t[:, None] + cond  # noqa: E731
     cond, noise, grid = torch.randn(7, 3), torch.randn(4, 7, 3), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
-    whole, parts = rollout(velocity, cond, noise, grid, cps(1.0)), rollout(velocity, cond, noise, grid, cps(1.0), micro_batch_size=3)
+    whole, parts = (
+        rollout(velocity, cond, noise, grid, cps(1.0)),
+        rollout(velocity, cond, noise, grid, cps(1.0), micro_batch_size=3),
+    )
     for name in ("x", "t", "x0", "neg_mse"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name

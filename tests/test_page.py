@@ -10,13 +10,24 @@ import pytest
 from advdmd.monitoring import charts, health, html_report
 
 RESULTS = Path(__file__).parent.parent / "results"
-RUNS = [RESULTS / "h2/advdmd-0", RESULTS / "h2/dmd2-0"]
+CLAIM = RESULTS / "claims/h2"
+RUNS = [CLAIM / "advdmd-0", CLAIM / "dmd2-0"]
+ROWS = [json.loads(line) for line in (CLAIM / "scores.jsonl").read_text().splitlines()]
+SCORES = {row["run"]: row for row in ROWS if row["suite"] == "mini-geneval"}
+    (row := json.loads(line))["run"]: row
+    for line in (CLAIM / "scores.jsonl").read_text().splitlines()
+    if '"mini-geneval"' in line
+}
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    scores = [RESULTS / f"h2/{name}/mini-geneval-test.json" for name in ("teacher", "advdmd-0", "dmd2-0")]
-    return html_report.write_report(RUNS, scores, tmp_path_factory.mktemp("page") / "deep/report.html").read_text()
+    folder, scores = tmp_path_factory.mktemp("page"), []
+    for name in ("teacher", "advdmd-0", "dmd2-0"):
+        scores.append(folder / name / "scores.json")
+        scores[-1].parent.mkdir()
+        scores[-1].write_text(json.dumps({k: v for k, v in SCORES[name].items() if k != "run"}))
+    return html_report.write_report(RUNS, scores, folder / "deep/report.html").read_text()
 
 
 def test_the_page_needs_nothing_from_anywhere(report):
@@ -28,8 +39,8 @@ def test_the_page_needs_nothing_from_anywhere(report):
 
 
 def test_the_page_says_what_the_runs_and_scores_say(report):
-    kept = json.loads((RESULTS / "h2/mini-geneval-test-advdmd-teacher.json").read_text())
-    one = json.loads((RESULTS / "h2/advdmd-0/mini-geneval-test.json").read_text())
+    kept = json.loads((CLAIM / "comparisons.json").read_text())["mini-geneval-test-advdmd-teacher"]
+    one = SCORES["advdmd-0"]
     assert f"{one['strict']['overall']['mean']:.3f} [" in report
     assert kept["theirs"]["strict"][0] == pytest.approx(
         float(re.search(r"<b>overall</b></td><td>([.0-9]+)", report)[1]), abs=6e-4
@@ -43,10 +54,10 @@ def test_the_page_says_what_the_runs_and_scores_say(report):
 
 
 def test_the_main_jobs_folder_is_a_run_too(tmp_path):
-    told = html_report.write_report([RESULTS / "mini"], [], tmp_path / "a.html").read_text()
-    assert 'alt="comparison"' in told
-    assert "AdvDMD, 4 steps" in told
-    shutil.copytree(RESULTS / "mini", tmp_path / "job/run")
+    text = html_report.write_report([RESULTS / "main_job"], [], tmp_path / "a.html").read_text()
+    assert 'alt="comparison"' in text
+    assert "AdvDMD, 4 steps" in text
+    shutil.copytree(RESULTS / "main_job", tmp_path / "job/run")
     assert "580 of 580 iterations" in html_report.write_report([tmp_path / "job"], [], tmp_path / "b.html").read_text()
 
 
@@ -54,9 +65,9 @@ def test_runs_with_another_teacher_get_no_ranges(tmp_path):
     shutil.copytree(RUNS[0], tmp_path / "run")
     text = (tmp_path / "run/recipe.yaml").read_text()
     (tmp_path / "run/recipe.yaml").write_text(text.replace("teacher: mini-sd3\n", "teacher: some/model\n"))
-    told = html_report.write_report([tmp_path / "run"], [], tmp_path / "a.html").read_text()
-    assert "no ranges for this teacher" in told
-    assert 'class="band"' not in told
+    text = html_report.write_report([tmp_path / "run"], [], tmp_path / "a.html").read_text()
+    assert "no ranges for this teacher" in text
+    assert 'class="band"' not in text
 
 
 @pytest.mark.parametrize(

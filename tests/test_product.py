@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from advdmd.cli.main import main
-from advdmd.commands.export import export_run
-from advdmd.commands.mini import mini as main_job
-from advdmd.commands.sample import sample as sample_prompts
 from advdmd.commands import pretrain, train
 from advdmd.commands.evaluate import evaluate, score
+from advdmd.commands.export import export
+from advdmd.commands.mini import mini as main_job
+from advdmd.commands.sample import sample as sample_prompts
 from advdmd.distillation import validation
 from advdmd.mini.suites import CheckerJudge, MiniSuite
 from advdmd.models import loading
@@ -34,7 +34,8 @@ from advdmd.recipes.overrides import diff, dump, override, parse_overrides
 from advdmd.recipes.registry import known_recipes, resolve
 
 SMALL = [
-    "iterations=4", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=2", "algorithm.group_size=4", "prompts_per_step=2",
+    "iterations=4", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=2", "algorithm.group_size=4",
+    "prompts_per_step=2",
     "data.num_prompts=6", "data.images_per_prompt=2", "save_every=2", "sample_every=4", "threads=1",
 ]  # fmt: skip
 
@@ -68,7 +69,7 @@ def trained(tiny_folder, tmp_path_factory):
 
 
 def test_a_run_logs_what_the_panels_ask_for(trained):
-    """All but what needs exams; by the run's last step both turns have moved."""
+    """All but what needs a validation; by the last step both optimizers have moved."""
     logged = set().union(*(json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()))
     others = {"eval/diversity", "discriminator/auc", "student/loss", "student/grad_norm"}  # validation, DMD2, TwinFlow
     assert {d.key for d in health.DIAGNOSTICS} - logged == others
@@ -130,7 +131,7 @@ def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_pa
 
 
 def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path):
-    """The tiny teacher never improves: with a patience of one the second exam is the last, and the student is the first's."""
+    """The tiny teacher never improves: with patience=1 the second validation is the last."""
     words = [*SMALL, f"teacher={tiny_folder}", "eval_every=1", "eval_images=2", "patience=1", "dm_optimizer.lr=1e-9"]
     name, r = resolve("mini-sd35-advdmd", words)
     student = train.train(name, r, tmp_path)
@@ -148,12 +149,12 @@ def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
         return [{"step": i, "reward/final": r, "eval/strict": s} for i, (s, r) in enumerate(zip(scores, rewards))]
 
     assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 3, 4])) == 4
-    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the critic saw it too"
-    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad exam is chance"
+    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the reward fell too"
+    assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.47, 0.51], [0, 1, 2, 3, 4])) is None, "one bad validation is chance"
     assert reward_hacking_step(run_of([0.3, 0.4], [0, 1])) is None
     late = run_of([0.5, 0.45, 0.44, 0.43], [0, 1, 2, 3])
     del late[0]["reward/final"]
-    assert reward_hacking_step(late) == 3, "paid only after the best exam"
+    assert reward_hacking_step(late) == 3, "rewarded only after the best validation"
 
 
 def test_overrides_are_typed_and_reach_every_level():
@@ -260,17 +261,17 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path, tiny_folder):
 
 
 def test_export_equals_the_student_of_the_run(trained, tmp_path):
-    folder = export_run(trained, tmp_path / "out")
+    folder = export(trained, tmp_path / "out")
     shift = resolve(str(trained / "recipe.yaml"))[1].algorithm.shift
     assert loading.load(str(folder))[1] == SamplerConfig(steps=4, shift=shift, eta=1.0)
     ours, theirs = (loading.load(str(f))[0].net.state_dict() for f in (folder, trained / "student"))
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
     with pytest.raises(ValueError, match="not empty"):
-        export_run(trained, tmp_path / "out")
+        export(trained, tmp_path / "out")
     said = [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
     assert said == []  # a published student does not tell where on its maker's disk the teacher lay
     with pytest.raises(ValueError, match="not a training run"):
-        export_run(tmp_path, tmp_path / "out2")
+        export(tmp_path, tmp_path / "out2")
 
 
 FRESH = """
@@ -322,14 +323,14 @@ def test_students_that_stock_schedulers_cannot_run_are_sampled_here_but_not_expo
     assert loading.load(str(student))[1].eta == 0.9
     assert "stock schedulers cannot" in (student / "README.md").read_text()
     with pytest.raises(ValueError, match=r"eta=0\.9"):
-        export_run(tmp_path / "run", tmp_path / "out")
+        export(tmp_path / "run", tmp_path / "out")
 
 
 def test_export_never_replaces_what_it_did_not_write(trained, tmp_path):
     (tmp_path / "x").write_text("precious")
     for out in (tmp_path, trained):
         with pytest.raises(ValueError, match="not empty"):
-            export_run(trained, out, overwrite=True)
+            export(trained, out, overwrite=True)
     assert (tmp_path / "x").read_text() == "precious"
     assert (trained / "checkpoints").is_dir()
 

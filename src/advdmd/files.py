@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
+
+from advdmd.types import Json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STALE = 600.0  # seconds after which a half-written file of a process that is gone is removed
@@ -24,7 +25,10 @@ STALE = 600.0  # seconds after which a half-written file of a process that is go
 
 @contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Whatever a library says of a full disk is an OSError that names the file; what it says of other files stays as it is."""
+    """Inside, a full disk raises an OSError that names the file, whatever a library raises.
+
+    Errors of other files stay as they are.
+    """
     try:
         yield
     except SafetensorError as e:
@@ -82,7 +86,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `path`, then put it in its place; a stop before that leaves the old one whole."""
+    """Let `write` fill a folder beside `path`, then put it in its place; a stop before that leaves the old one whole.
+
+    Raises OSError that names the folder.
+    """
     making, old = (path.with_name(f".{path.name}.{w}") for w in ("making", "old"))
     if old.exists() and not path.exists():
         old.rename(path)  # a stop between the two renames below
@@ -105,20 +112,21 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all. Raises OSError that names the file."""
     write_atomically(path, lambda p: p.write_text(text))
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """As PNG."""
+    """Write a PNG, whole or not at all. Raises OSError that names the file."""
     write_atomically(path, lambda p: image.save(p, format="PNG"))
 
 
-def _complete(found: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+def _complete(found: Mapping[str, object], keys: tuple[str, ...]) -> None:
     if lacking := [k for k in keys if k not in found]:
         raise ValueError(f"{', '.join(lacking)} missing")
 
 
-def _object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _object(text: str, keys: tuple[str, ...]) -> Json:
     """Raises ValueError unless the text is a JSON object with these keys."""
     try:
         found = json.loads(text)
@@ -130,8 +138,8 @@ def _object(text: str, keys: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def read_object(path: Path, *keys: str, hint: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError that names file and fault, and the way out, if there is none with `keys`."""
+def read_object(path: Path, *keys: str, hint: str) -> Json:
+    """The object in a JSON file. Raises ValueError that names file, fault and `hint` if there is none with `keys`."""
     try:
         return _object(path.read_text(), keys)
     except OSError as e:
@@ -140,7 +148,7 @@ def read_object(path: Path, *keys: str, hint: str) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({e}): {hint}") from None
 
 
-def read_lines(path: Path, *keys: str, hint: str) -> list[dict[str, Any]]:
+def read_lines(path: Path, *keys: str, hint: str) -> list[Json]:
     """The objects in a file with one on each line; a last line that a kill cut short has no end and is left out. Raises
     ValueError that names file, line and fault."""
     found = []
@@ -157,8 +165,10 @@ def read_lines(path: Path, *keys: str, hint: str) -> list[dict[str, Any]]:
 
 
 def read_tensors(path: Path, *keys: str, hint: str, sha256: str | None = None) -> dict[str, Tensor]:
-    """Of a safetensors file. Raises ValueError that names it if it cannot be read, lacks one of `keys`, or has not the hash it
-    was recorded with."""
+    """The tensors of a safetensors file, by name, of any shape.
+
+    Raises ValueError that names the file if it cannot be read, lacks one of `keys`, or has another hash than `sha256`.
+    """
     from safetensors.torch import load_file
 
     try:
@@ -172,17 +182,17 @@ def read_tensors(path: Path, *keys: str, hint: str, sha256: str | None = None) -
 
 
 def folder_hash(files: Mapping[str, str]) -> str:
-    """Of files' names and their hashes."""
+    """Hash of files' names and their hashes."""
     return hashlib.sha256("".join(f"{k} {v}\n" for k, v in sorted(files.items())).encode()).hexdigest()
 
 
-def object_hash(said: Mapping[str, Any]) -> str:
-    """Of what a JSON object says, in whatever order."""
+def object_hash(said: Mapping[str, object]) -> str:
+    """Hash of a JSON object, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """Of a file's bytes; of a folder: its files' `folder_hash`."""
+    """Hash of a file's bytes; of a folder: the `folder_hash` of its files."""
     if path.is_dir():
         return folder_hash({f.name: file_hash(f) for f in path.iterdir() if f.is_file()})
     with open(path, "rb") as f:

@@ -31,12 +31,18 @@ def noise_from_velocity(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance of velocities [N, ...]: v_null + scale (v - v_null) (Ho & Salimans 2022, Eq. 6, scale = 1 + w)."""
+    """Classifier-free guidance of velocities [N, ...].
+
+    V_null + scale (v - v_null) (Ho & Salimans 2022, Eq. 6, scale = 1 + w).
+    """
     return v_null + scale * (v - v_null)
 
 
 def shift(t: Tensor, a: float) -> Tensor:
-    """Time shift of SD3 (Esser et al. 2024, Eq. 23), t [N] -> [N]: t <- a t / (1 + (a - 1) t). With a > 1 more steps are at high noise."""
+    """Time shift of SD3 (Esser et al. 2024, Eq. 23), t [N] -> [N]: t <- a t / (1 + (a - 1) t).
+
+    With a > 1 more steps are at high noise.
+    """
     return a * t / (1 + (a - 1) * t)
 
 
@@ -53,7 +59,9 @@ def grid(steps: int, a: float = 1.0, device: torch.device | str = "cpu") -> Tens
 
 
 def twinflow_grid(steps: int, last_time: float, device: torch.device | str = "cpu") -> Tensor:
-    """Times [steps + 1] of TwinFlow's sampler (2512.05150): 1 - linspace(.001, 1 - last_time, steps), then 0. One step: .999, 0.
+    """Times [steps + 1] of TwinFlow's sampler (2512.05150): 1 - linspace(.001, 1 - last_time, steps), then 0.
+
+    One step: .999, 0.
 
     Raises ValueError unless steps is in [1, MAX_STEPS] and last_time, the last time before 0, is in (0, .999).
     """

@@ -29,7 +29,10 @@ def dmd(x0: Tensor, x0_teacher: Tensor, x0_fake: Tensor) -> Tensor:
 
 
 def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Non-saturating GAN loss on raw logits, [N], [N] -> [N]: softplus(-D(real)) + softplus(D(fake)). At its optimum D is a log-ratio."""
+    """Non-saturating GAN loss on raw logits, [N], [N] -> [N]: softplus(-D(real)) + softplus(D(fake)).
+
+    At its optimum D is a log-ratio.
+    """
     return F.softplus(-real.float()) + F.softplus(fake.float())
 
 
@@ -58,13 +61,19 @@ def group_advantage(reward: Tensor, group_size: int, limit: float = 5.0) -> Tens
 
 
 def within_group_std(x: Tensor, group_size: int) -> Tensor:
-    """Standard deviation within groups of `group_size` samples, mean over groups and dimensions, [N, ...] -> []. 0: one image per prompt."""
+    """Standard deviation within groups of `group_size` samples, mean over groups and dimensions, [N, ...] -> []. 0.
+
+    One image per prompt.
+    """
     grouped = x.float().reshape(-1, group_size, *x.shape[1:])
     return grouped.std(1).mean()
 
 
 def auc_gate(auc: Tensor, low: float = 0.55, width: float = 0.10) -> Tensor:
-    """How far a discriminator's reward is trusted, [K] -> [K] in [0, 1]: clip((AUC - low) / width, 0, 1). A multiplier, never a branch."""
+    """How far a discriminator's reward is trusted, [K] -> [K] in [0, 1]: clip((AUC - low) / width, 0, 1).
+
+    A multiplier, never a branch.
+    """
     return ((auc - low) / width).clamp(0, 1)
 
 

@@ -12,7 +12,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One line about `total` pieces of work, of which `start` are done: rewritten on a terminal, else printed at most every `every` seconds."""
+    """One line about `total` pieces of work, of which `start` are done.
+
+    Rewritten on a terminal, else printed at most every `every` seconds.
+    """
 
     def __init__(self, label: str, total: int, start: int = 0, out: TextIO | None = None, every: float = 20.0):
         self.label, self.total, self.start, self.out = label, total, start, out or sys.stderr

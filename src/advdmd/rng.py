@@ -21,7 +21,9 @@ def generator(*key: object) -> torch.Generator:
 
 
 class Rng:
-    """Named random streams for the N samples of one step: draws are made on the CPU, the same on all machines, then moved to `device`.
+    """Named random streams for the N samples of one step.
+
+    Draws are made on the CPU, the same on all machines, then moved to `device`.
 
     samples: ids of this rank's samples. Two draws of one name are equal: use a new name for a new draw.
     """

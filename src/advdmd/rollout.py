@@ -80,7 +80,9 @@ class Trajectory:
 def step_distribution(
     velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, cond: Cond, coefficients: StepCoefficients
 ) -> tuple[Gaussian, Tensor]:
-    """One step of a student from x [N, ...] at t [] to s []: the distribution of the next state, and the prediction x0 [N, ...].
+    """One step of a student from x [N, ...] at t [] to s [].
+
+    The distribution of the next state, and the prediction x0 [N, ...].
 
     The step to s = 0 has no noise, whatever the coefficients are.
     """
@@ -100,8 +102,8 @@ def rollout(
 ) -> Trajectory:
     """Backward simulation: the trajectory of N samples, without gradient.
 
-    noise [K, N, ...] standard normal: noise[0] is the initial state, noise[k] enters step k - 1. grid [K + 1]: times from 1 to 0.
-    micro_batch_size: samples per forward pass, by default all.
+    noise [K, N, ...] standard normal: noise[0] is the initial state, noise[k] enters step k - 1. grid [K + 1]: times from 1 to
+    0. micro_batch_size: samples per forward pass, by default all.
     """
     n = noise.shape[1]
     size = micro_batch_size or n
@@ -127,7 +129,9 @@ def _rollout(velocity: Velocity, cond: Cond, noise: Tensor, grid: Tensor, coeffi
 
 
 def sample_exit_steps(rng: Rng, name: str, num_steps: int) -> Tensor:
-    """Steps [N] in [0, num_steps) at which a trajectory's prediction is used: the larger of two uniform draws, P(k) = (2 k + 1) / K^2.
+    """Steps [N] in [0, num_steps) at which a trajectory's prediction is used.
+
+    The larger of two uniform draws, P(k) = (2 k + 1) / K^2.
 
     One fake score serves all steps. With uniform draws the blurred first predictions would take a share of its capacity that
     the final image then lacks; drawn less often, they are still trained.

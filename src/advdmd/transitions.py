@@ -22,7 +22,10 @@ def ode(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def renoise(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients (c [N], d [N]) of DMD2's backward simulation from t [N] to s [N] (2405.14867, Sec. 4.4): predict x0, add fresh noise."""
+    """Coefficients (c [N], d [N]) of DMD2's backward simulation from t [N] to s [N] (2405.14867, Sec. 4.4).
+
+    Predict x0, add fresh noise.
+    """
     return torch.zeros_like(s), s
 
 

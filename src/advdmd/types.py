@@ -18,7 +18,10 @@ def _identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a step's samples, each an equal contiguous slice in order of rank. One process is the default."""
+    """The processes that share a step's samples, each an equal contiguous slice in order of rank.
+
+    One process is the default.
+    """
 
     rank: int = 0
     world_size: int = 1

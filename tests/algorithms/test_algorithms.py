@@ -127,18 +127,18 @@ def test_credit_is_what_its_name_says(credit, check):
 
 
 def test_policy_gradient_of_a_linear_reward_is_autograd_in_expectation(gen):
-    """E[closeness-gradient x reward] = d E[reward] / d mean x 2 std^2 / D for a Gaussian hop and r = <w, x>."""
+    """E[gradient of neg_mse x reward] = d E[reward] / d mean x 2 std^2 / D for a Gaussian step and r = <w, x>."""
     n, d, std = 200_000, 3, 0.5
     mean, w = torch.zeros(d, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
-    hop = Gaussian(mean.expand(n, d), torch.full((n, 1), std))
+    step = Gaussian(mean.expand(n, d), torch.full((n, 1), std))
     x = (mean + std * torch.randn(n, d, generator=gen())).detach()
-    (losses.ppo_clip(hop.neg_mse(x), hop.neg_mse(x).detach(), x @ w, 1e9).mean()).backward()
+    (losses.ppo_clip(step.neg_mse(x), step.neg_mse(x).detach(), x @ w, 1e9).mean()).backward()
     expected = -w * 2 * std**2 / d
     torch.testing.assert_close(mean.grad, expected, atol=0.02, rtol=0)
 
 
 def test_from_one_start_what_the_next_hop_saw_is_the_gradient_times_its_response(gen):
-    """With x0 = W x and r = <w, x0> the expected gradient on the hop's mean is W W^T w, and the old mean is recovered."""
+    """With x0 = W x and r = <w, x0> the expected gradient on the step's mean is W W^T w, and the old mean is recovered."""
     n, d, W = 200_000, 3, torch.tensor([[0.9, 0.2, 0.0], [0.0, 0.1, 0.0], [0.3, 0.0, 0.1]])
     w, s = torch.tensor([1.0, -2.0, 0.5]), 0.5
 
@@ -150,10 +150,10 @@ def test_from_one_start_what_the_next_hop_saw_is_the_gradient_times_its_response
     path = rollout(velocity, torch.zeros(n), noise, grid, renoise)
     mean = ((1 - s) * W @ start).requires_grad_()
     actions, old = path.projected_actions(renoise)
-    hop = Gaussian(mean.expand(n, d), torch.full((n, 1), s))
-    torch.testing.assert_close(hop.neg_mse(actions[0]), old[0])
+    step = Gaussian(mean.expand(n, d), torch.full((n, 1), s))
+    torch.testing.assert_close(step.neg_mse(actions[0]), old[0])
     reward = path.x[-1] @ w
-    losses.ppo_clip(hop.neg_mse(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
+    losses.ppo_clip(step.neg_mse(actions[0]), old[0], reward - reward.mean(), 1e9).mean().backward()
     torch.testing.assert_close(mean.grad, -2 / d * (1 - s) * s**2 * W @ W.T @ w, atol=0.005, rtol=0)
 
 
@@ -300,7 +300,7 @@ def test_forwards_are_as_counted(tiny_folder, backbone, monkeypatch, turn, misma
     assert counted == pytest.approx(passes)
     if turn == Updates(True, True) and not mismatch:
         parts = algorithm.forwards_per_sample(0, Costs(2.0, depth))
-        # The table for one shared rollout: 21 with all hops, and the critic's half-depth passes on top.
+        # The table for one shared rollout: 21 with all steps, and the discriminator's half-depth passes on top.
         assert parts["rollout"] + parts["policy"] + parts["distribution matching"] == 19
         assert sum(algorithm.forwards_per_sample(0, Costs(1.0, depth)).values()) <= 22
 
@@ -326,7 +326,7 @@ def test_more_matching_on_a_path_and_fewer_samples_judged_cost_as_declared(tiny_
 
 
 def test_matching_turns_on_one_path_draw_anew(tiny_folder, backbone):
-    """Two turns are not one turn twice: the second looks at hops, levels and noise of its own."""
+    """Two updates are not one update twice: the second draws its own steps, levels and noise."""
     seen = []
     algorithm = DMD2(gan_loss_weight=0.0, dm_updates=2)
     models, b = models_for(tiny_recipe(tiny_folder, algorithm), backbone), tiny_batch(backbone)
@@ -443,7 +443,7 @@ def kl_to_data(x, c, data):
 
 
 def test_a_student_passes_a_teacher_that_is_worse_than_the_data():
-    """The teacher puts everything in the wrong place; the critic knows better: KL(student | data) < KL(teacher | data)."""
+    """The teacher is shifted, the discriminator is not: KL(student | data) < KL(teacher | data)."""
     data, teacher = Mixture(std=0.3), Mixture(std=0.3, shift=0.35)
     models = toy_models(teacher, pretrained(teacher, 1500), 4, lr=1e-3, policy_lr=1e-3, decay=120)
     play(

@@ -118,7 +118,9 @@ def test_the_enhanced_target_comes_to_rest_at_the_guidance_scale(scale):
     v, null, t, quarter = torch.tensor([[0.1, -0.2]]), torch.tensor([[0.05, 0.02]]), torch.tensor([0.5]), torch.tensor([1])
     F = v
     for _ in range(200):
-        models = TwinFlowModels(None, lambda x, t, r, c, now=F: torch.where(classes(c)[:, None] > 0, now, null), as_cond(torch.zeros(1)))
+        models = TwinFlowModels(
+            None, lambda x, t, r, c, now=F: torch.where(classes(c)[:, None] > 0, now, null), as_cond(torch.zeros(1))
+        )
         F = TwinFlow(guidance_strength=guidance_strength(scale)).target(
             models, F, torch.zeros(1, 2), t, t, v, as_cond(torch.ones(1)), quarter
         )

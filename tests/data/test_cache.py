@@ -36,7 +36,8 @@ from tests.tiny_t5 import sd3_with_t5
 
 CAPTIONS = ["a picture of a red circle", "a picture of two stars", "a blue square", "three green crosses", "a star"]
 WORDS = [
-    "algorithm.group_size=2", "prompts_per_step=2", "iterations=3", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "lora_rank=4",
+    "algorithm.group_size=2", "prompts_per_step=2", "iterations=3", "algorithm.dm_only_iterations=1",
+    "algorithm.policy_ramp_iterations=1", "lora_rank=4",
     "dtype=float32", "device=cpu", "save_every=2", "sample_every=0", "discriminator.hidden_size=8", "threads=1",
 ]  # fmt: skip
 
@@ -379,10 +380,10 @@ def test_large_pictures_are_few(qwen, tmp_path, shown, size):
 def test_a_cache_of_before_may_be_gone_on_with(qwen, photos, tmp_path):
     shutil.copytree(qwen / "c", tmp_path / "c")
     plan = json.loads((tmp_path / "c/plan.json").read_text())
-    told = plan.pop("tokens")
+    tokens = plan.pop("tokens")
     (tmp_path / "c/plan.json").write_text(json.dumps(plan))
     assert encode(photos, str(qwen / "t"), tmp_path / "c")
-    assert json.loads((tmp_path / "c/plan.json").read_text())["tokens"] == told
+    assert json.loads((tmp_path / "c/plan.json").read_text())["tokens"] == tokens
 
 
 def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(teacher, encoded, tmp_path, monkeypatch):
@@ -404,7 +405,7 @@ def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     words = ["teacher=someone/model@v1", f"data.folder={encoded}", *WORDS]
-    name, r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if "warmup" not in w and "ramp" not in w])
+    name, r = resolve("sd35-medium-dmd2-2step-24gb", [w for w in words if "dm_only" not in w and "ramp" not in w])
     assert memory.estimate(r).base > 0
     assert fetched == [["model_index.json"]]
     student = train.train(name, r, tmp_path / "run")
@@ -413,9 +414,9 @@ def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(
         *("transformer/model.safetensors", "text_encoder_3/model.safetensors", "model_index.json"),
         *("tokenizer/chat_template.jinja", "tokenizer_3/spiece.model", "tokenizer/merges.txt"),
     ]
-    told = fingerprints.encoder_fingerprint(teacher)
+    fingerprint = fingerprints.encoder_fingerprint(teacher)
     (tmp_path / "snapshots/0123456789abcdef/text_encoder/model.fp16.safetensors").write_bytes(b"what another program fetched")
-    assert fingerprints.encoder_fingerprint(tmp_path / "snapshots/0123456789abcdef") == told
+    assert fingerprints.encoder_fingerprint(tmp_path / "snapshots/0123456789abcdef") == fingerprint
     assert "\nbase_model: someone/model\n" in (student / "README.md").read_text()
 
 
@@ -614,7 +615,12 @@ def test_a_step_runs_where_the_trainer_says_and_nothing_is_ambient():
     moved = batch.to("meta")
     assert {moved.real_latents.device.type, moved.cond.embeds.device.type, moved.prompt_index.device.type} == {"meta"}
     rng = Rng(0, 0, samples, device="meta")
-    drawn = [rng.normal("rollout", (2,)), rng.uniform("t"), rng.integers("critic.k", 0, 3), rng.minibatches("critic.order", 2, 2)[0][0]]
+    drawn = [
+        rng.normal("rollout", (2,)),
+        rng.uniform("t"),
+        rng.integers("critic.k", 0, 3),
+        rng.minibatches("critic.order", 2, 2)[0][0],
+    ]
     assert {x.device.type for x in drawn} == {"meta"}
     ambient = ("set_default_device", "get_default_device", 'torch.device("cpu")')
     sources = [f for f in Path(advdmd.__file__).parent.rglob("*.py") if any(word in f.read_text() for word in ambient)]

@@ -84,8 +84,8 @@ def test_pickled_weights_are_not_loaded(foreign, tmp_path):
 
 def test_a_tokenizer_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "strange"}')
-    told = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ValueError, match="holds no tokenizer that can be loaded"):

@@ -194,12 +194,12 @@ def test_following_the_critic_gives_the_same_gradient_checkpointed(tiny_folder, 
         torch.manual_seed(2)
         for p in (*student.parameters(), *fake.trunk.parameters()):
             p.data += 0.05 * torch.randn_like(p)
-        critic = networks.Discriminator(backbone, fake, config)
+        discriminator = networks.Discriminator(backbone, fake, config)
         x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
-        loss = lambda: critic.generator_logit(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
+        loss = lambda: discriminator.generator_logit(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
         mine, theirs = grads(loss, student, fake)
         assert all(g is None for g in theirs)
-        learn = lambda: critic(x, t, cond).sum()  # noqa: B023, E731
+        learn = lambda: discriminator(x, t, cond).sum()  # noqa: B023, E731
         found.append(mine + grads(learn, fake)[0])
     for a, b in zip(*found, strict=True):  # adapters: to the bit but for the order in which blocks add to what they share
         torch.testing.assert_close(a, b, rtol=1e-5 if rank else 0, atol=1e-8 if rank else 0)

@@ -101,7 +101,13 @@ def test_an_images_noise_does_not_depend_on_its_batch(backbone):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"steps": 4, "guidance_scale": 0.0}, {"steps": 4, "eta": 1.0, "guidance_scale": 2.0}, {"steps": 4, "eta": 3.0}]
+    "bad",
+    [
+        {"steps": 0},
+        {"steps": 4, "guidance_scale": 0.0},
+        {"steps": 4, "eta": 1.0, "guidance_scale": 2.0},
+        {"steps": 4, "eta": 3.0},
+    ],
 )
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=r"steps|guidance|eta"):

@@ -17,8 +17,10 @@ from advdmd.training.learner import Learner
 from advdmd.training.optimizer import OptimizerConfig, ParamGroup
 
 WORDS = [
-    "algorithm.group_size=2", "prompts_per_step=2", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "data.num_prompts=4", "data.images_per_prompt=1",
-    "save_every=2", "sample_every=0", "discriminator.hidden_size=8", "lora_rank=4", "base_bits=4", "dm_optimizer.state_bits=8", "policy_optimizer.state_bits=8",
+    "algorithm.group_size=2", "prompts_per_step=2", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1",
+    "data.num_prompts=4", "data.images_per_prompt=1",
+    "save_every=2", "sample_every=0", "discriminator.hidden_size=8", "lora_rank=4", "base_bits=4",
+    "dm_optimizer.state_bits=8", "policy_optimizer.state_bits=8",
     "fake_score_optimizer.state_bits=8", "gradient_checkpointing=true",
 ]  # fmt: skip
 

@@ -119,13 +119,13 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     backbone, how = loading.load(str(student))
-    told = json.loads((student / "advdmd.json").read_text())["stock_call"]
-    assert told["num_inference_steps"] == 2
+    call = json.loads((student / "advdmd.json").read_text())["stock_call"]
+    assert call["num_inference_steps"] == 2
     first = torch.randn(1, 4, 8, 8)
     torch.manual_seed(11)
     noise = torch.stack([first, torch.randn(1, 4, 8, 8)])
     torch.manual_seed(11)
-    theirs = pipe(PROMPTS[0], latents=first, output_type="latent", **told).images
+    theirs = pipe(PROMPTS[0], latents=first, output_type="latent", **call).images
     cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
     path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
     torch.testing.assert_close(path.x[-1], theirs, atol=1e-5, rtol=1e-4)

@@ -18,7 +18,8 @@ from advdmd.training import checkpoint
 from advdmd.types import Cond
 
 WORDS = [
-    "iterations=6", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1", "save_every=2", "sample_every=0",
+    "iterations=6", "algorithm.group_size=2", "prompts_per_step=2", "data.num_prompts=6", "data.images_per_prompt=1",
+    "save_every=2", "sample_every=0",
     "threads=1", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=0", "algorithm.auc_gating=false",
 ]  # fmt: skip
 

@@ -19,10 +19,11 @@ from advdmd.training import checkpoint, distributed
 from advdmd.types import Ranks
 
 COMMON = [
-    "iterations=4", "algorithm.group_size=2", "prompts_per_step=4", "data.num_prompts=8", "data.images_per_prompt=2", "save_every=2", "sample_every=0",
+    "iterations=4", "algorithm.group_size=2", "prompts_per_step=4", "data.num_prompts=8", "data.images_per_prompt=2",
+    "save_every=2", "sample_every=0",
     "threads=1", "discriminator.hidden_size=8", "seed=3",
 ]  # fmt: skip
-# Policy turns from the second iteration on, believed whatever the critic knows by then.
+# Policy updates from the second iteration on, whatever the discriminator can tell by then.
 WORDS = [*COMMON, "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "algorithm.auc_gating=false"]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd"]
@@ -43,8 +44,8 @@ def together(n, do):
         port = s.getsockname()[1]
 
     def one(rank):
-        told = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({k: str(v) for k, v in told.items()})
+        env = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in env.items()})
         do(rank)
 
     jobs = [multiprocessing.get_context("fork").Process(target=one, args=(rank,), daemon=True) for rank in range(n)]
@@ -225,7 +226,7 @@ def spread(tiny_folder, tmp_path_factory):
 
 
 def test_networks_spread_over_two_processes_run_as_one_process_does(alone_to_share, spread):
-    """FSDP2: the same student, metrics and exams."""
+    """FSDP2: the same student, metrics and validations."""
     assert len(list(spread.glob("checkpoints/step-0000004.safetensors/*.safetensors"))) == 2, "each wrote its shares"
     students_agree(spread, alone_to_share)
     metrics_agree(spread, alone_to_share, 2e-3)

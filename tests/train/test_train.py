@@ -26,7 +26,11 @@ def learner(ema_decay=0.9, **config):
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
     return Learner(
-        "net", net, net, {"main": (OptimizerConfig(**({"lr": 0.1} | config)), [ParamGroup(net.parameters())])}, ema_decay=ema_decay
+        "net",
+        net,
+        net,
+        {"main": (OptimizerConfig(**({"lr": 0.1} | config)), [ParamGroup(net.parameters())])},
+        ema_decay=ema_decay,
     )
 
 
@@ -61,7 +65,9 @@ def test_a_gradient_that_is_not_finite_stops_too():
 def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch, clip):
     torch.manual_seed(0)
     net, x = nn.Linear(3, 1), torch.randn(8, 3)
-    one = Learner("net", net, net, {"main": (OptimizerConfig(lr=0.1, max_grad_norm=clip), [ParamGroup(list(net.parameters()))])})
+    one = Learner(
+        "net", net, net, {"main": (OptimizerConfig(lr=0.1, max_grad_norm=clip), [ParamGroup(list(net.parameters()))])}
+    )
     given = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: given.extend(p.grad.clone() for p in net.parameters()))
     wanted = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
@@ -193,7 +199,7 @@ def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, mo
     monkeypatch.setattr(logger, "MAX_LINES", 4)
     run(tmp_path, 12, validate=lambda step: {"eval/strict": 0.5}, eval_every=5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 4, 8, 9, 11], "one in three, those with an exam, and the last"
+    assert steps == [0, 4, 8, 9, 11], "one in three, those with a validation, and the last"
 
 
 def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):

@@ -83,12 +83,13 @@ class AdvDMD(Algorithm[DistillationModels]):
         if self.clip_range <= 0 or min(self.mismatched_caption_weight, self.gan_loss_weight) < 0 or not 0 <= self.auc_decay < 1:
             raise ValueError(
                 f"AdvDMD(clip_range={self.clip_range}, mismatched_caption_weight={self.mismatched_caption_weight}, "
-                f"gan_loss_weight={self.gan_loss_weight}, auc_decay={self.auc_decay}): needs clip_range > 0, weights of at least "
-                "0, auc_decay in [0, 1)"
+                f"gan_loss_weight={self.gan_loss_weight}, auc_decay={self.auc_decay}): needs clip_range > 0, both weights "
+                "at least 0, auc_decay in [0, 1)"
             )
         if self.action not in ("sample", "projected") or self.credit not in ("step", "final", "both"):
             raise ValueError(
-                f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action: sample or projected; credit: step, final or both"
+                f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action is sample or projected; "
+                "credit is step, final or both"
             )
         if not self.discriminator_online and self.dm_only_iterations == 0:
             raise ValueError(
@@ -107,10 +108,12 @@ class AdvDMD(Algorithm[DistillationModels]):
             raise ValueError(f"AdvDMD(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
 
     def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
-        """One AdvDMD iteration (arXiv 2604.28126): roll out once; update fake score and discriminator; policy; distribution matching.
+        """One AdvDMD iteration (arXiv 2604.28126).
 
-        The rollout is used three times: its states train the discriminator, its stochastic steps are the policy's actions,
-        and distribution matching starts from its states.
+        Roll out once; update fake score and discriminator; policy; distribution matching.
+
+        The rollout is used three times: its states train the discriminator, its stochastic steps are the policy's actions, and
+        distribution matching starts from its states.
         """
         updates = self.updates_at(iteration)
         trajectory = self.rollout(models, batch, rng)
@@ -177,7 +180,10 @@ class AdvDMD(Algorithm[DistillationModels]):
         return metrics
 
     def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> tuple[DiscriminatorInputs, Tensor]:
-        """What the discriminator is shown, and its level [N] in 1..K: state k of the trajectory, the final image re-noised to a small u."""
+        """What the discriminator is shown, and its level [N] in 1..K.
+
+        State k of the trajectory, the final image re-noised to a small u.
+        """
         n, *shape = batch.real_latents.shape
         level = rng.integers("critic.k", 1, self.steps + 1)
         x, t = trajectory.at(level)

@@ -17,7 +17,11 @@ ExtraRewards = Callable[[Tensor, Tensor | None], dict[str, tuple[float, Tensor]]
 
 
 class Trainable(Protocol):
-    """A trainable network with its optimizers (training.learner.Learner)."""
+    """A trainable network with its optimizers (training.learner.Learner).
+
+    Called with x [N, ...], t [N] and conditions it predicts [N, ...]; `update` takes one optimizer step on the mean of losses
+    [n].
+    """
 
     net: nn.Module
 
@@ -35,7 +39,10 @@ class TargetTimeVelocity(Protocol):
 
 
 class Discriminator(Protocol):
-    """(x [N, ...], t [N], cond [N]) -> logit [N], high for real images. `generator_logit` has a gradient in x and none in any weight."""
+    """(x [N, ...], t [N], cond [N]) -> logit [N], high for real images.
+
+    `generator_logit` has a gradient in x and none in any weight.
+    """
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond, /) -> Tensor: ...
     def generator_logit(self, x: Tensor, t: Tensor, cond: Cond, /) -> Tensor: ...
@@ -136,7 +143,7 @@ class Algorithm(Protocol[Models]):
         ...
 
     def extra_state(self, models: Models) -> Mapping[str, Tensor]:
-        """Tensors beside the networks that belong to the run's state; changed in place."""
+        """Tensors [...] beside the networks that belong to the run's state; changed in place."""
         return {}
 
     def trained_networks(self, discriminator_trunk: bool) -> dict[str, Sequence[str]]:

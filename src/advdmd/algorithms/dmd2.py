@@ -19,7 +19,10 @@ from advdmd.types import Batch, Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class DMD2(Algorithm[DistillationModels]):
-    """Hyperparameters of DMD2; with gan_loss_weight = 0 it is DMD alone on backward-simulated inputs. Raises ValueError on values out of range."""
+    """Hyperparameters of DMD2; with gan_loss_weight = 0 it is DMD alone on backward-simulated inputs.
+
+    Raises ValueError on values out of range.
+    """
 
     steps: int = 4  # K
     shift: float = 3.0  # time shift of the student's grid
@@ -47,8 +50,11 @@ class DMD2(Algorithm[DistillationModels]):
             raise ValueError(f"DMD2(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
 
     def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
-        """One DMD2 iteration (arXiv 2405.14867): backward simulation; update fake score and discriminator; distribution matching and GAN."""
-        n, *shape = batch.real_latents.shape
+        """One DMD2 iteration (arXiv 2405.14867).
+
+        Backward simulation; update fake score and discriminator; distribution matching and GAN.
+        """
+        _, *shape = batch.real_latents.shape
         noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
         grid = flow.grid(self.steps, self.shift, noise.device)
         trajectory = rollout(models.student, batch.cond, noise, grid, renoise, self.micro_batch_size)
@@ -84,7 +90,10 @@ class DMD2(Algorithm[DistillationModels]):
         )
 
     def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> DiscriminatorInputs:
-        """What the discriminator is shown: predictions at a random step, re-noised to a random level, and real images at that level."""
+        """What the discriminator is shown.
+
+        Predictions at a random step, re-noised to a random level, and real images at that level.
+        """
         shape = batch.real_latents.shape[1:]
         x0, t = trajectory.x0_at(rng.integers("critic.k", 0, self.steps)), rng.uniform("critic.u", *self.renoise_range)
         return DiscriminatorInputs(

@@ -107,7 +107,9 @@ def student_loss(
     w: Tensor,
     gan_loss_weight: float,
 ) -> tuple[Tensor, Aux]:
-    """The student's loss at states x [N, ...] of steps k [N], at times t [N]: distribution matching + gan_loss_weight * GAN. -> [N]
+    """The student's loss at states x [N, ...] of steps k [N], at times t [N].
+
+    Distribution matching + gan_loss_weight * GAN. -> [N]
 
     u, w [N]: noise levels of distribution matching and of the GAN (DMD2, 2405.14867, Eq. 4); e [N, ...]: their noise. Also
     returns the two losses apart.

@@ -69,17 +69,20 @@ class TwinFlow(Algorithm[TwinFlowModels]):
             )
         if not 0 <= self.guidance_strength < 1:
             raise ValueError(
-                f"TwinFlow(guidance_strength={self.guidance_strength}): lies in [0, 1), 1 - 1 / s for a guidance scale s; from 1 "
-                "on the target runs away from the network that makes it"
+                f"TwinFlow(guidance_strength={self.guidance_strength}): lies in [0, 1), 1 - 1 / s for a guidance scale s; "
+                "from 1 on the target diverges"
             )
         if self.rectification_weight < 0:
             raise ValueError(f"TwinFlow(rectification_weight={self.rectification_weight}): a weight cannot be negative")
 
     def train_step(self, models: TwinFlowModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
-        """One TwinFlow iteration (arXiv 2512.05150): each quarter of the batch learns another kind of step.
+        """One TwinFlow iteration (arXiv 2512.05150).
+
+        Each quarter of the batch learns another kind of step.
 
         Quarters: one step from noise to image; short steps; any step; the trajectory of the student's own images at negative
-        times. Where the two trajectories disagree at the image of one step, the rectification moves that image towards the data's.
+        times. Where the two trajectories disagree at the image of one step, the rectification moves that image towards the
+        data's.
         """
         (n, *shape), cond = batch.real_latents.shape, batch.cond
         t, r, quarter = self.sample_times(rng, n)

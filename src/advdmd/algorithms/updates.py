@@ -1,4 +1,7 @@
-"""The two updates that AdvDMD and DMD2 share, with their random draws: of the fake score and discriminator, and of the student."""
+"""The two updates that AdvDMD and DMD2 share, with their random draws.
+
+Of the fake score and discriminator, and of the student.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,9 @@ from advdmd.types import Columns, Cond, Metrics
 
 @dataclass(frozen=True)
 class _FakeScoreInputs(Columns):
-    """Predictions x0 [N, ...] at steps k [N], their conditions, and the noise levels u [N] and noise e [N, ...] to match flow at."""
+    """Predictions x0 [N, ...] at steps k [N], their conditions, and the noise levels u [N] and noise e [N, ...] to match flow
+    at.
+    """
 
     x0: Tensor
     cond: Cond
@@ -39,7 +44,8 @@ def update_fake_score(
     mismatched_weight: float = 0.0,
     one_pass: bool = False,
 ) -> tuple[Metrics, Aux]:
-    """One pass over the trajectory's N samples in `updates` minibatches, one optimizer step each, so that the fake score follows the student.
+    """One pass over the trajectory's N samples in `updates` minibatches, one optimizer step each, so that the fake score
+    follows the student.
 
     The fake score learns the predictions at random steps, and which step each is from. The discriminator learns from its own
     inputs [N], if there are any, in the same optimizer steps. Logs means over the N samples. Also returns "real_logit" and
@@ -50,7 +56,10 @@ def update_fake_score(
     inputs = _FakeScoreInputs(trajectory.x0_at(exits), cond, u, e, exits)
 
     def loss_of(i: Tensor) -> tuple[Tensor, Aux]:
-        """Losses of samples i [n]. If this rank has none, of one sample that counts for nothing: sharded networks need as many passes on every rank."""
+        """Losses of samples i [n].
+
+        If this rank has none, of one sample that counts for nothing: sharded networks need as many passes on every rank.
+        """
         j = i if len(i) else i.new_zeros(1)
         fake_loss = fake_score_loss(models, **vars(inputs[j]))
         loss, aux = fake_loss, {"index": j, "fake_score/loss": fake_loss.detach()}
@@ -83,7 +92,9 @@ def update_student(
     gan_loss_weight: float = 0.0,
     gan_levels: Callable[[str, Tensor, Tensor], Tensor],
 ) -> Metrics:
-    """`updates` optimizer steps of the student on distribution matching; the gradient flows through one random step of the trajectory.
+    """`updates` optimizer steps of the student on distribution matching.
+
+    The gradient flows through one random step of the trajectory.
 
     A trajectory costs half as much as an update with its teacher and fake score, and its states stay the student's own for a
     few small optimizer steps. With gan_loss_weight > 0 the discriminator's gradient is added, at the noise levels
@@ -105,7 +116,10 @@ def update_student(
 
 
 def update_auc(models: DistillationModels, real: Tensor, fake: Tensor, level: int, decay: float) -> float:
-    """Move the running AUC of a level (1..K) by the logits of real [n] and generated [m] samples; returns it. decay in [0, 1)."""
+    """Move the running AUC of a level (1..K) by the logits of real [n] and generated [m] samples.
+
+    Returns it. decay in [0, 1).
+    """
     now = losses.auc(real, fake) if len(real) else models.discriminator_auc[level - 1]
     models.discriminator_auc[level - 1] = decay * models.discriminator_auc[level - 1] + (1 - decay) * now
     return models.discriminator_auc[level - 1].item()

@@ -92,7 +92,7 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="Folder of another result: prints the paired difference.")] = None,
     threads: Threads = 2,
 ) -> None:
-    """Generate a suite's images with any diffusers pipeline, judge them from disk, print the table."""
+    """Sample a suite with any diffusers pipeline, judge the images from disk, print the table."""
     import torch
 
     from advdmd.commands import evaluate as commands

@@ -175,9 +175,9 @@ def sample(
 @app.command()
 def export(run: Path, out: Out, overwrite: Overwrite = False) -> None:
     """Write the student of a training run as a stock diffusers folder."""
-    from advdmd.commands.export import export_run
+    from advdmd.commands.export import export
 
-    print(export_run(run, out, overwrite))
+    print(export(run, out, overwrite))
 
 
 @app.command()

@@ -55,7 +55,7 @@ class DemoModel:
         return drawn, f"{line}\n\n{self.verdict(prompt, drawn)}"
 
     def verdict(self, prompt: str, images: np.ndarray) -> str:
-        """What the miniature's checker says, empty for other models."""
+        """What the miniature's checker finds in images [N, 32, 32, 3]; empty for other models."""
         if not has_miniature():
             return ""
         from advdmd.mini.pipelines import is_mini_pipeline

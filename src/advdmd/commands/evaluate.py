@@ -1,4 +1,7 @@
-"""The commands eval and score: which suite, which judge; sample, judge, score. For students, teachers and other diffusers pipelines."""
+"""The commands eval and score: which suite, which judge; sample, judge, score.
+
+For students, teachers and other diffusers pipelines.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -183,14 +186,23 @@ def _progress(suite: Benchmark, worker: Worker) -> Callable[[int], None]:
 
 
 def evaluate(
-    model: str, suite: Benchmark, folder: Path, sampler: SamplerConfig | None = None, seed: int = 0, judge: Judge | None = None
+    model: str | Path,
+    suite: str | Benchmark,
+    out: str | Path,
+    sampler: SamplerConfig | None = None,
+    seed: int = 0,
+    judge: Judge | None = None,
 ) -> Json:
-    """Sample a suite with a model into `folder` and score it from disk; returns the summary.
+    """Sample a suite with a model into the folder `out` and score it from disk; returns the summary.
 
-    judge: by default the miniature's checker, for its suites. Raises ValueError if another suite has no judge, or as `score`.
+    model: shipped name, pipeline folder or hub id. suite: name or object, see `make_suite`. judge: by default the miniature's
+    checker, for its suites.
+
+    Raises ValueError if another suite has no judge, or as `score`.
     """
-    generate_images(model, suite, folder, sampler, seed)
-    return score(suite, folder, judge or make_judge(suite, None, None, None, "cpu"))
+    suite, out = make_suite(suite) if isinstance(suite, str) else suite, Path(out)
+    generate_images(str(model), suite, out, sampler, seed)
+    return score(suite, out, judge or make_judge(suite, None, None, None, "cpu"))
 
 
 def score(suite: Benchmark, folder: Path, judge: Judge, options: ScoringOptions = ScoringOptions()) -> Json:

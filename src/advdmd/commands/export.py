@@ -17,12 +17,13 @@ from advdmd.training.learner import Learner
 from advdmd.types import ONE_RANK, Json, Ranks
 
 
-def export_run(run: Path, out: Path, overwrite: bool = False) -> Path:
+def export(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
     """Write the EMA student of a run's newest checkpoint into the folder `out`; returns it. `overwrite` may replace an export.
 
     Raises ValueError if `run` is no run or has no checkpoint, if its student cannot be sampled by stock schedulers, or if `out`
     holds something else.
     """
+    run, out = Path(run), Path(out)
     record = run / "recipe.yaml"
     if not record.is_file():
         raise ValueError(f"{run} is not a training run: it has no recipe.yaml")

@@ -10,7 +10,7 @@ import torch
 
 from advdmd.commands.evaluate import read_manifest, trained_on_metric
 from advdmd.evaluation import statistics, tables
-from advdmd.evaluation.benchmark import Benchmark, suite_hash
+from advdmd.evaluation.benchmark import Benchmark, SuiteItem, suite_hash
 from advdmd.evaluation.generate import image_jobs, image_path
 from advdmd.evaluation.judging import read_image
 from advdmd.evaluation.metrics import distances
@@ -18,8 +18,10 @@ from advdmd.evaluation.metrics.inception import load_inception
 from advdmd.files import write_text
 from advdmd.models.hub import download
 from advdmd.progress import Progress
+from advdmd.rewards.base import Scorer
 from advdmd.rewards.clip import clip_score
 from advdmd.rewards.registry import SCORERS, load_scorer
+from advdmd.types import Json
 
 SET_METRICS = (
     "diversity",
@@ -42,7 +44,7 @@ def compute_metric(
     reference: Path | None = None,
     device: str = "cpu",
     allow_training_reward: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """One metric over a suite's images in `folder`; writes metric-NAME.json there and returns it.
 
     Raises ValueError on an unknown metric, missing images, weights that do not fit, or a model trained on this metric.
@@ -66,11 +68,11 @@ def compute_metric(
     return result
 
 
-def _mean_score(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> dict[str, Any]:
+def _mean_score(jobs: Sequence[tuple[SuiteItem, int]], paths: Sequence[Path], scorer: Scorer) -> Json:
     """A figure per image; its mean over tasks with an interval over prompts."""
     progress, rows = Progress(scorer.name, len(paths)), []
     for i in range(0, len(paths), BATCH):
-        part = wanted[i : i + BATCH]
+        part = jobs[i : i + BATCH]
         scores = scorer.score([read_image(p) for p in paths[i : i + BATCH]], [item.prompt for item, _ in part])
         rows += [
             {"task": item.task, "item": item.id, "k": k, "score": round(float(s), 5)}
@@ -84,7 +86,7 @@ def _mean_score(wanted: Sequence[Any], paths: Sequence[Path], scorer: Any) -> di
 
 def _set_metric(
     metric: str, paths: Sequence[Path], prompts: Sequence[str], weights: Path, reference: Path | None, device: str
-) -> dict[str, Any]:
+) -> Json:
     network: Any = load_inception(weights, device) if metric in ("fid", "kid") else clip_score(download(weights), device)
 
     def features(files: Sequence[Path]) -> np.ndarray:

@@ -13,17 +13,22 @@ from advdmd.models.sampler import SamplerConfig
 from advdmd.recipes.registry import has_miniature
 
 
-def sample(model: str, prompts: Sequence[str], folder: Path, sampler: SamplerConfig | None = None, seed: int = 0) -> list[Path]:
-    """Sample prompts with a model into `folder`, by default as its metadata say; returns the files.
+def sample(
+    model: str | Path, prompts: Sequence[str], out: str | Path, sampler: SamplerConfig | None = None, seed: int = 0
+) -> list[Path]:
+    """Sample prompts with a model into the folder `out`; returns the files, one per prompt.
+
+    model: shipped name, pipeline folder or hub id. sampler: by default that of the model's metadata.
 
     Raises ValueError if the model cannot be loaded, or does not know a word of a prompt.
     """
-    backbone, default = loading.load(model)
+    out = Path(out)
+    backbone, default = loading.load(str(model))
     check_prompts(backbone, prompts)
     generate = image_sampler(backbone, backbone.net, sampler or default)
     images = generate(prompts, [("sample", k, seed) for k in range(len(prompts))])
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{k:03d}.png" for k in range(len(prompts))]
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{k:03d}.png" for k in range(len(prompts))]
     for path, image in zip(paths, images, strict=True):
         write_image(path, Image.fromarray(image))
     return paths

@@ -26,8 +26,8 @@ def recipe_table() -> str:
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines) + (
-        "\n\nName of a recipe: MODEL-METHOD for the miniature (mini-...), MODEL-METHOD-STEPSstep-PRESET for published models, for "
-        "example\nmini-sd35-advdmd and sd35-medium-advdmd-4step-24gb. `advdmd show NAME` prints its settings, cost and memory."
+        "\n\nName of a recipe: MODEL-METHOD for the miniature (mini-...), MODEL-METHOD-STEPSstep-PRESET for published models, "
+        "for example\nmini-sd35-advdmd, sd35-medium-advdmd-4step-24gb. `advdmd show NAME` prints its settings, cost and memory."
     )
 
 

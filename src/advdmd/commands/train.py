@@ -27,18 +27,20 @@ from advdmd.types import Metrics, Ranks
 CONSOLE_KEYS = ("student/dm_loss", "fake_score/loss", "discriminator/logit_gap", "reward/final")
 
 
-def train(name: str, r: Recipe, folder: Path, overwrite: bool = False, trackers: Sequence[str] = ()) -> Path:
-    """Run a recipe into `folder`, or go on where it stopped; returns the folder of the student. trackers: training.trackers.
+def train(name: str, recipe: Recipe, out: str | Path, overwrite: bool = False, trackers: Sequence[str] = ()) -> Path:
+    """Run a recipe into the folder `out`, or resume the run there; returns the folder of the student.
+
+    name: of the recipe, for the record. trackers: names in training.trackers.
 
     Under torchrun every process calls this and takes an equal part of each step's prompts; rank 0 writes. Raises ValueError,
     before any long work, on what is missing, damaged or does not fit; FloatingPointError if a loss is not finite.
     """
     check_trackers(trackers)
-    if r.uses_bitsandbytes:
+    if recipe.uses_bitsandbytes:
         import_bitsandbytes()
-    with distributed.init_distributed(loading.resolve_device(r.device)) as ranks, loading.exact_convolutions():
-        r.check_world_size(ranks.world_size)
-        return _train(name, r, folder, overwrite and not ranks.rank, ranks, trackers)
+    with distributed.init_distributed(loading.resolve_device(recipe.device)) as ranks, loading.exact_convolutions():
+        recipe.check_world_size(ranks.world_size)
+        return _train(name, recipe, Path(out), overwrite and not ranks.rank, ranks, trackers)
 
 
 def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, trackers: Sequence[str]) -> Path:

@@ -1,7 +1,7 @@
 """Aspect buckets: image sizes of about one area, a cache for each, one size per step; and caches as a recipe's data."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class BucketedCache:
         plans: list[Json] = [p.plan for p in self.parts]
         self.plan: object = plans[0] if len(plans) == 1 else plans
 
-    def check_teacher(self, teacher: Mapping[str, object]) -> None:
+    def check_teacher(self, teacher: Json) -> None:
         """Raises ValueError if another teacher's encoders made a part (models.fingerprints.encoder_fingerprint)."""
         for part in self.parts:
             part.check_teacher(teacher)
@@ -109,7 +109,10 @@ class BucketedCache:
         return self.parts[0].null
 
     def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
-        """Batches of one size each. Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded."""
+        """Batches of one size each.
+
+        Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded.
+        """
         self.check_tokenization(tokenization_fingerprint(backbone))
         first, *others = self.parts
         batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real, bool(others)) for p in self.parts]
@@ -124,7 +127,9 @@ class BucketedCache:
 
 
 def mix_buckets(batch_fns: Sequence[BatchFn], prompts: Sequence[int], seed: int) -> BatchFn:
-    """One of several batch functions per step, drawn in proportion to its number of prompts; each goes through its own in order.
+    """One of several batch functions per step, drawn in proportion to its number of prompts.
+
+    Each goes through its own in order.
 
     The prompt indices of a batch count through all prompts. Pure in the step.
     """

@@ -1,4 +1,7 @@
-"""Which prompts and images a step takes: a pure function of the step, shared over ranks. And what a recipe's data must offer."""
+"""Which prompts and images a step takes: a pure function of the step, shared over ranks.
+
+And what a recipe's data must offer.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +69,10 @@ class DataConfig(Protocol):
 
 
 def sample_indices(n: int, k: int, seed: int, step: int) -> tuple[Tensor, list[int]]:
-    """Which k of n entries a step takes [k], without repeats within an epoch, and the ids of the samples. Pure in its arguments."""
+    """Which k of n entries a step takes [k], without repeats within an epoch, and the ids of the samples.
+
+    Pure in its arguments.
+    """
     ids = range(step * k, step * k + k)
     epochs = {i // n for i in ids}
     orders = {e: torch.randperm(n, generator=generator(seed, "epoch", e)) for e in epochs}

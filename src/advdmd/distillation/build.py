@@ -51,12 +51,18 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
 
 
 def build_models(r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK) -> Any:
-    """The models of a recipe's algorithm. null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards."""
+    """The models of a recipe's algorithm.
+
+    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards.
+    """
     return r.algorithm.build(Builder(r, backbone, null, prompts, ranks))
 
 
 class Builder:
-    """algorithms.base.ModelBuilder: networks of a recipe, whole or as adapters on the teacher."""
+    """algorithms.base.ModelBuilder: networks of a recipe, whole or as adapters on the teacher.
+
+    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards.
+    """
 
     def __init__(self, r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK):
         self.recipe, self.backbone, self.null, self.prompts, self.ranks = r, backbone, null, prompts, ranks

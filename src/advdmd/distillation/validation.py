@@ -18,7 +18,9 @@ HINT = "delete best.json: the last average is then exported"
 def validate(
     r: Recipe, validation: Validation, generate: ImageSampler, net: nn.Module, folder: Path, iteration: int
 ) -> Metrics:
-    """Scores of a student after `iteration` iterations, as metrics; keeps it in `folder` as best-STEP.safetensors if none was better.
+    """Scores of a student after `iteration` iterations, as metrics.
+
+    Keeps it in `folder` as best-STEP.safetensors if none was better.
 
     generate: samples images with `net`, the EMA student.
     """

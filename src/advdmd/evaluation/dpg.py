@@ -95,6 +95,8 @@ def apply_dependencies(questions: Sequence[Question], yes: Mapping[int, bool]) -
 class DPG:
     """The suite of a CSV, `images` of each prompt.
 
+    Raises ValueError on values out of range, and on questions that do not fit together.
+
     mode "fixed" scores every question and computes categories from what counted, over all images. "official" repeats what the
     published script does in one process: the CSV's first question is lost (and the first prompt with it if another question
     depends on it), rows are read in their order, categories come from each prompt's last image before the dependency rule.
@@ -123,6 +125,7 @@ class DPG:
         return file_hash(Path(self.csv))
 
     def items(self) -> list[SuiteItem]:
+        """One item per prompt, with its questions."""
         about = {"csv": self.csv_sha256}
         return [SuiteItem(k, text, "dense", about | {"questions": q}, self.images) for k, (text, q) in self.table.items()]
 
@@ -131,9 +134,9 @@ class DPG:
         return questions[1:] if self.mode == "official" and item.id == next(iter(self.table)) else questions
 
     def verdict(self, item: SuiteItem, judgement: Judgement) -> Verdict:
-        """`loose` is DPG's score, the share of questions that hold; `strict` wants all of them.
+        """`official` is DPG's score, the share of questions that hold; `strict` wants all of them.
 
-        Raises Dropped where the official arithmetic loses the prompt, KeyError if the judge left a question unanswered.
+        Raises ExcludedItem where the official arithmetic loses the prompt, KeyError if the judge left a question unanswered.
         """
         asked, said = self._asked(item), {int(k): v for k, v in judgement["answers"].items()}
         yes = {q.id: said[q.id] >= YES for q in asked}

@@ -5,14 +5,14 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from advdmd.evaluation.benchmark import SuiteItem
 from advdmd.evaluation.generate import image_path
+from advdmd.types import Json
 
-Column = tuple[str, Path, Sequence[dict[str, Any]]]  # label, folder of images, rows
+Column = tuple[str, Path, Sequence[Json]]  # label, folder of images, rows
 SIDE = 256  # pixels an image is shown at
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent) }
@@ -40,7 +40,7 @@ def data_url(path: Path, side: int = 2 * SIDE, exact: int = 64) -> tuple[str, tu
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", size
 
 
-def _boxes(details: dict[str, Any], size: tuple[int, int]) -> str:
+def _boxes(details: Json, size: tuple[int, int]) -> str:
     """What was detected, drawn over the picture."""
     scale, out = SIDE / size[0], []
     for o in details.get("objects", []):
@@ -51,7 +51,7 @@ def _boxes(details: dict[str, Any], size: tuple[int, int]) -> str:
     return f'<svg viewBox="0 0 {SIDE} {SIDE * size[1] / size[0]:.0f}">{"".join(out)}</svg>'
 
 
-def _figure(label: str, folder: Path, row: dict[str, Any]) -> str:
+def _figure(label: str, folder: Path, row: Json) -> str:
     item = SuiteItem(row["item"], row["prompt"], row["task"], {}, 1)
     url, size = data_url(image_path(folder, item, row["k"]))
     mark = "good" if row["strict"] == 1 else "bad"
@@ -67,7 +67,7 @@ def failure_cards(columns: Sequence[Column], limit: int) -> tuple[str, str, str]
     prompts and seeds beside them; how many there are; and how many are shown, if not all."""
     label, _, rows = columns[0]
     failed = [r for r in rows if r["strict"] < 1]
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    by_task: dict[str, list[Json]] = {}
     for r in failed:
         by_task.setdefault(r["task"], []).append(r)
     share = max(1, limit // max(1, len(by_task)))

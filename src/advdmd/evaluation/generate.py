@@ -37,9 +37,12 @@ def generate(
     batch: int = 512,
     worker: Worker = (0, 1),
 ) -> None:
-    """Generate the missing images of a worker's part of a suite into `folder`; an image's noise is keyed by suite, item, index and seed.
+    """Generate the missing images of a worker's part of a suite into `folder`.
 
-    about: what else the manifest records. Raises ValueError if the folder holds images of another model, sampler, suite or seed.
+    An image's noise is keyed by suite, item, index and seed.
+
+    about: what else the manifest records. Raises ValueError if the folder holds images of another model, sampler, suite or
+    seed.
     """
     manifest = folder / "manifest.json"
     record = {"suite": benchmark.name, "seed": seed, **about}

@@ -82,7 +82,7 @@ def metadata() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class GenEval:
-    """The whole suite: 553 prompts, `images` of each."""
+    """The whole suite: 553 prompts, `images` of each. Raises ValueError if images < 1."""
 
     images: int = 4
     name: str = "geneval"
@@ -93,11 +93,12 @@ class GenEval:
             raise ValueError(f"images={self.images}: at least one of each prompt; the published protocol has 4")
 
     def items(self) -> list[SuiteItem]:
+        """One item per prompt, with its metadata."""
         found = [json.loads(line) for line in metadata()]
         return [SuiteItem(f"{i:05d}", m["prompt"], m["tag"], m, self.images) for i, m in enumerate(found)]
 
     def verdict(self, item: SuiteItem, judgement: Judgement) -> Verdict:
-        """`loose` is GenEval's own verdict; `strict` also wants exactly as many of each named class as were asked for."""
+        """`official` is GenEval's own verdict; `strict` also wants exactly as many of each named class as were asked for."""
         sure = COUNTING_THRESHOLD if item.task == "counting" else THRESHOLD
         found = [
             Detection(o["label"], o.get("color"), tuple(o["box"]), o["confidence"])
@@ -113,6 +114,7 @@ class GenEval:
         return Verdict(float(correct), float(correct and not stray), "\n".join(filter(None, [reason, *stray])), judgement)
 
     def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
+        """Empty: GenEval has no kinds within a task."""
         return {}
 
     def diversity(self, folder: Path) -> dict[str, float]:

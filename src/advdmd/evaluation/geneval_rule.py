@@ -3,18 +3,19 @@
 Ghosh et al. 2023 (2310.11513) and its published scorer: every `include` clause must hold and no `exclude` clause may.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from advdmd.types import Json
 
 POSITION_MARGIN = 0.1  # share of both boxes' extents that an offset must exceed to count
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected object: class name, colour name or None, box (left, top, right, bottom), confidence."""
+    """One detected object: class name, colour name or None, box (left, top, right, bottom), confidence in [0, 1]."""
 
     label: str
     color: str | None
@@ -35,7 +36,7 @@ def relative_position(a: Detection, b: Detection) -> set[str]:
     return {k for k, holds in names.items() if holds}
 
 
-def _first_failure(clause: Mapping[str, Any], found: Sequence[Detection], earlier: list[list[Detection]]) -> str | None:
+def _first_failure(clause: Json, found: Sequence[Detection], earlier: list[list[Detection]]) -> str | None:
     """The reason an include clause fails, or None. `found` are the clause's objects, the most confident `count`."""
     label, count = clause["class"], clause["count"]
     if len(found) < count:
@@ -56,7 +57,7 @@ def _first_failure(clause: Mapping[str, Any], found: Sequence[Detection], earlie
     return None
 
 
-def geneval_correct(meta: Mapping[str, Any], detections: Sequence[Detection]) -> tuple[bool, str]:
+def geneval_correct(meta: Json, detections: Sequence[Detection]) -> tuple[bool, str]:
     """Whether GenEval calls the image correct, and every reason it does not, joined by newlines.
 
     meta: {"include": [{"class", "count", "color"?, "position"?: (relation, index)}], "exclude"?: [{"class", "count"}]}.

@@ -73,7 +73,8 @@ def run_judge(
 ) -> None:
     """Have the judge judge every image of a worker's part that it has not judged yet.
 
-    An error of the judge is written down and ends the run (ValueError), unless `tolerant`; the next run tries again.
+    An error of the judge is written down and raised as ValueError, unless `tolerant`; the next run tries again. progress is
+    called with the number of images that are done.
     """
     known = {k for k, r in _known(folder, judge).items() if "error" not in r}
     jobs = [(item, k, image_path(folder, item, k)) for item, k in image_jobs(suite, worker)]
@@ -101,7 +102,10 @@ def run_judge(
 
 
 def _judge(judge: Judge, items: Sequence[SuiteItem], paths: Sequence[Path]) -> tuple[list[Json], str]:
-    """One record per image, {"seen": ...} or {"error": ...}, and the first error; images of a batch that fails are judged one by one."""
+    """One record per image, {"seen".
+
+    ...} or {"error": ...}, and the first error; images of a batch that fails are judged one by one.
+    """
     try:
         return [{"seen": s} for s in judge.judge(items, [read_image(p) for p in paths])], ""
     except (ValueError, RuntimeError, OSError) as e:  # a judge's failure is a result, not a crash

@@ -24,7 +24,7 @@ def verdict_rows(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> Rows:
 
 
 def write_results(folder: Path, table: Rows, summary: Json) -> None:
-    """Beside the images: verdicts.jsonl, table.json, table.md; and scores.json, small enough to keep, for `compare`."""
+    """Write verdicts.jsonl, table.json and table.md beside the images, and scores.json, small enough to keep, for `compare`."""
     scores: dict[str, dict[str, list[list[float]]]] = {}
     for r in table:
         scores.setdefault(r["task"], {}).setdefault(r["item"], []).append([round(r["loose"], 4), round(r["strict"], 4)])
@@ -38,7 +38,10 @@ def write_results(folder: Path, table: Rows, summary: Json) -> None:
 
 
 def read_verdicts(folder: Path) -> Rows:
-    """Raises ValueError if there are none, or not those of the table beside them."""
+    """The rows of a folder's verdicts.
+
+    Raises ValueError if there are none, or if they are not those of the table beside them.
+    """
     file, table = folder / "verdicts.jsonl", folder / "table.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no verdicts.jsonl: score it first")
@@ -49,7 +52,7 @@ def read_verdicts(folder: Path) -> Rows:
 
 
 def read_scores(path: Path) -> tuple[Json, Rows]:
-    """Summary and rows from scores.json, or from the folder that holds it."""
+    """Summary and rows from scores.json, or from the folder that holds it. Raises ValueError if it is missing or damaged."""
     file = path / "scores.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no scores.json: score it first with advdmd eval")
@@ -70,7 +73,10 @@ def read_scores(path: Path) -> tuple[Json, Rows]:
 
 
 def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> Json:
-    """Two sides, each one or more evaluations (training seeds): their means, and the paired difference."""
+    """Two sides, each one or more evaluations (training seeds): their means, and the paired difference.
+
+    Raises ValueError if the results are of different judges, suites, sizes or seeds.
+    """
     a, b = ([read_scores(f) for f in side] for side in (ours, theirs))
 
     def side(found: Sequence[tuple[Json, Rows]]) -> Json:

@@ -27,7 +27,7 @@ def _resampled(prompts: Sequence[np.ndarray], rng: np.random.Generator) -> np.nd
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled means."""
+    """The middle 95 % of resampled means [RESAMPLES]."""
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 

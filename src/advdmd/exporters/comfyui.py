@@ -10,7 +10,9 @@ def _node(kind: str, **inputs: object) -> Json:
 
 
 def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None) -> Json:
-    """A workflow in ComfyUI's API format, for a transformer file or for the base with the adapter file `lora`; names are to be filled in.
+    """A workflow in ComfyUI's API format, for a transformer file or for the base with the adapter file `lora`.
+
+    Names are to be filled in.
 
     The sampler "lcm" re-noises fully and the scheduler "simple" takes equal steps before the shift: the student's grid.
     """

@@ -29,7 +29,9 @@ def export_student(
     metadata: Json,
     samples: Path | None = None,
 ) -> Path:
-    """Write the teacher's pipeline with the student `net` as its transformer and the student's scheduler into `folder`; all or nothing.
+    """Write the teacher's pipeline with the student `net` as its transformer and the student's scheduler into `folder`.
+
+    All or nothing.
 
     metadata: what else advdmd.json records, such as the recipe. samples: a picture of what the student generates. Stock
     schedulers re-noise fully: only eta = 1 is the same sampler there, and the model card of another eta says so.

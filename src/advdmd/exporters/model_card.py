@@ -40,8 +40,8 @@ def model_card(folder: Path, name: str, sampler: SamplerConfig, backbone: Backbo
     more = ""
     if (folder / LORA_FILE).is_file():
         more += (
-            f"\n`{LORA_FILE}` is the adapter itself. In this folder it is added to the base's weights and rounded to their type, "
-            "so the two give nearly, not exactly, the same images unless that is float32.\n"
+            f"\n`{LORA_FILE}` is the adapter itself. In this folder it is added to the base's weights and rounded to their "
+            "type, so the two give nearly, not exactly, the same images unless that is float32.\n"
         )
     if (folder / SAMPLES_FILE).is_file():
         more += f"\n![samples of the EMA student while it learned, {sampler.steps} steps]({SAMPLES_FILE})\n"

@@ -32,7 +32,10 @@ def held_out(task: str, prompt: str) -> bool:
 
 
 def is_validation_prompt(task: str, prompt: str) -> bool:
-    """Whether a held-out prompt serves exams while training, and so no test. Only dense prompts are many enough to share."""
+    """Whether a held-out prompt is for validation while training, and so for no test.
+
+    Only dense prompts are many enough to share.
+    """
     return task == DENSE and held_out(task, prompt) and stable_hash(prompt) // HELD_OUT % 2 == 1
 
 
@@ -48,24 +51,24 @@ class MiniDataset:
         return torch.from_numpy(self.images[i.numpy(), np.asarray(r)]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _scenes(task: str, rng: np.random.Generator, world: World, reals: int) -> tuple[str, list[Scene]]:
+def _scenes(task: str, rng: np.random.Generator, world: World, each: int) -> tuple[str, list[Scene]]:
     while True:  # a prompt that is held out, or too crowded to place quickly, is passed over
         spec = random_spec(task, rng, world)
         prompt = caption_for(task, spec)
         if world.holds_out(spec) or held_out(task, prompt):
             continue
         try:
-            return prompt, [draw_scene(spec, rng, world, attempts=2) for _ in range(reals)]
+            return prompt, [draw_scene(spec, rng, world, attempts=2) for _ in range(each)]
         except ValueError:
             continue
 
 
-def _some(entries: range, seed: int, world: World, reals: int) -> tuple[list[str], np.ndarray]:
-    """Those entries of a pool: prompts, and their images [n * reals, 32, 32, 3] uint8."""
+def _some(entries: range, seed: int, world: World, each: int) -> tuple[list[str], np.ndarray]:
+    """Those entries of a pool: prompts, and their images [n * each, 32, 32, 3] uint8."""
     prompts, scenes = [], []
     for i in entries:
         task = TASKS[i // 2 % len(TASKS)] if i % 2 else DENSE
-        prompt, drawn = _scenes(task, np.random.default_rng([seed, i]), world, reals)
+        prompt, drawn = _scenes(task, np.random.default_rng([seed, i]), world, each)
         prompts.append(prompt)
         scenes += drawn
     return prompts, to_uint8(render(scenes))
@@ -76,17 +79,19 @@ def make_dataset(
     seed: int,
     world: World = FULL,
     progress: Callable[[int], object] | None = None,
-    reals: int = 1,
+    images_per_prompt: int = 1,
     workers: int = 1,
 ) -> MiniDataset:
-    """n training prompts, half from GenEval's six tasks in equal shares, half dense, with `reals` images of each.
+    """n training prompts, half of GenEval's six tasks in equal shares, half dense, with `images_per_prompt` images of each.
 
-    The same whatever the number of `workers`, the processes that draw.
+    The same whatever the number of `workers`, the processes that draw. progress is called with the number of prompts that are
+    done. Raises ValueError unless both numbers are at least 1.
     """
-    if n < 1 or reals < 1:
-        raise ValueError(f"a pool of {n} prompts with {reals} images each: both must be at least 1")
+    each = images_per_prompt
+    if n < 1 or each < 1:
+        raise ValueError(f"{n} prompts with {each} images each: both must be at least 1")
     parts, prompts, images = [range(n)[i : i + 256] for i in range(0, n, 256)], [], []
-    draw_some = partial(_some, seed=seed, world=world, reals=reals)
+    draw_some = partial(_some, seed=seed, world=world, each=each)
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if min(workers, len(parts)) > 1 else None
     with pool or nullcontext():
         for said, drawn in (pool.map if pool else map)(draw_some, parts):
@@ -94,19 +99,19 @@ def make_dataset(
             images.append(drawn)
             if progress:
                 progress(len(prompts))
-    return MiniDataset(tuple(prompts), np.concatenate(images).reshape(n, reals, *images[0].shape[1:]))
+    return MiniDataset(tuple(prompts), np.concatenate(images).reshape(n, each, *images[0].shape[1:]))
 
 
 @torch.no_grad()
 def encode_dataset(backbone: Backbone, pool: MiniDataset, progress: Callable[[int], object] | None = None) -> Tensor:
-    """Latents [n, R, C, h, w] of all images of a pool."""
-    n, reals = pool.images.shape[:2]
+    """Latents [n, R, C, h, w] of all R images of n prompts."""
+    n, each = pool.images.shape[:2]
     out = []
     for i in torch.arange(n).split(128):
         z = backbone.encode(
-            pool.pixels(i.repeat_interleave(reals), torch.arange(reals).repeat(len(i))).to(backbone.vae.device)
+            pool.pixels(i.repeat_interleave(each), torch.arange(each).repeat(len(i))).to(backbone.vae.device)
         ).cpu()
-        out.append(z.unflatten(0, (len(i), reals)))
+        out.append(z.unflatten(0, (len(i), each)))
         if progress:
             progress(int(i[-1]) + 1)
     return torch.cat(out)

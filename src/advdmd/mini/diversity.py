@@ -46,10 +46,12 @@ def _spread(seen: Sequence[ObservedScene], prompts: Sequence[str], specs: Mappin
 def diversity(
     specs: Mapping[str, Spec], world: World, images: np.ndarray, ids: Sequence[str], *, pairs: bool = False, seed: int = 0
 ) -> dict[str, float]:
-    """Spread of each open factor as a share of the renderer's on the same prompts, and their mean; 1 is as varied.
+    """Spread of each open factor as a share of the renderer's on the same prompts, and their mean.
 
-    images [N, 32, 32, 3] uint8 of the specs `ids` [N], drawn from `world`; pairs: with held-out shape x colour pairs. Empty if the
-    prompts leave nothing open.
+    1 is as varied.
+
+    images [N, 32, 32, 3] uint8 of the specs `ids` [N], drawn from `world`; pairs: with held-out shape x colour pairs. Empty if
+    the prompts leave nothing open.
     """
     rng = np.random.default_rng(seed)
     true = to_uint8(render([draw_scene(specs[i], rng, world, pairs=pairs) for i in ids]))

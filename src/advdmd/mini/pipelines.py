@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advdmd.models.backbone import Backbone
+from advdmd.models.backbone import Backbone, Module, Pipeline
 from advdmd.models.loading import read_metadata, shipped_or_path
 
 IMAGE, LATENT, CHANNELS = 32, 8, 4  # pixels, latent side, latent channels: 256 numbers an image
@@ -24,7 +24,10 @@ TEXT_LENGTH = 25  # tokens, start and end included: the longest caption of the m
 
 @dataclass(frozen=True, kw_only=True)
 class MiniConfig:
-    """Widths of a miniature pipeline. `width` and `text_width` are multiples of 32."""
+    """Widths of a miniature pipeline.
+
+    `width` and `text_width` are multiples of 32. Raises ValueError on values out of range.
+    """
 
     width: int = 96
     layers: int = 4
@@ -41,7 +44,7 @@ class MiniConfig:
             raise ValueError(f"MiniConfig(patch={self.patch}): must divide the latent side {LATENT}")
 
 
-def clip_tokenizer(corpus: Sequence[str]) -> Any:
+def clip_tokenizer(corpus: Sequence[str]) -> Module:
     """A CLIPTokenizer whose byte-pair merges were learned on a closed vocabulary: every word of it is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -59,11 +62,11 @@ def clip_tokenizer(corpus: Sequence[str]) -> Any:
     )
     bpe.train_from_iterator(corpus, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    make: Any = CLIPTokenizer
+    make: Module = CLIPTokenizer
     return make(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], model_max_length=TEXT_LENGTH)
 
 
-def _text_encoder(tokenizer: Any, size: MiniConfig) -> Any:
+def _text_encoder(tokenizer: Any, size: MiniConfig) -> Module:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -82,12 +85,12 @@ def _text_encoder(tokenizer: Any, size: MiniConfig) -> Any:
     return CLIPTextModelWithProjection(config).eval()
 
 
-def autoencoder(size: MiniConfig) -> Any:
+def autoencoder(size: MiniConfig) -> Module:
     """A tiny AutoencoderKL, 32 x 32 x 3 -> 8 x 8 x 4, without attention; scale and shift are set after training."""
     from diffusers import AutoencoderKL
 
     n = len(size.vae_channels)
-    make: Any = AutoencoderKL  # its annotations are narrower than what it takes
+    make: Module = AutoencoderKL  # its annotations are narrower than what it takes
     return make(
         sample_size=IMAGE,
         block_out_channels=size.vae_channels,
@@ -104,7 +107,7 @@ def autoencoder(size: MiniConfig) -> Any:
     ).eval()
 
 
-def sd3(corpus: Sequence[str], size: MiniConfig, *, sd35: bool, seed: int = 0, vae: Any = None) -> Any:
+def sd3(corpus: Sequence[str], size: MiniConfig, *, sd35: bool, seed: int = 0, vae: Module = None) -> Module:
     """A randomly initialised StableDiffusion3Pipeline; `sd35` adds what SD3.5 added: RMS-normed queries and keys, and
     dual attention in the first half of the blocks. The third encoder is absent, as SD3 allows."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -127,7 +130,7 @@ def sd3(corpus: Sequence[str], size: MiniConfig, *, sd35: bool, seed: int = 0, v
         qk_norm="rms_norm" if sd35 else None,
         dual_attention_layers=tuple(range(size.layers // 2)) if sd35 else (),
     ).eval()
-    make: Any = StableDiffusion3Pipeline  # annotated as if no part could be absent
+    make: Module = StableDiffusion3Pipeline  # annotated as if no part could be absent
     return make(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -155,7 +158,7 @@ QWEN_SPECIAL = (
 )
 
 
-def qwen_tokenizer(corpus: Sequence[str], template: str) -> Any:
+def qwen_tokenizer(corpus: Sequence[str], template: str) -> Module:
     """A Qwen2Tokenizer whose merges were learned on the prompt template and a closed vocabulary: one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -171,12 +174,12 @@ def qwen_tokenizer(corpus: Sequence[str], template: str) -> Any:
     said = [w for word in corpus for w in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
     bpe.train_from_iterator([*(template.format(w) for w in said)], trainer)
     learned = json.loads(bpe.to_str())["model"]
-    make: Any = Qwen2Tokenizer
+    make: Module = Qwen2Tokenizer
     merges = [tuple(m) for m in learned["merges"]]
     return make(vocab=learned["vocab"], merges=merges, extra_special_tokens=list(QWEN_SPECIAL[1:]), padding_side="right")
 
 
-def qwen_autoencoder(size: MiniConfig) -> Any:
+def qwen_autoencoder(size: MiniConfig) -> Module:
     """A tiny AutoencoderKLQwenImage, a video codec that sees images as one frame: 32 x 32 x 3 -> 8 x 8 x 4. Its latents'
     mean and deviation are set after training."""
     from diffusers import AutoencoderKLQwenImage
@@ -193,7 +196,7 @@ def qwen_autoencoder(size: MiniConfig) -> Any:
     ).eval()
 
 
-def qwen_image(corpus: Sequence[str], size: MiniConfig, *, seed: int = 0, vae: Any = None) -> Any:
+def qwen_image(corpus: Sequence[str], size: MiniConfig, *, seed: int = 0, vae: Module = None) -> Module:
     """A randomly initialised QwenImagePipeline with a tiny Qwen2.5-VL as its text encoder and a static time shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -250,7 +253,7 @@ def qwen_image(corpus: Sequence[str], size: MiniConfig, *, seed: int = 0, vae: A
     return QwenImagePipeline(scheduler, vae or qwen_autoencoder(size), encoder.eval(), tokenizer, transformer.eval())
 
 
-def add_text_layer(pipe: Any) -> Any:
+def add_text_layer(pipe: Pipeline) -> Pipeline:
     """One more layer at the bottom of both text encoders, in place; it starts as the identity, so nothing changes yet.
 
     SD3 reads the second to last hidden states: with one layer those are words and places, with two words in context.
@@ -266,14 +269,14 @@ def add_text_layer(pipe: Any) -> Any:
     return pipe
 
 
-def as_sd3(pipe: Any, seed: int = 0) -> Any:
+def as_sd3(pipe: Pipeline, seed: int = 0) -> Module:
     """A miniature SD3 that begins where a miniature SD3.5 is: its weights without dual attention and without the norms of
     queries and keys, whose scale goes into the projections as far as a constant can stand in for it."""
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(seed)
     old = pipe.transformer
-    make: Any = SD3Transformer2DModel
+    make: Module = SD3Transformer2DModel
     new = make(**{**old.config, "qk_norm": None, "dual_attention_layers": ()}).eval()
     kept = {k: v.clone() for k, v in old.state_dict().items() if ".attn2." not in k and ".attn.norm_" not in k}
     for name, wanted in new.state_dict().items():

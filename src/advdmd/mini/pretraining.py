@@ -1,4 +1,7 @@
-"""Pre-training of the miniature's teachers: an autoencoder, then flow matching with captions, each a resumable run in its folder."""
+"""Pre-training of the miniature's teachers.
+
+An autoencoder, then flow matching with captions, each a resumable run in its folder.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +45,8 @@ class Examples(Columns):
 
 
 def reconstruction_loss(vae: Module, posterior: Module, pixels: Tensor, e: Tensor, kl_weight: float) -> Tensor:
-    """Squared and absolute error of a reconstruction from the posterior, and the KL to a unit Gaussian per latent number. -> [N]
+    """Squared and absolute error of a reconstruction from the posterior, and the KL to a unit Gaussian per latent number. ->
+    [N]
 
     pixels [N, 3, H, W] in [-1, 1]; e: standard normal noise of the latents' shape.
     """
@@ -67,7 +71,10 @@ class AutoencoderTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatching:
-    """Flow matching with logit-normal times (SD3, 2403.03206, Sec. 3.1); captions are dropped with probability `drop`, for guidance."""
+    """Flow matching with logit-normal times (SD3, 2403.03206, Sec. 3.1).
+
+    Captions are dropped with probability `drop`, for guidance.
+    """
 
     drop: float = 0.1
     time_mean: float = 0.0
@@ -142,7 +149,10 @@ def _trainer(
 
 
 def train_autoencoder(stage: PretrainingStage, folder: Path, vae: Module, device: str) -> Module:
-    """Train an autoencoder in place and return it with its EMA weights, latents normalised by its config; saved in `folder`/vae."""
+    """Train an autoencoder in place and return it with its EMA weights, latents normalised by its config.
+
+    Saved in `folder`/vae.
+    """
     pool, video = draw_dataset(stage), stage.model == "qwen-autoencoder"
 
     def images(i: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,20 +18,19 @@ from advdmd.mini.world.caption import PLURALS, parse
 from advdmd.mini.world.checker import ObservedObject, ObservedScene
 from advdmd.mini.world.render import render, to_uint8
 from advdmd.mini.world.scene import COLORS, SIZE, TASKS, WORLDS, Scene, SceneObject, Spec, specs, stable_hash
+from advdmd.types import Json
 
 SPLITS = ("test", "train", "validation", "pairs")
 SEED_OF_SPLIT = {"validation": "exam"}  # prompts are drawn from a hash of this name: it is a seed and never changes
 
 
-def metadata(task: str, spec: Spec) -> dict[str, Any]:
+def metadata(task: str, spec: Spec) -> Json:
     """GenEval's metadata of a spec: the object that stands in a relation comes second, as in GenEval."""
-    clauses: list[dict[str, Any]] = [
-        {"class": g.shape, "count": g.count} | ({"color": g.color} if g.color else {}) for g in spec.groups
-    ]
+    clauses: list[Json] = [{"class": g.shape, "count": g.count} | ({"color": g.color} if g.color else {}) for g in spec.groups]
     if spec.relation:
         i, name, j = spec.relation
         clauses = [clauses[j], clauses[i] | {"position": (name, 0)}]
-    meta: dict[str, Any] = {"tag": task, "include": clauses, "objects": sum(g.count for g in spec.groups)}
+    meta: Json = {"tag": task, "include": clauses, "objects": sum(g.count for g in spec.groups)}
     if task == "counting":
         meta["exclude"] = [{"class": g.shape, "count": g.count + 1} for g in spec.groups]
     return meta
@@ -52,8 +50,8 @@ def _stray(seen: ObservedScene, objects: int) -> str:
     return "\n".join(reasons)
 
 
-def to_json(seen: ObservedScene) -> dict[str, Any]:
-    """What the checker saw, for records and galleries."""
+def to_json(seen: ObservedScene) -> Json:
+    """A scene for records and galleries."""
     objects = [
         {
             "label": b.shape,
@@ -68,18 +66,19 @@ def to_json(seen: ObservedScene) -> dict[str, Any]:
 
 
 class CheckerJudge:
-    """The exact checker as a perceiver."""
+    """The exact checker as a judge."""
 
     name, fingerprint, batch = "checker", "checker-1", 512
 
     def self_test(self) -> None:
-        """A rendered scene must be read back."""
+        """A rendered scene must be read back. Raises ValueError if it is not."""
         scene = Scene("black", (SceneObject("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"]),))
         (seen,) = checker.read_scene(to_uint8(render([scene])))
         if [(b.shape, b.color, b.size) for b in seen.blobs] != [("circle", "red", "large")]:
             raise ValueError(f"self-test: a drawn large red circle was read as {seen}")
 
     def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
+        """What each of N images [32, 32, 3] uint8 shows. Raises ValueError on images of another size."""
         if wrong := {im.shape for im in images if im.shape != (SIZE, SIZE, 3)}:
             raise ValueError(
                 f"images of {SIZE} x {SIZE} pixels, not {sorted(wrong)[0]}: the miniature's suites are not for others"
@@ -88,13 +87,14 @@ class CheckerJudge:
 
 
 def from_json(judgement: Judgement) -> ObservedScene:
-    """Inverse of the checker's perception as JSON."""
+    """A scene from a judgement of the checker."""
     return ObservedScene(
         judgement["background"], tuple(ObservedObject(**{**b, "box": tuple(b["box"])}) for b in judgement["blobs"])
     )
 
 
-def geneval_verdict(meta: dict[str, Any], seen: ObservedScene) -> Verdict:
+def geneval_verdict(meta: Json, seen: ObservedScene) -> Verdict:
+    """The verdict on a scene by GenEval's rule, and by the strict one: no stray objects, a valid background."""
     correct, reason = geneval_correct(meta, _detections(seen))
     stray = _stray(seen, meta["objects"])
     return Verdict(float(correct), float(correct and not stray), "\n".join(filter(None, (reason, stray))), to_json(seen))
@@ -107,11 +107,11 @@ class Question:
     kind: str  # DPG's columns: entity, attribute/color, attribute/size, other/count, relation/spatial, global
     text: str
     parents: tuple[int, ...]
-    test: dict[str, Any]
+    test: Json
 
 
 def questions(spec: Spec) -> list[Question]:
-    """About eleven questions with DPG's dependencies: attributes hang on their entity, a relation on both of its ends."""
+    """About eleven questions with DPG's dependencies: attributes depend on their entity, a relation on both of its ends."""
     out, entity = [], []
     for g in spec.groups:
         root, about = len(out), {"shape": g.shape}
@@ -134,8 +134,8 @@ def questions(spec: Spec) -> list[Question]:
     return out
 
 
-def answer(test: dict[str, Any], seen: ObservedScene) -> bool:
-    """The checker's answer to one question."""
+def answer(test: Json, seen: ObservedScene) -> bool:
+    """The checker's answer to one question about a scene."""
     if "background" in test:
         return seen.background == test["background"]
     mine: list[ObservedObject] = [b for b in seen.blobs if b.shape == test["shape"]]
@@ -152,7 +152,7 @@ def answer(test: dict[str, Any], seen: ObservedScene) -> bool:
     return bool(mine)
 
 
-def dpg_verdict(meta: dict[str, Any], seen: ObservedScene) -> Verdict:
+def dpg_verdict(meta: Json, seen: ObservedScene) -> Verdict:
     """Share of questions answered yes, a question with a failed parent counting as no; strict: 0 with stray objects."""
     raw = [answer(q.test, seen) for q in meta["questions"]]
     yes = [r and all(raw[p] for p in q.parents) for q, r in zip(meta["questions"], raw, strict=True)]
@@ -166,17 +166,19 @@ def dpg_verdict(meta: dict[str, Any], seen: ObservedScene) -> Verdict:
 
 
 def item_of(prompt: str) -> SuiteItem:
-    """Any prompt that the miniature can read, with its questions, to be judged like one of mini-dpg. Raises ValueError."""
+    """Any prompt that the miniature can read, with its questions, as an item of mini-dpg. Raises ValueError if it cannot."""
     spec = parse(prompt)
     return SuiteItem("prompt", prompt, DENSE, metadata(DENSE, spec) | {"questions": questions(spec)}, 1)
 
 
 @dataclass(frozen=True)
 class MiniSuite:
-    """A suite of the miniature.
+    """A suite of the miniature: "mini-geneval" or "mini-dpg".
 
-    `images_per_task` images for each task, spread evenly over at most `prompts_per_task` prompts. split: "test" are
-    prompts kept out of training, "validation" dense ones kept out of both, for scores while training; "pairs" name a shape x colour
+    Raises ValueError on values out of range.
+
+    `images_per_task` images for each task, spread evenly over at most `prompts_per_task` prompts. split: "test" are prompts
+    kept out of training, "validation" dense ones kept out of both, for scores while training; "pairs" name a shape x colour
     pair that training never showed, "train" the rest.
     """
 
@@ -200,6 +202,7 @@ class MiniSuite:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """The suite's tasks."""
         if self.name == "mini-dpg":
             return (DENSE,)
         return ("colors", "color_attr") if self.split == "pairs" else TASKS
@@ -224,6 +227,7 @@ class MiniSuite:
         return {f"{task}-{i:03d}": s for task in self.tasks for i, s in enumerate(self._prompts(task).values())}
 
     def items(self) -> list[SuiteItem]:
+        """One item per prompt, with what a verdict needs to know."""
         out = []
         for task in self.tasks:
             mine = [(k, s) for k, s in self.specs.items() if k.rpartition("-")[0] == task]
@@ -236,10 +240,11 @@ class MiniSuite:
         return out
 
     def verdict(self, item: SuiteItem, judgement: Judgement) -> Verdict:
+        """The score of a judged image by the suite's rule and by the strict one."""
         return (dpg_verdict if item.task == DENSE else geneval_verdict)(item.meta, from_json(judgement))
 
     def judge_images(self, items: Sequence[SuiteItem], images: np.ndarray) -> list[Verdict]:
-        """One verdict per image [N, 32, 32, 3], items repeated as the images are."""
+        """A verdict for each image [N, 32, 32, 3] uint8, items repeated as the images are."""
         return [self.verdict(i, p) for i, p in zip(items, CheckerJudge().judge(items, list(images)), strict=True)]
 
     def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:

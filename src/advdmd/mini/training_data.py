@@ -68,7 +68,10 @@ class MiniSource:
         self.data, self.teacher = data, teacher
 
     def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
-        """Draws and encodes the scenes; prompts are encoded when a batch needs them. Raises ValueError if the teacher is not of the miniature."""
+        """Draws and encodes the scenes; prompts are encoded when a batch needs them.
+
+        Raises ValueError if the teacher is not of the miniature.
+        """
         if not is_mini_pipeline(backbone):
             raise ValueError(f"teacher={self.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
         dataset = _dataset(self.data, config.seed)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from advdmd.types import Cond, Json
 
 Pipeline = Any  # a pipeline of diffusers, whose annotations do not allow for absent parts
+Tokenizer = Any  # a tokenizer or image processor of transformers
 Module = Any  # a model of diffusers or transformers, whose outputs are not annotated
 
 # diffusers' names for the projections of joint attention, for text and for image.

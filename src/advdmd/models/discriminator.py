@@ -34,8 +34,8 @@ class DiscriminatorConfig:
             raise ValueError(f"{name}(trunk_grad_scale={self.trunk_grad_scale}): lies in [0, 1]")
         if self.trunk != "fake" and self.trunk_grad_scale:
             raise ValueError(
-                f"{name}(trunk={self.trunk!r}, trunk_grad_scale={self.trunk_grad_scale}): only the fake score's trunk is shared; "
-                "the teacher is frozen, an own trunk learns in full: leave trunk_grad_scale at 0"
+                f"{name}(trunk={self.trunk!r}, trunk_grad_scale={self.trunk_grad_scale}): only the fake score's "
+                "trunk is shared; the teacher is frozen, an own trunk learns in full: leave trunk_grad_scale at 0"
             )
         if self.hidden_size < 1:
             raise ValueError(f"{name}(hidden_size={self.hidden_size}): a head needs at least one unit")

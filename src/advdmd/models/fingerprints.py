@@ -12,7 +12,9 @@ from advdmd.types import Json
 
 
 def encoder_fingerprint(path: Path, parts: Sequence[str] = ENCODERS) -> Json:
-    """What decides how a pipeline folder encodes text and images: its class, text length, and the hash of every encoder's files.
+    """What decides how a pipeline folder encodes text and images.
+
+    Its class, text length, and the hash of every encoder's files.
 
     parts: the sub-folders to hash.
     """
@@ -26,6 +28,9 @@ def encoder_fingerprint(path: Path, parts: Sequence[str] = ENCODERS) -> Json:
 
 
 def tokenization_fingerprint(backbone: Backbone) -> str:
-    """Hash of the token ids of a short and of an endless prompt: of the prompt template and the text length, which no file holds."""
+    """Hash of the token ids of a short and of an endless prompt.
+
+    Of the prompt template and the text length, which no file holds.
+    """
     ids = backbone.tokenize(["a red circle", "circle " * 2000])
     return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()

@@ -155,7 +155,10 @@ def save_pipeline(pipe: Pipeline, path: Path, metadata: Json) -> None:
 
 
 def default_sampling(path: Path) -> SamplerConfig:
-    """How a folder's metadata say that it is sampled; without metadata 40 steps at guidance 4. Raises ValueError if they are bad."""
+    """How a folder's metadata say that it is sampled; without metadata 40 steps at guidance 4.
+
+    Raises ValueError if they are bad.
+    """
     try:
         return SamplerConfig.from_json(read_metadata(path).get("sampling", {"steps": 40, "guidance": 4.0}))
     except ValueError as e:
@@ -179,7 +182,9 @@ def load(
     text_dtype: torch.dtype = torch.float32,
     resolution: int | None = None,
 ) -> tuple[Backbone, SamplerConfig]:
-    """A backbone and how it is sampled, on the CPU, at another side in pixels if `resolution` is given. The rest as in `load_pipeline`.
+    """A backbone and how it is sampled, on the CPU, at another side in pixels if `resolution` is given.
+
+    The rest as in `load_pipeline`.
 
     Raises ValueError if the autoencoder or the transformer cannot do that side, or if the transformer's files are not those
     that the metadata were written for.

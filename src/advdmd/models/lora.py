@@ -21,6 +21,7 @@ from advdmd.models import quantization
 
 SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does not allow
 
+Context = Any  # of an autograd function
 Pairs = Mapping[str, tuple[nn.Parameter, nn.Parameter]]  # adapter -> its A [rank, in] and B [out, rank] in one layer
 
 
@@ -32,14 +33,14 @@ class _MergedLoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:  # pyright: ignore
         merged = torch.addmm(weight, b, a)
         ctx.save_for_backward(x, merged, a, b)
         return F.linear(x, merged, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, merged, a, b = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         g, tokens = grad.flatten(0, -2), x.flatten(0, -2)
@@ -136,15 +137,17 @@ class SharedBase:
 
 
 class _Recompute(torch.autograd.Function):
-    """run(*inputs), of which only the inputs are kept: it runs once more in the backward pass, with the adapter of the first time.
+    """run(*inputs), of which only the inputs are kept.
 
-    The last inputs are the adapter's parameters, which `run` does not take but which get their gradients here. Tensors in tuples
-    or dicts (rotary embeddings) are constants. torch's own checkpointing keeps a record of every tensor inside, which costs
-    more than the launches of a small block.
+    It runs once more in the backward pass, with the adapter of the first time.
+
+    The last inputs are the adapter's parameters, which `run` does not take but which get their gradients here. Tensors in
+    tuples or dicts (rotary embeddings) are constants. torch's own checkpointing keeps a record of every tensor inside, which
+    costs more than the launches of a small block.
     """
 
     @staticmethod
-    def forward(ctx: Any, shared_base: SharedBase, run: Callable[..., Any], n: int, *inputs: Any) -> Any:  # pyright: ignore
+    def forward(ctx: Context, shared_base: SharedBase, run: Callable[..., Any], n: int, *inputs: Any) -> Any:  # pyright: ignore
         ctx.set_materialize_grads(False)
         ctx.run, ctx.n = run, n
         ctx.active = partial(shared_base.active, shared_base.active_adapter, shared_base.frozen_adapters)
@@ -154,7 +157,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Context, *grads: Any) -> Any:
         needed = ctx.needs_input_grad[3:]
         kept = [plain if x is None else x for x, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
         inputs, learning = kept[: ctx.n], kept[ctx.n :]
@@ -191,12 +194,18 @@ class LoraModel(nn.Module):
         return self.shared_base.net.get_submodule(target) if target else self
 
     def lora_state_dict(self) -> dict[str, Tensor]:
-        """The adapter's weights as diffusers and ComfyUI name them: "transformer.blocks.0.attn.to_q.lora_A.weight"."""
+        """The adapter's weights, A [rank, in] and B [out, rank], as diffusers and ComfyUI name them.
+
+        "transformer.blocks.0.attn.to_q.lora_A.weight".
+        """
         return {f"transformer.{k.replace(SEP, '.')}.weight": v.detach() for k, v in self.named_parameters()}
 
     @torch.no_grad()
     def fused_state_dict(self) -> dict[str, Tensor]:
-        """State dict of a plain transformer, on the CPU: the base's weights, dequantized, with this adapter added to them."""
+        """State dict of a plain transformer, on the CPU.
+
+        The base's weights [out, in], dequantized, with this adapter's B A added.
+        """
         net = self.shared_base.net
         plain = ((k.replace(".base_layer", ""), v) for k, v in net.state_dict().items() if ".lora_" not in k)
         state = {k: v.cpu() for k, v in plain if torch.is_tensor(v)}

@@ -15,7 +15,9 @@ from advdmd.types import Cond
 
 
 class Teacher:
-    """A frozen velocity network under classifier-free guidance, both halves in one pass: (x [N, ...], t [N], cond [N]) -> v [N, ...].
+    """A frozen velocity network under classifier-free guidance, both halves in one pass.
+
+    (x [N, ...], t [N], cond [N]) -> v [N, ...].
 
     null: the empty prompt [1]. net: the network, by default the backbone's own. Raises ValueError if guidance_scale < 1.
     """
@@ -102,7 +104,9 @@ def no_param_grad(net: nn.Module) -> Iterator[None]:
 def trainable_copies(
     backbone: Backbone, names: Sequence[str], lora_rank: int, seed: int, gradient_checkpointing: bool
 ) -> list[nn.Module]:
-    """A trainable network for each name, equal to the teacher at first: a whole copy or, with a rank, an adapter on the teacher.
+    """A trainable network for each name, equal to the teacher at first.
+
+    A whole copy or, with a rank, an adapter on the teacher.
 
     The teacher itself stays as it is and is frozen either way.
     """
@@ -127,7 +131,10 @@ def make_fake_score_and_discriminator(
     score: nn.Module,
     trunk: nn.Module | None,
 ) -> FakeScoreAndDiscriminator:
-    """New heads and step embeddings around a fake score and, if there is one, a trunk."""
+    """New heads and step embeddings [num_steps, D] around a fake score and, if there is one, a trunk.
+
+    null: the empty prompt [1].
+    """
     torch.manual_seed(seed)
     indices = config.feature_indices(len(backbone.blocks(score)))
     heads = DiscriminatorHeads(backbone.hidden_size, indices, config.hidden_size)  # on the CPU: the same numbers on any device

@@ -2,12 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from advdmd.files import file_hash
+from advdmd.models.backbone import Module, Tokenizer
 from advdmd.models.loading import silence_libraries
+from advdmd.types import Json
 
 
 def weights_hash(folder: Path) -> str:
@@ -18,7 +19,7 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
 
 
-def load_tensors_only(checkpoint: Path) -> dict[str, Any]:
+def load_tensors_only(checkpoint: Path) -> Json:
     """The state dict of a .pt or .pth, whole or under "state_dict". Such a file is a pickle: only its tensors are read.
 
     Raises ValueError if it cannot be opened, would run code, is damaged, or holds no state dict.
@@ -37,13 +38,13 @@ def load_tensors_only(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_empty(out: Path) -> None:
-    """Raise ValueError if a folder to write weights into is not empty."""
+    """Raises ValueError if a folder to write weights into is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: choose another --out")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """From a local folder, without running code of its own. Raises ValueError if that is not possible."""
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer from a local folder, without running code of the folder. Raises ValueError if that is not possible."""
     from transformers import AutoTokenizer
 
     try:
@@ -52,8 +53,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no tokenizer that can be loaded: {e}") from None
 
 
-def load_pretrained_strict(kind: Any, folder: Path, **more: Any) -> Any:
-    """A transformers model from a local folder; missing, left-over or misshapen weights are errors (ValueError)."""
+def load_pretrained_strict(kind: Module, folder: Path, **more: Module) -> Module:
+    """A transformers model from a local folder. Raises ValueError if weights are missing, left over or of another shape."""
     weights_hash(folder)  # says what is wrong before transformers does
     silence_libraries()
     try:

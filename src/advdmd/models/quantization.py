@@ -19,9 +19,7 @@ def import_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError:
-        raise ValueError(
-            "8-bit optimizers and bases of few bits need bitsandbytes: install advdmd with its extra, pip install 'advdmd[bits]'"
-        ) from None
+        raise ValueError("8-bit optimizers and a base of 8 or 4 bits need bitsandbytes: pip install 'advdmd[bits]'") from None
     # Otherwise it logs, for each of them, that 8-bit products are made of halves.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes

@@ -23,7 +23,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Inverse of `pack` for latents of height h and width w."""
+    """Inverse of `pack`: tokens [N, h / 2 * w / 2, 4 C] -> latents [N, C, h, w]."""
     n, _, d = tokens.shape
     return tokens.reshape(n, h // 2, w // 2, d // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, d // 4, h, w)
 
@@ -36,8 +36,11 @@ def _one_frame(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
 
 
 def use_2d_convs(vae: Module) -> Any:
-    """Make a causal video codec quick at images, in place: of one frame its 3-d convolutions see two thirds of padding, so a
-    2-d convolution with the newest slice of the kernel is the same sum in half of the time (the whole codec, tiny, CPU)."""
+    """Make a causal video autoencoder quick at images, in place, and return it.
+
+    Of one frame its 3-d convolutions see two thirds of padding, so a 2-d convolution with the newest slice of the kernel is the
+    same sum in half of the time (the whole autoencoder, tiny, on a CPU).
+    """
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
     for module in vae.modules():
@@ -49,7 +52,8 @@ def use_2d_convs(vae: Module) -> Any:
 class QwenImage:
     """A QwenImagePipeline as a backbone, for latents of side `side`.
 
-    Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder.
+    Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder. Raises
+    ValueError if the side is odd, or if the tokenizer does not fit the pipeline's prompt template.
     """
 
     def __init__(self, pipe: Pipeline, side: int = 128):
@@ -69,7 +73,7 @@ class QwenImage:
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
-        """The pipeline's own grid is the student's: equal steps before a static shift."""
+        """`steps` steps and no guidance; the pipeline's own grid is the student's: equal steps before a static shift."""
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {
             "num_inference_steps": steps,
@@ -86,6 +90,7 @@ class QwenImage:
 
     @property
     def encoders(self) -> list[nn.Module]:
+        """The text encoder."""
         return [self.pipe.text_encoder]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -97,8 +102,11 @@ class QwenImage:
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def encode_text(self, ids: Tensor) -> Cond:
-        """Token ids and masks [N, 2, L] -> the last hidden states behind the template's head [N, L - 34, D], zero and
-        masked behind the prompt. No pooled embedding."""
+        """Token ids and masks [N, 2, L] -> the last hidden states after the template's head [N, L - 34, D], zero and masked
+        after the prompt.
+
+        There is no pooled embedding.
+        """
         ids = ids[..., : int(ids[:, 1].sum(1).max())]
         tokens, mask = ids[:, 0], ids[:, 1]
         hidden = self.pipe.text_encoder.model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, TEMPLATE_TOKENS:]
@@ -112,13 +120,13 @@ class QwenImage:
         return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents, the posterior's mean."""
+        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w], the posterior's mean."""
         z = self.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
         mean, std = self._statistics(z)
         return (z - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images [N, 3, H, W] in [-1, 1]."""
+        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
         mean, std = self._statistics(latents)
         return self.vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0].clamp(-1, 1)
 
@@ -136,15 +144,19 @@ class QwenImage:
         return unpack(out.float(), h, w)
 
     def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """Guidance as the pipeline has it: the combination gets back the length of v, token by token."""
+        """Guidance of velocities [N, C, H, W] as the pipeline has it.
+
+        The combination gets back the length of v, token by token.
+        """
         h, w = v.shape[-2:]
         mine, null = pack(v), pack(v_null)
         both = null + scale * (mine - null)
         return unpack(both * (mine.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True)), h, w)
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
-        """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
+        """Image tokens [N, T, hidden_size] after the blocks `indices`; later blocks are not run."""
         return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The transformer's blocks, in order."""
         return list(net.get_submodule("transformer_blocks").children())

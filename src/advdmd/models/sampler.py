@@ -17,7 +17,8 @@ from advdmd.types import Cond, Json
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How a model is sampled: `eta` None is the ODE (a teacher, with `guidance_scale`), else the noise share of a student's steps.
+    """How a model is sampled: `eta` None is the ODE (a teacher, with `guidance_scale`), else the noise share of a student's
+    steps.
 
     steps in [1, 1000]; shift > 0; guidance_scale >= 1, 1 turns guidance off; eta in [0, 1]; last_time in (0, .999): TwinFlow's
     grid instead of the shifted one. Raises ValueError on values out of range, and on guidance for a student.
@@ -72,13 +73,18 @@ class SamplerConfig:
 
 
 def draw_noise(keys: Sequence[object], shape: Sequence[int], num_steps: int) -> Tensor:
-    """Standard normal noise [num_steps, N, *shape], on the CPU: every image has a stream of its own, so results do not depend on batches."""
+    """Standard normal noise [num_steps, N, *shape], on the CPU.
+
+    Every image has a stream of its own, so results do not depend on batches.
+    """
     return torch.stack([torch.randn(num_steps, *shape, generator=generator("image", k)) for k in keys], 1)
 
 
 @torch.no_grad()
 def decode(backbone: Backbone, x0: Tensor) -> Tensor:
-    """Latents [N, C, H, W] to images [N, 3, H', W'] in [-1, 1], on the autoencoder's device, which may be another than the transformer's."""
+    """Latents [N, C, H, W] to images [N, 3, H', W'] in [-1, 1], on the autoencoder's device, which may be another than the
+    transformer's.
+    """
     return backbone.decode(x0.to(backbone.vae.device))
 
 
@@ -91,7 +97,10 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.dev
 
 @torch.no_grad()
 def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, sampler: SamplerConfig) -> Tensor:
-    """Latents [N, ...] of conditions [N] from noise [>= steps, N, ...], of which the ODE uses the first; null [1] is for guidance."""
+    """Latents [N, ...] of conditions [N] from noise [>= steps, N, ...], of which the ODE uses the first.
+
+    Null [1] is for guidance.
+    """
     velocity, grid = Teacher(backbone, sampler.guidance_scale, null, net), sampler.grid(noise.device)
     if sampler.eta is None:
         return sample_euler(velocity, cond, noise[0], grid)
@@ -108,7 +117,9 @@ def sample(
     batch: int = 128,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] of N prompts; noise [>= steps, N, ...] as of `draw_noise`, of which the ODE uses the first.
+    """Images [N, 3, H, W] in [-1, 1] of N prompts.
+
+    Noise [>= steps, N, ...] as of `draw_noise`, of which the ODE uses the first.
 
     batch: prompts per pass. progress is called with the number of images that are done.
     """

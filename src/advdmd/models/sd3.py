@@ -13,11 +13,13 @@ MLP = ("net.0.proj", "net.2")
 
 
 class SD3:
-    """A StableDiffusion3Pipeline as a backbone: SD3 Medium, SD3.5 Medium and Large, and their miniatures.
+    """A StableDiffusion3Pipeline as a backbone.
 
-    `t5_length` is the pipeline's max_sequence_length: SD3 attends to padding, so text length is part of the function, and
-    training must use exactly the length that sampling uses. Without a third encoder the pipeline feeds that many zeros.
-    `side`: of the latents, by default the transformer's own.
+    SD3 Medium, SD3.5 Medium and Large, and their miniatures.
+
+    t5_length: the pipeline's max_sequence_length. SD3 attends to padding, so the text length is part of the function, and
+    training must use exactly the length that sampling uses. Without a third encoder the pipeline feeds that many zeros. side:
+    of the latents, by default the transformer's own. Raises ValueError if the transformer cannot take that side.
     """
 
     def __init__(self, pipe: Pipeline, t5_length: int = 256, side: int | None = None):
@@ -36,7 +38,10 @@ class SD3:
         self.latent_shape = (pipe.transformer.config.in_channels, side, side)
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
-        """The scheduler applies the time shift itself, so it is told the grid before shifting; its own would be another."""
+        """A student's grid of `steps` steps and no guidance.
+
+        The scheduler applies the time shift itself, so the grid is the one before it; its own would be another.
+        """
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {
             "sigmas": [round(float(t), 6) for t in flow.grid(steps)[:-1]],
@@ -83,9 +88,11 @@ class SD3:
         return Cond(torch.cat([clip, t5], 1), torch.cat([o.text_embeds for o in out], -1))
 
     def encode(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
         return kl_encode(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
         return kl_decode(self.vae, latents)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -100,12 +107,13 @@ class SD3:
         )[0].float()
 
     def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance as the pipeline has it."""
+        """Classifier-free guidance of velocities [N, C, H, W] as the pipeline has it."""
         return flow.guide(v, v_null, scale)
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
-        """Image tokens [N, T, W] after the blocks `taps`; what lies behind the last of them is not run."""
+        """Image tokens [N, T, hidden_size] after the blocks `indices`; later blocks are not run."""
         return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The transformer's blocks, in order."""
         return list(net.get_submodule("transformer_blocks").children())

@@ -15,8 +15,8 @@ TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat templa
 class ZImage:
     """A ZImagePipeline as a backbone, for latents of side `side`.
 
-    Its transformer takes lists, one latent and one caption a sample, counts time from noise (1 - t) and points from noise to
-    data: all of that is turned round here.
+    Its transformer takes lists, one latent and one caption per sample, counts time from noise (1 - t) and points from noise to
+    data: all of that is converted here. Raises ValueError if the side is odd.
     """
 
     def __init__(self, pipe: Pipeline, side: int = 128):
@@ -31,7 +31,10 @@ class ZImage:
         self.latent_shape = (self.net.config.in_channels, side, side)
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
-        """The pipeline's own grid is the student's: equal steps before a static shift. Its scale 0 turns guidance off."""
+        """`steps` steps and no guidance, which is scale 0 here.
+
+        The pipeline's own grid is the student's: equal steps before a static shift.
+        """
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {"num_inference_steps": steps, "guidance_scale": 0.0, "height": side, "width": side}
 
@@ -42,6 +45,7 @@ class ZImage:
 
     @property
     def encoders(self) -> list[nn.Module]:
+        """The text encoder."""
         return [self.pipe.text_encoder]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -52,16 +56,18 @@ class ZImage:
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def encode_text(self, ids: Tensor) -> Cond:
-        """Token ids and masks [N, 2, L] -> the second to last hidden states [N, L, D], zero and masked behind the prompt."""
+        """Token ids and masks [N, 2, L] -> the second to last hidden states [N, L, D], zero and masked after the prompt."""
         ids = ids[..., : int(ids[:, 1].sum(1).max())]
         tokens, mask = ids[:, 0], ids[:, 1]
         hidden = self.pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
 
     def encode(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
         return kl_encode(self.vae, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
         return kl_decode(self.vae, latents)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -73,15 +79,19 @@ class ZImage:
         return -torch.stack(list(out)).squeeze(2).float()
 
     def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance; the pipeline's own `guidance_scale` is this one less 1."""
+        """Classifier-free guidance of velocities [N, C, H, W]; the pipeline's own `guidance_scale` is this one minus 1."""
         return flow.guide(v, v_null, scale)
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
-        """Image tokens [N, T, W] after the layers `taps`, which have them before the caption's; later layers are not run."""
+        """Image tokens [N, T, hidden_size] after the layers `indices`, which hold them before the caption's.
+
+        Later layers are not run.
+        """
         tokens = x.shape[-2] * x.shape[-1] // 4
         return [
             o[:, :tokens].float() for o in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))
         ]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The transformer's joint layers, in order."""
         return list(net.get_submodule("layers").children())

@@ -33,7 +33,10 @@ class Diagnostic:
 
 
 _AHEAD = "the discriminator is far ahead of the student: lower discriminator_lr_scale and trunk_lr_scale"
-_BLIND = "the discriminator learns nothing here: raise discriminator_lr_scale or algorithm.fake_score_updates, or discriminator.trunk=own"
+_BLIND = (
+    "the discriminator learns nothing here: raise discriminator_lr_scale or algorithm.fake_score_updates, "
+    "or set discriminator.trunk=own"
+)
 
 
 def _auc(level: int) -> Diagnostic:

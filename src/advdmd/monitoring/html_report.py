@@ -4,7 +4,6 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from advdmd.evaluation import failure_gallery, results, tables
 from advdmd.files import read_object, write_text
@@ -13,6 +12,7 @@ from advdmd.monitoring.reward_hacking import reward_hacking_step
 from advdmd.recipes import registry
 from advdmd.recipes.overrides import diff, dump
 from advdmd.recipes.recipe import Recipe
+from advdmd.types import Json
 
 SHEETS = 8  # sheets of samples shown of a run, evenly spread and always the last
 FAILURES = 24
@@ -76,7 +76,7 @@ class RunRecord:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart."""
+    """The shortest endings of the paths that tell them apart. Raises ValueError if two are the same."""
     paths = [f.resolve().parts for f in folders]
     for n in range(1, max(map(len, paths), default=1) + 1):
         found = ["/".join(p[-n:]) for p in paths]
@@ -91,7 +91,7 @@ def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> 
     Raises ValueError on a folder that is no run or no evaluation, before anything is written.
     """
     if len(folders) > len(COLORS):
-        raise ValueError(f"{len(folders)} runs: at most {len(COLORS)} can be told apart on one page")
+        raise ValueError(f"{len(folders)} runs: at most {len(COLORS)} can be distinguished on one page")
     runs = [RunRecord.read(f, label) for f, label in zip(folders, labels(folders), strict=True)]
     found = [*scores, *(p.parent for f in folders for p in sorted(f.glob("*/scores.json")))]
     parts = [_overview(runs), _exams(runs), _panels(runs), _samples(runs), _scores(found) or _tables(folders), _recipes(runs)]
@@ -142,7 +142,7 @@ def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Ra
 
 
 def _exams(runs: Sequence[RunRecord]) -> str:
-    """Score, diversity and reward against forwards: where they part, the critic is being fooled."""
+    """Score, diversity and reward against forwards: reward hacking shows as reward up, score down."""
     cards = [
         _card(key, f"{text}, against forwards a sample", [r.curve(key, "eval/forwards_per_sample") for r in runs])
         for key, text in (
@@ -152,7 +152,7 @@ def _exams(runs: Sequence[RunRecord]) -> str:
         )
     ]
     cards.append(
-        _card("reward/final", "what the critic pays for final images, by step", [r.curve("reward/final") for r in runs])
+        _card("reward/final", "reward of the discriminator for final images, by step", [r.curve("reward/final") for r in runs])
     )
     parted = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
     note = f"<p>Reward and score parted: {html.escape(', '.join(parted))}.</p>" if parted else ""
@@ -194,7 +194,7 @@ def _samples(runs: Sequence[RunRecord]) -> str:
 
 def _scores(found: Sequence[Path]) -> str:
     """A table a suite, paired differences to its first evaluation, failures of its last."""
-    suites: dict[tuple[str, str], list[tuple[Path, dict[str, Any]]]] = {}
+    suites: dict[tuple[str, str], list[tuple[Path, Json]]] = {}
     for path in dict.fromkeys(found):
         summary, _ = results.read_scores(path)
         suites.setdefault((summary["suite"], summary["split"]), []).append((path, summary))
@@ -212,8 +212,8 @@ def _scores(found: Sequence[Path]) -> str:
             (n, p, results.read_verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()
         ]
         if columns:
-            shown, told, note = failure_gallery.failure_cards(columns[::-1], FAILURES)
-            out.append(f"<details><summary>{told}</summary><p>{note}</p>{shown}</details>")
+            shown, summary, note = failure_gallery.failure_cards(columns[::-1], FAILURES)
+            out.append(f"<details><summary>{summary}</summary><p>{note}</p>{shown}</details>")
     return "".join(out)
 
 

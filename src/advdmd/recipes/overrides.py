@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 def read_yaml(text: str) -> object:
-    """Plain YAML without tags, anchors or aliases, which a recipe does not need and which can expand without end. Raises ValueError."""
+    """Plain YAML without tags, anchors or aliases, which a recipe does not need and which can expand without end.
+
+    Raises ValueError.
+    """
     import yaml
 
     class Plain(yaml.SafeLoader):
@@ -40,7 +43,10 @@ def read_yaml(text: str) -> object:
 
 
 def parse_overrides(words: Sequence[str]) -> Json:
-    """["a.b=c"] -> {"a.b": c}, values read as YAML. Raises ValueError on a word without "=", and on keys of an earlier version."""
+    """["a.b=c"] -> {"a.b": c}, values read as YAML.
+
+    Raises ValueError on a word without "=", and on keys of an earlier version.
+    """
     out: Json = {}
     for word in words:
         key, eq, value = word.partition("=")
@@ -65,7 +71,7 @@ def flatten(tree: Mapping[str, Any], head: str = "") -> Json:
     return out
 
 
-def override(value: T, changes: Mapping[str, Any], path: str = "") -> T:
+def override(value: T, changes: Json, path: str = "") -> T:
     """A copy of a frozen dataclass with dotted keys replaced, types checked. Raises ValueError that names key and rule."""
     from pydantic import TypeAdapter, ValidationError
 

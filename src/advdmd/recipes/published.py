@@ -1,5 +1,6 @@
-"""Recipes for the published models: adapters on one frozen base for a card, whole networks spread over many; prompts and images
-from `advdmd encode`.
+"""Recipes for the published models, trained on the prompts and images of `advdmd encode`.
+
+A preset of one card trains adapters on one frozen base; presets of 8 and 32 cards train whole networks, sharded.
 
 None of these has been run on real weights. Turns and the critic are what worked in the miniature (docs/results.md), rates those
 of published few-step adapters; the teacher's guidance is its model card's.
@@ -18,6 +19,7 @@ from advdmd.data.aspect_buckets import CachedData
 from advdmd.models.discriminator import DiscriminatorConfig
 from advdmd.recipes.recipe import Recipe
 from advdmd.training.optimizer import OptimizerConfig
+from advdmd.types import Json
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class PublishedModel:
     hub: str
     guidance: float
     transformer: str  # class of diffusers
-    config: dict[str, Any] = field(default_factory=dict)  # where it differs from the class's defaults
+    config: Json = field(default_factory=dict)  # where it differs from the class's defaults
     text: int = 333  # tokens the transformer sees of a prompt, at most
 
 

@@ -15,7 +15,10 @@ MAX_ITERATIONS = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a distillation run. Raises ValueError on values out of range, and on settings that do not go together."""
+    """Everything that decides a distillation run.
+
+    Raises ValueError on values out of range, and on settings that do not go together.
+    """
 
     teacher: str  # a shipped name, a pipeline folder or a hub id
     algorithm: Algorithm[Any]
@@ -91,8 +94,8 @@ class Recipe:
             )
         if min(self.save_every, self.sample_every, self.eval_every) < 0 or self.eval_images < 1:
             raise ValueError(
-                f"save_every={self.save_every}, sample_every={self.sample_every}, eval_every={self.eval_every} count iterations "
-                f"(0: only at the end, no validation); eval_images={self.eval_images} must be at least 1"
+                f"save_every={self.save_every}, sample_every={self.sample_every}, eval_every={self.eval_every} count "
+                f"iterations (0: only at the end, no validation); eval_images={self.eval_images} must be at least 1"
             )
 
     @property
@@ -128,8 +131,9 @@ class Recipe:
 
     @property
     def costs(self) -> Costs:
-        """Units of forward passes: a backward counts two; one with adapters, whose frozen base needs no weight gradients; one more
-        where gradient checkpointing runs the blocks again."""
+        """Units of forward passes: a backward counts two; one with adapters, whose frozen base needs no weight gradients; one
+        more where gradient checkpointing runs the blocks again.
+        """
         backward = (1.0 if self.lora_rank else 2.0) + self.gradient_checkpointing
         d = self.discriminator
         return Costs(backward, max(d.feature_depths), d.trunk_gradient > 0)

@@ -13,4 +13,6 @@ class Scorer(Protocol):
     name: str
     fingerprint: str
 
-    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor: ...  # [H, W, 3] uint8 each -> [N] fp32
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor:
+        """Scores [N] fp32 of N images [H, W, 3] uint8 for N prompts."""
+        ...

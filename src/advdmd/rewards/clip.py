@@ -7,7 +7,6 @@ images padded to a square instead of cropped.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from advdmd.files import write_folder
+from advdmd.models.backbone import Module, Tokenizer
 from advdmd.models.pretrained import check_empty, load_pretrained_strict, load_tensors_only, load_tokenizer, weights_hash
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +23,10 @@ TEXT_LENGTH = 77
 
 
 def cropped(image: np.ndarray, size: int) -> Tensor:
-    """CLIP's own preprocessing: the shorter side to `size`, bicubic, the middle cut out. -> [3, size, size]"""
+    """CLIP's own preprocessing of an image [H, W, 3] uint8.
+
+    The shorter side to `size`, bicubic, the middle cut out. -> [3, size, size]
+    """
     picture, (h, w) = Image.fromarray(image), image.shape[:2]
     scale = size / min(h, w)
     picture = picture.resize((max(size, int(w * scale)), max(size, int(h * scale))), Image.Resampling.BICUBIC)
@@ -32,7 +35,10 @@ def cropped(image: np.ndarray, size: int) -> Tensor:
 
 
 def padded(image: np.ndarray, size: int) -> Tensor:
-    """HPSv2's: the longer side to `size`, bicubic, black around it. -> [3, size, size]"""
+    """HPSv2's preprocessing of an image [H, W, 3] uint8.
+
+    The longer side to `size`, bicubic, black around it. -> [3, size, size]
+    """
     picture, (h, w) = Image.fromarray(image), image.shape[:2]
     scale = size / max(h, w)
     picture = picture.resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.Resampling.BICUBIC)
@@ -47,13 +53,16 @@ def _normalised(picture: Image.Image) -> Tensor:
 
 
 class ClipScorer:
-    """A cosine of one CLIP, times `scale`, not below `least`."""
+    """A cosine of one CLIP's embeddings, times `scale`, not below `least`.
+
+    prepare: an image [H, W, 3] and a side -> pixels [3, side, side].
+    """
 
     def __init__(
         self,
         name: str,
-        model: Any,
-        tokenizer: Any,
+        model: Module,
+        tokenizer: Tokenizer,
         scale: float,
         least: float = float("-inf"),
         prepare: Callable[[np.ndarray, int], Tensor] = cropped,
@@ -65,13 +74,14 @@ class ClipScorer:
 
     @torch.no_grad()
     def embed(self, images: Sequence[np.ndarray]) -> Tensor:
-        """[N, D] of unit length."""
+        """Embeddings [N, D] of unit length of N images [H, W, 3] uint8."""
         size = self.model.config.vision_config.image_size
         pixels = torch.stack([self.prepare(i, size) for i in images]).to(self.device)
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu(), dim=-1)
 
     @torch.no_grad()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor:
+        """Scores [N] of N images [H, W, 3] uint8 for N prompts."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
         ).to(self.device)
@@ -79,13 +89,14 @@ class ClipScorer:
         return (self.scale * (self.embed(images) * text).sum(-1)).clamp(min=self.least)
 
 
-def _loaded(folder: Path) -> tuple[Any, Any]:
+def _loaded(folder: Path) -> tuple[Module, Module]:
     from transformers import CLIPModel
 
     return load_pretrained_strict(CLIPModel, folder), load_tokenizer(folder)
 
 
 def clip_score(folder: Path, device: str = "cpu") -> ClipScorer:
+    """CLIPScore with the CLIP of a folder in transformers' format. Raises ValueError if its weights do not fit."""
     model, tokenizer = _loaded(folder)
     name = f"clipscore[{folder.resolve().name}]"
     return ClipScorer(name, model, tokenizer, 100.0, 0.0, fingerprint=weights_hash(folder), device=device)
@@ -129,7 +140,10 @@ WITHIN = (
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's state dict as CLIPModel's: names, split projections, transposed heads. Raises ValueError on strange names."""
+    """open_clip's state dict as CLIPModel's: names, split projections [3 D, ...] -> [D, ...], transposed heads.
+
+    Raises ValueError on unknown names.
+    """
     out: dict[str, Tensor] = {}
     for name, v in state.items():
         if name == "attn_mask":

@@ -6,13 +6,13 @@ transformers' BLIP parts carry the original weights; its package needs torchvisi
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from advdmd.files import file_hash
+from advdmd.models.backbone import Module, Tokenizer
 from advdmd.models.pretrained import load_tensors_only, load_tokenizer
 from advdmd.rewards.clip import cropped
 
@@ -33,7 +33,7 @@ VISION = (
 class Network(nn.Module):
     """Image and text encoder and the rating head; `width` of the text encoder."""
 
-    def __init__(self, vision: Any, text: Any):
+    def __init__(self, vision: Module, text: Module):
         from transformers import BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -46,14 +46,14 @@ class Network(nn.Module):
         self.rating = nn.Sequential(*layers)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """[N, 3, 224, 224], [N, L], [N, L] -> [N]"""
+        """pixels [N, 3, 224, 224], ids [N, L], mask [N, L] -> ratings [N]."""
         seen = self.vision(pixel_values=pixels).last_hidden_state
         all_seen = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
         read = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=all_seen)
         return (self.rating(read.last_hidden_state[:, 0])[:, 0] - MEAN) / STD
 
 
-def published() -> tuple[Any, Any]:
+def published() -> tuple[Module, Module]:
     """The configs of ImageReward-v1.0: ViT-L/16 at 224, BERT-base with cross-attention."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
@@ -73,7 +73,11 @@ def published() -> tuple[Any, Any]:
 
 
 def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ImageReward.pt's state dict as `Network`'s; contrastive projections, which rating does not use, are left out."""
+    """ImageReward.pt's state dict as `Network`'s, tensors of the same shapes [...], without the contrastive projections, which
+    rating does not use.
+
+    Raises ValueError on unknown names.
+    """
     out: dict[str, Tensor] = {}
     for name, v in state.items():
         if name.startswith(("blip.vision_proj.", "blip.text_proj.")) or name.endswith("position_ids"):
@@ -94,13 +98,16 @@ def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ImageReward:
+    """ImageReward's rating of an image for a prompt."""
+
     name = "imagereward"
 
-    def __init__(self, net: Network, tokenizer: Any, fingerprint: str, device: str = "cpu"):
+    def __init__(self, net: Network, tokenizer: Tokenizer, fingerprint: str, device: str = "cpu"):
         self.net, self.tokenizer, self.fingerprint, self.device = net.to(device).eval(), tokenizer, fingerprint, device
 
     @torch.no_grad()
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> Tensor:
+        """Ratings [N] of N images [H, W, 3] uint8 for N prompts."""
         size = int(self.net.vision.config.image_size)  # type: ignore[arg-type]
         pixels = torch.stack([cropped(i, size) for i in images]).to(self.device)
         tokens = self.tokenizer(
@@ -109,8 +116,11 @@ class ImageReward:
         return self.net(pixels, tokens.input_ids, tokens.attention_mask).float().cpu()
 
 
-def image_reward(folder: Path, device: str = "cpu", settings: tuple[Any, Any] | None = None) -> ImageReward:
-    """From a folder with ImageReward.pt (only its tensors are read) and the tokenizer of bert-base-uncased."""
+def image_reward(folder: Path, device: str = "cpu", settings: tuple[Module, Module] | None = None) -> ImageReward:
+    """The scorer of a folder with ImageReward.pt (only its tensors are read) and the tokenizer of bert-base-uncased.
+
+    Raises ValueError if it does not fit.
+    """
     file = folder / "ImageReward.pt"
     net = Network(*(settings or published()))
     missing, extra = net.load_state_dict(converted(load_tensors_only(file)), strict=False)

@@ -1,4 +1,4 @@
-"""Scorers by name: what `advdmd metric` measures with, and what a recipe may pay beside the critic."""
+"""Scorers by name: what `advdmd metric` measures with, and what a recipe may use as a reward beside the discriminator."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ SCORERS = {"clipscore": clip_score, "pickscore": pick_score, "hpsv2": hps_v2, "i
 
 
 def load_scorer(kind: str, weights: Path, device: str = "cpu") -> Scorer:
-    """Raises ValueError if there is no such scorer, or its weights do not fit."""
+    """A scorer by name. Raises ValueError if there is no such scorer, or if its weights do not fit."""
     if kind not in SCORERS:
         raise ValueError(f"metric {kind!r}: one of {', '.join(SCORERS)}")
     return SCORERS[kind](weights, device)

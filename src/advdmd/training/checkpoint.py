@@ -27,9 +27,12 @@ def save(
     fingerprint: str = "",
     ranks: Ranks = ONE_RANK,
 ) -> None:
-    """Write `folder`/step-N.safetensors and its record, then remove all but the newest KEEP. `fingerprint` tells runs apart.
+    """Write `folder`/step-N.safetensors and its record, then remove all but the newest KEEP.
 
-    All ranks call this. The main process writes; where networks are sharded every rank writes its shares.
+    `fingerprint` tells runs apart.
+
+    extra_state: tensors [...] beside the learners. All ranks call this. The main process writes; where networks are sharded
+    every rank writes its shares.
     """
     from safetensors.torch import save_file
 
@@ -90,7 +93,9 @@ def latest(folder: Path, warn: Callable[[str], object] = print) -> tuple[Path, J
 def resume(
     folder: Path, learners: Mapping[str, Learner], extra_state: Mapping[str, Tensor], fingerprint: str | None = None
 ) -> int:
-    """Load the newest good checkpoint into the learners and `extra_state`, in place; returns its iteration (0: there is none).
+    """Load the newest good checkpoint into the learners and the tensors [...] of `extra_state`, in place.
+
+    Returns its iteration (0: none).
 
     Raises ValueError if there are checkpoints but none is good, or if they are of another run.
     """
@@ -107,8 +112,8 @@ def resume(
         raise ValueError(f"{path} is a checkpoint of another recipe: choose another --out")
     if set(record["counters"]) != set(learners):
         raise ValueError(
-            f"{path}: holds {sorted(record['counters'])}, this run needs {sorted(learners)}; a checkpoint of an earlier version "
-            "cannot be read: run again into another --out"
+            f"{path}: holds {sorted(record['counters'])}, this run needs {sorted(learners)}; a checkpoint of an earlier "
+            "version cannot be read: run again into another --out"
         )
     if path.is_dir():
         template = {f"{name}/{k}": v for name, learner in learners.items() for k, v in learner.state_template().items()}

@@ -34,7 +34,7 @@ def local_device(device: str) -> str:
 
 @contextmanager
 def init_distributed(device: str = "cpu") -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone. A process that dies ends the others with a ValueError."""
+    """The ranks that torchrun started, or this process alone. Raises ValueError on the others if a process dies."""
     if rank_and_world_size()[1] == 1:
         yield ONE_RANK
         return
@@ -90,22 +90,25 @@ def fully_shard_(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is sharded over ranks."""
+    """Whether a tensor of any shape is sharded over ranks."""
     return isinstance(x, DTensor)
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """This rank's share of a tensor, or all of a plain one; changes in place are changes of the tensor."""
+    """This rank's share of a tensor of any shape, or all of a plain one; changes in place are changes of the tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All of a tensor, on every rank. All ranks must call this."""
+    """All of a tensor of any shape, on every rank. All ranks must call this."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def distribute_like(x: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor sharded as `like` is. What is sharded already stays as it is, and so does all else where `like` is plain."""
+    """A plain tensor sharded as `like`, of the same shape, is.
+
+    What is sharded already stays as it is, and so does all else where `like` is plain.
+    """
     if isinstance(like, DTensor) and not isinstance(x, DTensor):
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
     return x
@@ -119,7 +122,7 @@ def all_reduce_sum(shares: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def grad_norm(grads: Sequence[Tensor]) -> float:
-    """The norm of all gradients together, of sharded ones and of replicas."""
+    """The norm of all gradients [...] together, of sharded ones and of replicas."""
     shards = [g for g in grads if is_sharded(g)]
     if not shards:
         return torch.nn.utils.get_total_norm(grads).item()
@@ -129,7 +132,9 @@ def grad_norm(grads: Sequence[Tensor]) -> float:
 
 
 def save_sharded(tensors: Mapping[str, Tensor], folder: Path) -> str:
-    """Every rank writes its shares into `folder`, as safetensors (torch.distributed.checkpoint); returns `sharded_hash`.
+    """Every rank writes its shares of tensors [...] into `folder`, as safetensors (torch.distributed.checkpoint).
+
+    Returns `sharded_hash`.
 
     Raises OSError if any rank cannot write.
     """
@@ -153,7 +158,10 @@ def sharded_hash(folder: Path) -> str:
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of a folder's files, of which each rank reads a part; "" of what cannot be read, as all ranks must exchange them."""
+    """The hashes of a folder's files, of which each rank reads a part.
+
+    "" of what cannot be read, as all ranks must exchange them.
+    """
     files, size = sorted(f for f in folder.iterdir() if f.is_file()), dist.get_world_size()
     own = dict.fromkeys((f.name for f in files[dist.get_rank() :: size]), "")
     for name in own:
@@ -165,7 +173,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
 
 
 def load_sharded(folder: Path, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `save_sharded` wrote, by however many ranks, sharded as the tensors of the same names in `template` are now.
+    """What `save_sharded` wrote, by however many ranks, sharded as the tensors [...] of the same names in `template` are now.
 
     Raises ValueError if the folder holds a name that `template` lacks.
     """

@@ -34,14 +34,16 @@ class _OptimizerState:
 
 
 class Learner:
-    """A trainable network with its optimizers and its EMA. Call it to predict; `update` takes one optimizer step on losses.
+    """A trainable network with its optimizers and its EMA.
+
+    Call it to predict; `update` takes one optimizer step on losses.
 
     net: the network. call: what calling the learner does, usually backbone.velocity of the network. optimizers: name ->
     (configuration, parameter groups). ema_decay: decay of an exponential moving average of the parameters, moved after every
-    update with decay min(ema_decay, (1 + n) / (10 + n)); None: no average. ema_net: a network with parameters of the same names,
-    which from now on hold the average; by default new ones do. make_unsharded: makes another network of the same kind, into which one that is
-    sharded over ranks is gathered. log_prefixes: of an optimizer's metrics, by default "NAME/" of "main", "NAME/OPTIMIZER_" of
-    others.
+    update with decay min(ema_decay, (1 + n) / (10 + n)); None: no average. ema_net: a network with parameters of the same
+    names, which from now on hold the average; by default new ones do. make_unsharded: makes another network of the same kind,
+    into which one that is sharded over ranks is gathered. log_prefixes: of an optimizer's metrics, by default "NAME/" of
+    "main", "NAME/OPTIMIZER_" of others.
     """
 
     def __init__(
@@ -125,8 +127,11 @@ class Learner:
 
     @torch.no_grad()
     def _gradient_alignment(self) -> Metrics:
-        """Of two optimizers that have both made updates: the cosine of their mean gradients (Adam's first moments), and how long
-        the second's is beside the first's. Not measured with moments of 8 bits."""
+        """Of two optimizers that have both made updates.
+
+        The cosine of their mean gradients (Adam's first moments), and how long the second's is beside the first's. Not
+        measured with moments of 8 bits.
+        """
         both = list(self._optimizers.items())
         if len(both) != 2 or not all(o.updates and o.config.state_bits == 32 for _, o in both):
             return {}
@@ -150,7 +155,7 @@ class Learner:
         self.ema_updates += 1
 
     def ema_state_dict(self) -> dict[str, Tensor]:
-        """The state dict with EMA weights: buffers as they are, parameters averaged."""
+        """The state dict with EMA weights, same shapes: buffers as they are, parameters averaged."""
         return {**self.net.state_dict(), **{k: v.data for k, v in self.ema.items()}}
 
     def ema_copy(self, of: T) -> T:
@@ -182,7 +187,7 @@ class Learner:
         return net
 
     def state_dict(self) -> tuple[dict[str, Tensor], Json]:
-        """Everything that must survive a stop: tensors by name, and counters."""
+        """Everything that must survive a stop: tensors of any shape by name, and counters."""
         tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()}
         tensors |= {f"ema/{k}": v.data for k, v in self.ema.items()}
         for key, o in self._optimizers.items():
@@ -193,7 +198,7 @@ class Learner:
         return tensors, {"ema_updates": self.ema_updates, "optimizers": counts}
 
     def state_template(self) -> dict[str, Tensor]:
-        """By the names of `state_dict`, a tensor like each that it may hold."""
+        """By the names of `state_dict`, a tensor of the same shape for each that it may hold."""
         out: dict[str, Tensor] = {f"net/{k}": v for k, v in self.net.state_dict().items()}
         out |= {f"ema/{k}": v.data for k, v in self.ema.items()}
         for key, o in self._optimizers.items():
@@ -204,7 +209,10 @@ class Learner:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], counters: Json) -> None:
-        """Inverse of `state_dict`. Raises ValueError on missing or extra names, and on checkpoints of an earlier version."""
+        """Inverse of `state_dict`, same shapes.
+
+        Raises ValueError on missing or extra names, and on checkpoints of an earlier version.
+        """
         if "optimizers" not in counters:
             raise ValueError(
                 f"{self.name}: this checkpoint is an earlier version's and cannot be read: run again into another --out"

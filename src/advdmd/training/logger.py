@@ -13,7 +13,9 @@ MAX_LINES = 10_000  # of metrics.jsonl, about: a longer run writes every second 
 
 
 class MetricsLogger:
-    """Appends one JSON line per iteration to `folder`/metrics.jsonl; on resume it drops lines of iterations that will be repeated.
+    """Appends one JSON line per iteration to `folder`/metrics.jsonl.
+
+    On resume it drops lines of iterations that will be repeated.
 
     iterations, start: the run's last and first. console_keys: metrics of the console line. trackers: training.trackers.
     """

@@ -39,8 +39,7 @@ class OptimizerConfig:
             )
         if self.warmup_steps < 0 or self.decay_steps < 0:
             raise ValueError(
-                f"OptimizerConfig(warmup_steps={self.warmup_steps}, decay_steps={self.decay_steps}): counts of updates cannot be "
-                "negative"
+                f"OptimizerConfig(warmup_steps={self.warmup_steps}, decay_steps={self.decay_steps}): must not be negative"
             )
 
     def learning_rate(self, update: int) -> float:
@@ -68,7 +67,7 @@ def adam(config: OptimizerConfig, params: Sequence[Sequence[nn.Parameter]]) -> t
 
 
 def moment_names(p: Tensor, config: OptimizerConfig) -> set[str]:
-    """Names of the state that Adam keeps of a parameter that has moved, without tables that are the same for all."""
+    """Names of the state that Adam keeps of a parameter [...] that has moved, without tables that are the same for all."""
     if config.state_bits == 32:
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"step", "state1", "state2"} | ({"absmax1", "absmax2"} if p.numel() >= MIN_8BIT_SIZE else set())

@@ -6,7 +6,7 @@ Neither torchvision nor OpenMMLab's packages are needed.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from advdmd.evaluation.benchmark import Judgement, SuiteItem
 from advdmd.evaluation.geneval import COCO, COLORS, THRESHOLD
 from advdmd.evaluation.judges.mask2former import is_geneval_detector
+from advdmd.models.backbone import Module, Tokenizer
 from advdmd.models.pretrained import load_pretrained_strict, load_tokenizer, weights_hash
+from advdmd.types import Json
 
 LONG, SHORT, MULTIPLE = 1333, 800, 32  # the detector's input: sides to fit into, and what both are padded to a multiple of
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB
@@ -82,16 +84,22 @@ def instances_from_logits(
 
 
 def crop(image: np.ndarray, mask: np.ndarray, box: Sequence[float]) -> Image.Image:
-    """An object alone: grey outside its mask, cut to its box."""
+    """An object alone, as a picture.
+
+    Image [H, W, 3] uint8, grey outside its mask [H, W], cut to its box (left, top, right, bottom).
+    """
     picture = Image.fromarray(image)
     alone = Image.composite(picture, Image.new("RGB", picture.size, BLANK), Image.fromarray(mask))
     return alone.crop(tuple(round(v) for v in box))  # type: ignore[arg-type]
 
 
 class ClipColorClassifier:
-    """CLIP's zero-shot answer to which of ten colours an object has."""
+    """CLIP's zero-shot answer to which of ten colours an object has.
 
-    def __init__(self, clip: Any, tokenizer: Any, processor: Any, device: str = "cpu"):
+    Raises ValueError if the CLIP has another activation than OpenAI's ViT-L/14.
+    """
+
+    def __init__(self, clip: Module, tokenizer: Tokenizer, processor: Tokenizer, device: str = "cpu"):
         acts = {clip.config.text_config.hidden_act, clip.config.vision_config.hidden_act}
         if acts != {"quick_gelu"}:
             raise ValueError(
@@ -113,23 +121,27 @@ class ClipColorClassifier:
 
     @torch.no_grad()
     def name(self, crops: Sequence[Image.Image], label: str) -> list[str]:
+        """The colour of each of some crops of objects of class `label`."""
         pixels = self.processor(list(crops), return_tensors="pt").pixel_values.to(self.device)
         seen = F.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         return [COLORS[int(i)] for i in (seen @ self._classifier(label).T).argmax(1)]
 
 
 class GenEvalDetector:
-    """GenEval's perceiver; only with OpenMMLab's weights (`comparable`) do its figures stand beside published ones."""
+    """GenEval's judge; only with OpenMMLab's weights (`comparable`) can its figures be compared to published ones."""
 
     batch = 1  # images may differ in size
 
-    def __init__(self, net: Any, colours: ClipColorClassifier, fingerprint: str, comparable: bool, device: str = "cpu"):
+    def __init__(self, net: Module, colours: ClipColorClassifier, fingerprint: str, comparable: bool, device: str = "cpu"):
         self.net, self.colours, self.device = net.to(device).eval(), colours, device
         self.name = "mask2former-swin-s + clip" + ("" if comparable else " (other weights than GenEval's: not comparable)")
         self.fingerprint = fingerprint
 
     def self_test(self) -> None:
-        """A drawn red and a drawn blue square must be called so: channels in order, activation and templates right."""
+        """A red and a blue square must be named so: channels in order, activation and templates right.
+
+        Raises ValueError if not.
+        """
         for color, rgb in (("red", (224, 31, 31)), ("blue", (31, 64, 230))):
             image = np.full((128, 128, 3), 200, np.uint8)
             image[32:96, 32:96] = rgb
@@ -141,7 +153,10 @@ class GenEvalDetector:
 
     @torch.no_grad()
     def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
-        """Objects above the threshold, at most 16 of a class; colours of those classes whose colour the item asks for."""
+        """Objects in each of N images [H, W, 3] above the threshold, at most 16 of a class.
+
+        Colours of those classes whose colour the item asks for.
+        """
         return [self._look(item, image) for item, image in zip(items, images, strict=True)]
 
     def _look(self, item: SuiteItem, image: np.ndarray) -> Judgement:
@@ -149,7 +164,7 @@ class GenEvalDetector:
         out = self.net(pixel_values=x.to(self.device))
         classes, masks = out.class_queries_logits[0].float().cpu(), out.masks_queries_logits[0].float().cpu()
         found = instances_from_logits(classes, masks, (x.shape[-2], x.shape[-1]), size, (image.shape[0], image.shape[1]))
-        objects: list[dict[str, Any]] = []
+        objects: list[Json] = []
         asked = {c["class"] for c in item.meta["include"] if "color" in c}
         for k in found.labels.unique().tolist():
             mine = (found.labels == k).nonzero()[:MAX_OBJECTS, 0].tolist()
@@ -164,6 +179,7 @@ class GenEvalDetector:
 
 
 def load_color_classifier(folder: Path, device: str = "cpu") -> ClipColorClassifier:
+    """The colour classifier of a CLIP folder in transformers' format. Raises ValueError if its weights do not fit."""
     from transformers import CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from advdmd.files import file_hash, write_folder
+from advdmd.models.backbone import Module
 from advdmd.models.pretrained import check_empty, load_tensors_only
 
 METADATA_FILE, SOURCE = "advdmd.json", "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
@@ -99,7 +99,10 @@ def _patch_order(v: Tensor, theirs: bool) -> Tensor:
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenMMLab's state dict (2.x or 3.x names) as transformers'. Raises ValueError on a name that is not the detector's."""
+    """OpenMMLab's state dict (2.x or 3.x names) as transformers': tensors of the same shapes [...], but for split projections.
+
+    Raises ValueError on a name that is not the detector's.
+    """
     out: dict[str, Tensor] = {}
     for name, v in state.items():
         modern = name
@@ -119,7 +122,10 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `converted`, with 3.x names; what the detector does not use is left out."""
+    """Inverse of `to_transformers`, with 3.x names, tensors of the same shapes [...].
+
+    What the detector does not use is left out.
+    """
     back, out = [(ours, theirs) for theirs, ours in NAMES], {}
     joined = {n: [(ours.replace("{qkv}", n), theirs) for theirs, ours in SPLIT] for n in "qkv"}
     for name, v in state.items():
@@ -135,11 +141,11 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def config(**changes: Any) -> Any:
-    """Swin-S at window 7, 100 queries, COCO's 80 things: the config of OpenMMLab's `SOURCE`."""
+def config(**changes: Module) -> Module:
+    """Swin-S at window 7, 100 queries, COCO's 80 classes: the configuration of OpenMMLab's `SOURCE`, with changes."""
     from transformers import Mask2FormerConfig, SwinConfig
 
-    make: Any = SwinConfig  # its annotations lack what it takes
+    make: Module = SwinConfig  # its annotations lack what it takes
     swin = make(
         embed_dim=96,
         depths=[2, 2, 18, 2],
@@ -151,8 +157,11 @@ def config(**changes: Any) -> Any:
     return Mask2FormerConfig(**{"backbone_config": swin, "num_labels": 80, **changes})
 
 
-def load_state(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Load strictly: only what the detector does not use may be missing, nothing may be left over. Raises ValueError."""
+def load_state(model: Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict, tensors of the model's shapes [...], strictly.
+
+    Only what the detector does not use may be missing, nothing may be left over. Raises ValueError.
+    """
     missing, extra = model.load_state_dict(state, strict=False)
     lacking = [k for k in missing if not NOT_THEIRS.search(k)]
     if lacking or extra:
@@ -161,12 +170,11 @@ def load_state(model: Any, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def convert(checkpoint: Path, out: Path, settings: Any = None) -> Path:
+def convert(checkpoint: Path, out: Path, settings: Module = None) -> Path:
     """OpenMMLab's .pth -> a transformers folder (safetensors). A .pth is a pickle: only its tensors are read.
 
-    `settings`: of another network than the benchmark's.
-
-    Raises ValueError if the file is none of the detector's or holds anything but data.
+    settings: the configuration of another network than the benchmark's. Raises ValueError if the file is not the detector's or
+    holds anything but data.
     """
     from transformers import Mask2FormerForUniversalSegmentation
 

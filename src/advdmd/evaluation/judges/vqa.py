@@ -16,14 +16,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from advdmd.evaluation.benchmark import Judgement, SuiteItem
+from advdmd.models.backbone import Module, Tokenizer
 from advdmd.models.pretrained import load_pretrained_strict, load_tokenizer, weights_hash
+from advdmd.types import Json
 
 QUESTION_TEMPLATE = "{q} Answer with yes or no only."
 IMAGE = "<|image_pad|>"
@@ -32,7 +33,7 @@ Answer = Callable[[Image.Image, str], float]  # probability of yes
 
 
 class VQAJudge:
-    """The perceiver of any question suite: puts an item's questions to one judge, image by image."""
+    """The judge of any suite of questions: puts an item's questions to one model, image by image."""
 
     batch = 1
 
@@ -40,13 +41,17 @@ class VQAJudge:
         self.name, self.fingerprint, self.answer = name, fingerprint, answer
 
     def self_test(self) -> None:
-        """A plain red picture must be more red than blue to the judge."""
+        """A plain red picture must be more red than blue to the model. Raises ValueError if it is not."""
         picture = Image.new("RGB", (64, 64), (224, 31, 31))
         red, blue = (self.answer(picture, f"is the picture {c}?") for c in ("red", "blue"))
         if not red > blue:
             raise ValueError(f"self-test: of a red picture {self.name} says 'red' with {red:.2f} and 'blue' with {blue:.2f}")
 
     def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:
+        """The probability of yes for each question of each of N images [H, W, 3].
+
+        Raises ValueError if an answer is no probability.
+        """
         out = []
         for item, image in zip(items, images, strict=True):
             picture = Image.fromarray(image)
@@ -85,6 +90,7 @@ class JudgeProcess:
         return self.process
 
     def __call__(self, picture: Image.Image, question: str) -> float:
+        """The probability of yes, 0 or 1, to a question about a picture. Raises ValueError if the process gives no answer."""
         process, data = self._running(), io.BytesIO()
         picture.save(data, "PNG")
         assert process.stdin is not None
@@ -111,10 +117,11 @@ def mplug(python: str, model: str = "damo/mplug_visual-question-answering_coco_l
 class QwenVL:
     """Qwen3-VL's probability of yes: over the distinct first tokens of yes and no, normalised.
 
-    transformers' own processor wants a video processor and with it torchvision, so the few steps for one image are made here.
+    transformers' own processor needs a video processor and with it torchvision, so the few steps for one image are made here.
+    Raises ValueError if the tokenizer begins yes and no with the same token.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, images: Any, device: str = "cpu"):
+    def __init__(self, model: Module, tokenizer: Tokenizer, images: Tokenizer, device: str = "cpu"):
         self.model, self.tokenizer, self.images, self.device = model.to(device).eval(), tokenizer, images, device
         ids = lambda words: {tokenizer.encode(w, add_special_tokens=False)[0] for w in words}  # noqa: E731
         yes, no = ids(YES_WORDS), ids(NO_WORDS)
@@ -124,6 +131,10 @@ class QwenVL:
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, question: str) -> float:
+        """The probability of yes to a question about a picture.
+
+        Raises ValueError if the chat template has no place for the image.
+        """
         said = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION_TEMPLATE.format(q=question)}]}
         ]
@@ -160,7 +171,10 @@ def qwen_vl(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 class Endpoint:
-    """A chat endpoint that speaks OpenAI's protocol; the key is read from the environment and written nowhere."""
+    """A chat endpoint with OpenAI's protocol; the key is read from the environment and written nowhere.
+
+    Raises ValueError unless `url` is an http address.
+    """
 
     def __init__(self, url: str, model: str, key_variable: str = "OPENAI_API_KEY", timeout: float = 120.0):
         if not url.startswith(("http://", "https://")):
@@ -168,6 +182,7 @@ class Endpoint:
         self.url, self.model, self.key_variable, self.timeout = url.rstrip("/"), model, key_variable, timeout
 
     def __call__(self, picture: Image.Image, question: str) -> float:
+        """The probability of yes to a question about a picture. Raises ValueError if the endpoint gives no answer."""
         data = io.BytesIO()
         picture.save(data, "PNG")
         image = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -194,8 +209,8 @@ class Endpoint:
             raise ValueError(f"the judge at {self.url} gave no answer: {type(e).__name__}: {e}") from None
         return self._probability(choice)
 
-    def _probability(self, choice: dict[str, Any]) -> float:
-        """From the first token's probabilities where they are given, else from the word that was said."""
+    def _probability(self, choice: Json) -> float:
+        """From the first token's probabilities where they are given, else from the word of the answer."""
         first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
         mass = {"yes": 0.0, "no": 0.0}
         for token in first:
@@ -211,4 +226,5 @@ class Endpoint:
 
 
 def endpoint(url: str, model: str) -> VQAJudge:
+    """A judge behind a chat endpoint, with the name of its model."""
     return VQAJudge(model, _mark("endpoint", url, model, QUESTION_TEMPLATE), Endpoint(url, model))

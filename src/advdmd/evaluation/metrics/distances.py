@@ -23,7 +23,10 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD under (x . y / D + 1)^3. Raises ValueError if a side has fewer than two."""
+    """Unbiased squared MMD under (x . y / D + 1)^3 of features [N, D], [M, D].
+
+    Raises ValueError if a side has fewer than two.
+    """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"{len(x)} and {len(y)} images: an unbiased estimate needs at least two on each side")
     k = lambda a, b: (a.astype(np.float64) @ b.astype(np.float64).T / a.shape[1] + 1) ** 3  # noqa: E731

@@ -23,6 +23,8 @@ maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
 class Conv(nn.Module):
+    """Convolution without bias, batch norm, ReLU: [N, n_in, H, W] -> [N, n_out, H', W']."""
+
     def __init__(self, n_in: int, n_out: int, **kw: Any):
         super().__init__()
         self.conv = nn.Conv2d(n_in, n_out, bias=False, **kw)
@@ -33,6 +35,8 @@ class Conv(nn.Module):
 
 
 class BlockA(nn.Module):
+    """One block: [N, C, H, W] -> [N, C', H', W']."""
+
     def __init__(self, n: int, pooled: int):
         super().__init__()
         self.branch1x1 = Conv(n, 64, kernel_size=1)
@@ -47,6 +51,8 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
+    """One block: [N, C, H, W] -> [N, C', H', W']."""
+
     def __init__(self, n: int):
         super().__init__()
         self.branch3x3 = Conv(n, 384, kernel_size=3, stride=2)
@@ -59,6 +65,8 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
+    """One block: [N, C, H, W] -> [N, C', H', W']."""
+
     def __init__(self, n: int, m: int):
         super().__init__()
         wide, tall = {"kernel_size": (1, 7), "padding": (0, 3)}, {"kernel_size": (7, 1), "padding": (3, 0)}
@@ -78,6 +86,8 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
+    """One block: [N, C, H, W] -> [N, C', H', W']."""
+
     def __init__(self, n: int):
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = Conv(n, 192, kernel_size=1), Conv(192, 320, kernel_size=3, stride=2)
@@ -92,6 +102,8 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
+    """One block: [N, C, H, W] -> [N, C', H', W']."""
+
     def __init__(self, n: int, pool: Callable[[Tensor], Tensor]):
         super().__init__()
         wide, tall = {"kernel_size": (1, 3), "padding": (0, 1)}, {"kernel_size": (3, 1), "padding": (1, 0)}

@@ -51,7 +51,7 @@ def unknown_words(prompt: str) -> list[str]:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise ValueError naming the words the miniature does not know, and those it does."""
+    """Raises ValueError that names the words the miniature does not know, and those it does."""
     if bad := unknown_words(prompt):
         raise ValueError(
             f"prompt {prompt!r}: the miniature does not know {', '.join(map(repr, bad))}. It knows: {', '.join(VOCABULARY)}"

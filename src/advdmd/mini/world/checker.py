@@ -223,7 +223,7 @@ def _read_scene(images: np.ndarray) -> list[ObservedScene]:
 
 
 def read_scene(images: np.ndarray, batch: int = 256) -> list[ObservedScene]:
-    """What each image shows. images: [N, 32, 32, 3], uint8 or float in [0, 1]; raises ValueError on another shape."""
+    """What each image [N, 32, 32, 3], uint8 or float in [0, 1], shows. Raises ValueError on another shape."""
     if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(f"checker: images of shape {images.shape}, expected [N, {SIZE}, {SIZE}, 3]")
     as_float = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)

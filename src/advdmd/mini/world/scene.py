@@ -60,6 +60,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
+    """A background and the objects on it."""
+
     background: str
     things: tuple[SceneObject, ...]
 
@@ -94,8 +96,13 @@ def stable_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class World:
-    """Which shapes and colours occur. One colour per shape is held out by hash: those pairs are never drawn nor named in
-    training and make the compositional split."""
+    """Which shapes and colours occur.
+
+    Raises ValueError on unknown ones, or too few.
+
+    One colour per shape is held out by hash: those pairs are never drawn nor named in training and make the compositional
+    split.
+    """
 
     shapes: tuple[str, ...] = SHAPES
     colors: tuple[str, ...] = tuple(COLORS)
@@ -159,8 +166,8 @@ def draw_scene(
 ) -> Scene:
     """A random scene in which `spec` is true and nothing else is present.
 
-    Free attributes are uniform over `world` (sizes by P_LARGE); held-out pairs appear only if named or with `pairs`.
-    Raises ValueError if `attempts` x 64 layouts hold no room for it.
+    Free attributes are uniform over `world` (sizes by P_LARGE); held-out pairs appear only if named or with `pairs`. Raises
+    ValueError if `attempts` x 64 layouts hold no room for it.
     """
     n = sum(g.count for g in spec.groups)
     if not 1 <= n <= MAX_OBJECTS:
@@ -200,7 +207,10 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 
 
 def random_spec(task: str, rng: np.random.Generator, world: World = FULL) -> Spec:
-    """A spec of one of GenEval's six tasks, or "dense": 2-3 fully described groups, background, one relation."""
+    """A spec of one of GenEval's six tasks, or "dense": 2-3 fully described groups, background, one relation.
+
+    Raises ValueError on another task.
+    """
     shapes = [str(s) for s in rng.permutation(world.shapes)]
     colors = [str(c) for c in rng.permutation(world.colors)]
     relation = (0, list(RELATIONS)[rng.integers(4)], 1)
