@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: mini test docs lint coverage audit
+.PHONY: mini test docs lint check coverage audit
 mini: $(VENV)/ready
 	$(BIN)/advdmd mini --out runs/mini
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: lint docs test
 
 coverage: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered

@@ -4,7 +4,7 @@ Two parts, each by name or both, added to what --out holds already: `same`: the 
 twice, and gone on with from a checkpoint; `size`: AdvDMD with adapters on transformers of true size with random weights, in
 processes of their own: peak memory beside what `advdmd show` says, seconds an iteration, share of the card's matrix rate.
 
-    python benchmarks/card.py [same] [size] [--only sd35-medium-80gb@512 ...] [--out results/card.json]
+    python benchmarks/card.py [same] [size] [--only sd35-medium-80gb@512 ...] [--out results/performance/card.json]
 
 With --tiny, on any machine: the same code with the miniature's transformers, to see that it runs.
 """
@@ -25,7 +25,7 @@ import torch
 
 from advdmd.commands.train import train
 from advdmd.distillation import memory
-from advdmd.distillation.build import build
+from advdmd.distillation.build import build_models
 from advdmd.files import write_text
 from advdmd.models import loading
 from advdmd.models.quantization import quantize
@@ -177,11 +177,6 @@ def operations(forward: Callable[[], object]) -> int:
 
 def size(case: str, device: str, tiny: bool, rounds: int = 2) -> dict[str, Any]:
     """One preset at one resolution: iterations with everything in them, on few samples."""
-    with loading.default_device(device):
-        return _size(case, device, tiny, rounds)
-
-
-def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     began = time.perf_counter()
     preset, _, resolution = case.partition("@")
     model, _, card = preset.rpartition("-")
@@ -191,35 +186,36 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     net = backbone.net
     width = net.config.joint_attention_dim
 
-    def said(n: int) -> Cond:
+    def conditions(n: int) -> Cond:
         pooled = None if "pooled_projection_dim" not in net.config else torch.randn(n, net.config.pooled_projection_dim)
-        return Cond(torch.randn(n, text, width), pooled, torch.ones(n, text, dtype=torch.long) if pooled is None else None)
+        mask = torch.ones(n, text, dtype=torch.long) if pooled is None else None
+        return Cond(torch.randn(n, text, width), pooled, mask).to(device)
 
-    prompts = said(r.prompts_per_step)
-    member = torch.arange(r.prompts_per_step).repeat_interleave(r.algorithm.group_size)
-    batch = Batch(prompts[member], torch.randn(r.batch, *backbone.latent_shape), member)
-    n = min(getattr(r.algorithm, "micro", r.batch), r.batch)
+    prompts = conditions(r.prompts_per_step)
+    member = torch.arange(r.prompts_per_step, device=device).repeat_interleave(r.algorithm.group_size)
+    batch = Batch(prompts[member], torch.randn(r.batch, *backbone.latent_shape, device=device), member)
+    n = min(r.algorithm.samples_per_pass(r.batch), r.batch)
 
     @torch.no_grad()
     def forward() -> None:
-        backbone.velocity(net, batch.real[:n], torch.full((n,), 0.5), batch.cond[:n])
+        backbone.velocity(net, batch.real_latents[:n], torch.full((n,), 0.5, device=device), batch.cond[:n])
 
     each = operations(forward) / n
     if r.base_bits < 32:
         quantize(backbone.blocks(net), r.base_bits, backbone.dtype, device)
-    players: Any = build(r, backbone, said(1))
+    models = build_models(r, backbone, conditions(1))
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
     F, ids = sum(r.forwards(step).values()), list(range(r.batch))
 
     def iteration() -> None:
-        r.algorithm.train_step(players, batch, step, Rng(0, step, ids))
+        r.algorithm.train_step(models, batch, step, Rng(0, step, ids, device=device))
 
     ready = time.perf_counter() - began
     if on := device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     first = clock(iteration)
-    zero_target_embedding = torch.cuda.memory_allocated() if on else 0
+    resident = torch.cuda.memory_allocated() if on else 0
     unit = min(clock(forward) for _ in range(3)) / n
     # The first is a few hundredths slower; one that takes long is not repeated.
     took = statistics.median(clock(iteration) for _ in range(rounds)) if first < LONG else first
@@ -233,7 +229,7 @@ def _size(case: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
         "predicted_standing_gb": round((predicted.total - passing) / GB, 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 1) if on else None,
         "reserved_gb": round(torch.cuda.max_memory_reserved() / GB, 1) if on else None,
-        "standing_gb": round(zero_target_embedding / GB, 1) if on else None,
+        "standing_gb": round(resident / GB, 1) if on else None,
         "forwards_a_sample": round(F, 1),
         "samples": r.batch,
         "seconds": round(took, 2),
@@ -256,32 +252,32 @@ def main() -> None:
     ask.add_argument("--rounds", type=int, default=2)
     ask.add_argument("--tiny", action="store_true")
     ask.add_argument("--patience", type=float, default=120, help="seconds for a case")
-    ask.add_argument("--out", type=Path, default=Path("results/card.json"))
+    ask.add_argument("--out", type=Path, default=Path("results/performance/card.json"))
     ask.add_argument("--runs", help=argparse.SUPPRESS)
     ask.add_argument("--on", help=argparse.SUPPRESS)
     ask.add_argument("--case", help=argparse.SUPPRESS)
-    told = ask.parse_args()
+    args = ask.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if told.runs:
-        return runs(told.runs, told.on, told.out)
-    if told.case:
-        return write_text(told.out, json.dumps(size(told.case, device, told.tiny, told.rounds)))
-    found: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {}
-    if "same" in told.parts:
-        found["same"] = found.get("same", {}) | same([n for n in SAME if not told.only or n in told.only], device)
-        write_text(told.out, json.dumps(found, indent=1))
-    if "size" in told.parts:
+    if args.runs:
+        return runs(args.runs, args.on, args.out)
+    if args.case:
+        return write_text(args.out, json.dumps(size(args.case, device, args.tiny, args.rounds)))
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    if "same" in args.parts:
+        found["same"] = found.get("same", {}) | same([n for n in SAME if not args.only or n in args.only], device)
+        write_text(args.out, json.dumps(found, indent=1))
+    if "size" in args.parts:
         with tempfile.TemporaryDirectory() as place:
-            for case in (c for c in SIZE if not told.only or c in told.only):
+            for case in (c for c in SIZE if not args.only or c in args.only):
                 file = Path(place) / f"{case}.json"
-                command = [sys.executable, __file__, "--case", case, "--rounds", str(told.rounds), "--out", str(file)]
+                command = [sys.executable, __file__, "--case", case, "--rounds", str(args.rounds), "--out", str(file)]
                 try:
-                    subprocess.run(command + ["--tiny"] * told.tiny, timeout=told.patience, check=True)
+                    subprocess.run(command + ["--tiny"] * args.tiny, timeout=args.patience, check=True)
                     measured = json.loads(file.read_text())
                 except subprocess.SubprocessError as e:
                     measured = {"case": case, "failed": type(e).__name__}
                 found["size"] = [r for r in found.get("size", []) if r["case"] != case] + [measured]
-                write_text(told.out, json.dumps(found, indent=1))
+                write_text(args.out, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How far a policy's replay drifts from its path in low precision: the ratio that must be 1 before any update.
 
-    python benchmarks/drift.py [--out results/drift.json]
+    python benchmarks/drift.py [--out results/reliability/drift.json]
 
 The shipped mini-sd35 at 4 steps, 32 samples; what the guard of AdvDMD stops is any |ratio - 1| above 1e-5.
 """
@@ -25,7 +25,7 @@ SAMPLES, STEPS = 32, 4
 
 
 def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
-    """[3, N] |ratio - 1| of the noisy hops: rolled out in one piece, replayed `micro` samples at a time."""
+    """[3, N] |ratio - 1| of the stochastic steps: rolled out in one piece, replayed `micro` samples at a time."""
     backbone, _ = loading.load("mini-sd35", dtype=dtype)
     cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle and a blue square"] * SAMPLES))
     noise = torch.randn(STEPS, SAMPLES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -40,14 +40,14 @@ def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
         for i in torch.arange(SAMPLES).split(micro):
             for k in range(STEPS - 1):
                 step, _ = step_distribution(student, path.x[k, i], grid[k], grid[k + 1], cond[i], coefficients)
-                off[k, i] = ((step.neg_mse(path.x[k + 1, i]) - path.close[k, i]).exp() - 1).abs()
+                off[k, i] = ((step.neg_mse(path.x[k + 1, i]) - path.neg_mse[k, i]).exp() - 1).abs()
     return off
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    ask.add_argument("--out", type=Path, default=Path("results/drift.json"))
-    told = ask.parse_args()
+    ask.add_argument("--out", type=Path, default=Path("results/reliability/drift.json"))
+    args = ask.parse_args()
     torch.set_num_threads(1)
     cases = {
         "float32, same pieces": (torch.float32, False, SAMPLES),
@@ -56,7 +56,7 @@ def main() -> None:
         "bfloat16, other pieces": (torch.bfloat16, False, 8),
         "float32 path, bfloat16 replay": (torch.float32, True, SAMPLES),
     }
-    clip = AdvDMD().clip * math.sqrt(65536 / 256)
+    clip = AdvDMD().clip_range * math.sqrt(65536 / 256)
     rows = {}
     for name, case in cases.items():
         off = ratios(*case)
@@ -68,7 +68,7 @@ def main() -> None:
         print(
             f"{name:32} max |ratio - 1| {rows[name]['max']:.2e}, outside the clip range {rows[name]['outside_clip_range']:.0%}"
         )
-    write_text(told.out, json.dumps({"clip_range": clip, "tolerance": RATIO_TOLERANCE, "rows": rows}, indent=1))
+    write_text(args.out, json.dumps({"clip_range": clip, "tolerance": RATIO_TOLERANCE, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

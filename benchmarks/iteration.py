@@ -2,7 +2,7 @@
 
 A forward of the batch without gradient is timed between the iterations; medians; ratios only, as clocks here drift. Where
 nvidia-modelopt is installed (it needs omegaconf and pulp too), its DMD2 is measured in the same way, beside ours.
-Usage: python benchmarks/iteration.py [--threads 1] [--rounds 7] [--out results/iteration.json]
+Usage: python benchmarks/iteration.py [--threads 1] [--rounds 7] [--out results/performance/iteration.json]
 """
 
 import argparse
@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from advdmd.distillation.batches import load_training_data
 
 from advdmd import flow
-from advdmd.distillation.build import build
-from advdmd.models import loading
+from advdmd.distillation.build import setup
 from advdmd.recipes import registry
 from advdmd.rng import Rng
 
@@ -55,7 +53,7 @@ def forwards(backbone: Any, batch: Any) -> Callable[[], None]:
     @torch.no_grad()
     def run() -> None:
         for _ in range(3):
-            backbone.velocity(backbone.net, batch.real, t, batch.cond)
+            backbone.velocity(backbone.net, batch.real_latents, t, batch.cond)
 
     return run
 
@@ -74,14 +72,12 @@ def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, An
     """A full iteration of a recipe."""
     _, r = registry.resolve(name, ["data.num_prompts=16", f"threads={threads}", *changes])
     torch.set_num_threads(threads)
-    backbone, _ = loading.load(r.teacher)
-    data, a = load_training_data(r, backbone), r.algorithm
-    models = build(r, backbone, data.null)
+    backbone, data, models = setup(r, r.data.open(r.teacher))
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
-    batch, ids = data.deal(0)
+    batch, ids = data.batch_fn(0)
 
     def iteration() -> float:
-        a.train_step(models, batch, step, Rng(0, step, ids))
+        r.algorithm.train_step(models, batch, step, Rng(0, step, ids))
         return sum(r.forwards(step).values())
 
     return row(" ".join((name, *changes)), *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))
@@ -96,14 +92,14 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
         return None
     _, r = registry.resolve("mini-sd35-dmd2", ["data.num_prompts=16", f"threads={threads}"])
     torch.set_num_threads(threads)
-    backbone, _ = loading.load(r.teacher)
-    data = load_training_data(r, backbone)
-    batch, _ = data.deal(0)
+    backbone, data, _ = setup(r, r.data.open(r.teacher))
+    batch, _ = data.batch_fn(0)
+    shift = r.algorithm.sampler().shift
     student, fake = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
-    times = SampleTimestepConfig(t_list=flow.grid(4, r.algorithm.shift).tolist(), shift=r.algorithm.shift)
+    times = SampleTimestepConfig(t_list=flow.grid(4, shift).tolist(), shift=shift)
     config = DMDConfig(
         pred_type="flow",
-        guidance_scale=r.guidance,
+        guidance_scale=r.guidance_scale,
         student_sample_steps=4,
         student_sample_type="sde",
         num_train_timesteps=1000,
@@ -116,7 +112,7 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
     passes: list[int] = []
     for net in (student, fake, backbone.net):
         net.register_forward_hook(lambda *_: passes.append(3 if torch.is_grad_enabled() else 1))
-    said = {"encoder_hidden_states": batch.cond.embeds, "pooled_projections": batch.cond.pooled, "return_dict": False}
+    cond = {"encoder_hidden_states": batch.cond.embeds, "pooled_projections": batch.cond.pooled, "return_dict": False}
     negative = {"negative_encoder_hidden_states": data.null.embeds.expand(len(batch), -1, -1)}
     losses = ((pipe.compute_student_loss, negative), (pipe.compute_fake_score_loss, {}))
 
@@ -124,7 +120,7 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
         passes.clear()
         for optim, (loss, more) in zip(optims, losses, strict=True):
             optim.zero_grad(set_to_none=True)
-            loss(batch.real, torch.randn_like(batch.real), **said, **more)["total"].backward()
+            loss(batch.real_latents, torch.randn_like(batch.real_latents), **cond, **more)["total"].backward()
             torch.nn.utils.clip_grad_norm_([p for g in optim.param_groups for p in g["params"]], 1.0)
             optim.step()
         return float(sum(passes))

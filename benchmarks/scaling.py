@@ -1,7 +1,7 @@
 """How the cost of an AdvDMD iteration grows: with batch, group, steps, latent size, and with one process or two.
 
 Each setting is timed turn by turn with the main job's own, so that what else the machine does falls on both; ratios only.
-    python benchmarks/scaling.py [--rounds 5] [--out results/scaling.json]
+    python benchmarks/scaling.py [--rounds 5] [--out results/performance/scaling.json]
 """
 
 import argparse
@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from advdmd.distillation.batches import load_training_data
 
-from advdmd.distillation.build import build
+from advdmd.distillation.build import build_models, setup
 from advdmd.files import write_text
-from advdmd.models import loading
 from advdmd.recipes import registry
 from advdmd.rng import Rng
 
@@ -38,23 +36,23 @@ SIDES = (8, 16, 32)
 
 
 class Setting:
-    """A recipe with changes, ready to be played; with a `side` of its latents, by a network with random weights."""
+    """A recipe with changes, ready to run; with a `side` of its latents, by a network with random weights."""
 
     def __init__(self, *changes: str, side: int | None = None):
         self.recipe = registry.resolve(RECIPE, [*COMMON, *changes])[1]
-        backbone: Any = loading.load(self.recipe.teacher)[0]
-        data = load_training_data(self.recipe, backbone)
-        self.batch, self.ids = data.deal(0)
+        backbone, data, self.models = setup(self.recipe, self.recipe.data.open(self.recipe.teacher))
+        self.batch, self.ids = data.batch_fn(0)
         if side:
-            net = type(backbone.net).from_config({**backbone.net.config, "sample_size": side, "pos_embed_max_size": side})
+            old: Any = backbone.net
+            net = type(old).from_config({**old.config, "sample_size": side, "pos_embed_max_size": side})
             backbone.net = net.requires_grad_(False).eval()
-            times = side // self.batch.real.shape[-1]
-            self.batch = replace(self.batch, real=self.batch.real.repeat(1, 1, times, times))
-        self.models = build(self.recipe, backbone, data.null)
+            times = side // self.batch.real_latents.shape[-1]
+            self.batch = replace(self.batch, real_latents=self.batch.real_latents.repeat(1, 1, times, times))
+            self.models = build_models(self.recipe, backbone, data.null)
         steps = range(self.recipe.iterations)
         self.step = max(steps, key=lambda i: sum(self.recipe.forwards(i).values()))  # a full iteration
 
-    def play(self) -> float:
+    def seconds_per_sample(self) -> float:
         began = time.perf_counter()
         self.recipe.algorithm.train_step(self.models, self.batch, self.step, Rng(0, self.step, self.ids))
         return (time.perf_counter() - began) / len(self.batch)
@@ -67,7 +65,7 @@ def axis(settings: Mapping[str, Callable[[], Setting]], base: Setting, rounds: i
         other = make()
         ratios = []
         for i in range(rounds + 1):
-            ours, theirs = base.play(), other.play()
+            ours, theirs = base.seconds_per_sample(), other.seconds_per_sample()
             if i:  # the first round warms up
                 ratios.append(theirs / ours)
         counted = [sum(s.recipe.forwards(s.step).values()) for s in (other, base)]
@@ -102,15 +100,15 @@ def processes(rounds: int) -> dict[str, float]:
 def main() -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("--rounds", type=int, default=5)
-    ask.add_argument("--out", type=Path, default=Path("results/scaling.json"))
-    told = ask.parse_args()
+    ask.add_argument("--out", type=Path, default=Path("results/performance/scaling.json"))
+    args = ask.parse_args()
     torch.set_num_threads(1)
     axes = {name: {k: partial(Setting, *v) for k, v in settings.items()} for name, settings in AXES.items()}
     axes["latent side"] = {str(n): partial(Setting, side=n) for n in SIDES}
     base = Setting()
-    found: dict[str, Any] = {name: axis(settings, base, told.rounds) for name, settings in axes.items()}
-    found["two processes beside one"] = processes(max(1, told.rounds // 2))
-    write_text(told.out, json.dumps(found, indent=1))
+    found: dict[str, Any] = {name: axis(settings, base, args.rounds) for name, settings in axes.items()}
+    found["two processes beside one"] = processes(max(1, args.rounds // 2))
+    write_text(args.out, json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
 
 

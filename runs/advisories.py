@@ -1,6 +1,6 @@
 """pip-audit without a network: its OSV service, answered on loopback from a checkout of an advisory database.
 
-    python runs/advisories.py CHECKOUT [--audit pip-audit] [--out results/advisories.json]
+    python runs/advisories.py CHECKOUT [--audit pip-audit] [--out results/reliability/advisories.json]
 
 CHECKOUT: of github.com/pypa/advisory-database, YAML files in the OSV format below `vulns`. Exits with pip-audit's code: 1 if it
 knows of anything about a pinned version.
@@ -66,8 +66,8 @@ def serve(known: dict[str, list[dict[str, Any]]]) -> ThreadingHTTPServer:
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             name = canonicalize_name(asked["package"]["name"])
-            told = [a for a in known.get(name, ()) if affects(a, name, asked["version"])]
-            body = json.dumps({"vulns": told} if told else {}).encode()
+            args = [a for a in known.get(name, ()) if affects(a, name, asked["version"])]
+            body = json.dumps({"vulns": args} if args else {}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -87,15 +87,15 @@ def main() -> None:
     ask.add_argument("--audit", default="pip-audit")
     ask.add_argument("--pins", type=Path, default=PINS)
     ask.add_argument("--out", type=Path)
-    told = ask.parse_args()
-    known = read(told.checkout)
+    args = ask.parse_args()
+    known = read(args.checkout)
     every = {a["id"]: a for found in known.values() for a in found}
-    pins = [line for line in told.pins.read_text().splitlines() if "==" in line]
+    pins = [line for line in args.pins.read_text().splitlines() if "==" in line]
     about = [p for p in pins if canonicalize_name(p.partition("==")[0]) in known]
     server = serve(known)
     url = f"http://127.0.0.1:{server.server_port}/v1/query"
-    words = ["-s", "osv", "--osv-url", url, "-r", str(told.pins), "--no-deps", "--disable-pip", "-f", "json"]
-    done = subprocess.run([told.audit, *words], capture_output=True, text=True)
+    words = ["-s", "osv", "--osv-url", url, "-r", str(args.pins), "--no-deps", "--disable-pip", "-f", "json"]
+    done = subprocess.run([args.audit, *words], capture_output=True, text=True)
     print(done.stderr, file=sys.stderr)
     answer = json.loads(done.stdout)["dependencies"]
     found = {
@@ -107,8 +107,8 @@ def main() -> None:
         "vulnerable": {d["name"]: [v["id"] for v in d["vulns"]] for d in answer if d.get("vulns")},
     }
     print(json.dumps(found, indent=1))
-    if told.out:
-        write_text(told.out, json.dumps(found, indent=1))
+    if args.out:
+        write_text(args.out, json.dumps(found, indent=1))
     sys.exit(done.returncode)
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ RUNS: dict[str, tuple[list[str], str, list[str]]] = {
     for kind, words in KINDS.items()
 } | {
     "mini-sd35-advdmd-plain": ([], "mini-sd35-advdmd", [*METHODS["advdmd"][1:], *PLAIN]),
-    "mini-sd35-advdmd-exams": ([], "mini-sd35-advdmd", [*METHODS["advdmd"][1:], "eval_every=2", "eval_images=6"]),
+    "mini-sd35-advdmd-eval": ([], "mini-sd35-advdmd", [*METHODS["advdmd"][1:], "eval_every=2", "eval_images=6"]),
     "two-processes-advdmd": (TWO, "mini-sd35-advdmd-long", METHODS["advdmd"][1:]),
     "two-processes-advdmd-adapters": (TWO, "mini-qwen-advdmd-long", [*METHODS["advdmd"][1:], "lora_rank=4"]),
     "two-processes-twinflow": (TWO, "mini-sd35-twinflow", []),
@@ -166,7 +167,7 @@ def of_products(folder: Path) -> dict[str, str]:
     stock = json.loads((student / "advdmd.json").read_text())["stock_call"]
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(student, text_encoder_3=None, tokenizer_3=None)
+    pipe: Any = DiffusionPipeline.from_pretrained(student, text_encoder_3=None, tokenizer_3=None)
     torch.manual_seed(0)
     image = pipe("a picture of a red circle", generator=torch.Generator().manual_seed(0), **stock).images[0]
     plans = [json.loads((folder / place / "plan.json").read_text()) for place in ("cache", "drawn")]

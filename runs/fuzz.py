@@ -1,6 +1,6 @@
 """Hostile input, 20,000 cases: each ends in a result or one clear error, none in a crash, a hang, a file outside of the folder.
 
-    python runs/fuzz.py [--cases 20000] [--seed 0] [--out results/fuzz.json]
+    python runs/fuzz.py [--cases 20000] [--seed 0] [--out results/reliability/fuzz.json]
 
 A ValueError, or an OSError that names a file, is a clear error. Anything else is a finding, and so are five seconds.
 """
@@ -207,7 +207,7 @@ def table(rng: random.Random, here: Path) -> None:
     csv.writer(out).writerows([HEAD, *good])
     said = out.getvalue().encode()
     (here / "dpg.csv").write_bytes(damaged(said, rng) if rng.random() < 0.3 else said)
-    dpg.DPG(here / "dpg.csv").items()
+    dpg.DPG(str(here / "dpg.csv")).items()
 
 
 HEAD = (
@@ -306,7 +306,7 @@ def shard(rng: random.Random, here: Path) -> None:
     kept.cond(range(n))
     _ = kept.null
     for i in range(n):
-        kept.images(i)
+        kept.num_images(i)
         kept.real(i, 0)
 
 
@@ -328,12 +328,12 @@ def records(rng: random.Random, here: Path) -> None:
     (here / "best.safetensors").write_bytes(damaged(save({"a": torch.zeros(2)}), rng))
     rng.choice(
         (
-            lambda: health.diagnose(health.read_metrics(here), health.healthy_ranges()),
+            lambda: health.diagnose(health.read_metrics(here), health.shipped_ranges()["advdmd/4"]),
             lambda: results.read_scores(here),
             lambda: results.read_verdicts(here),
             lambda: list(judging._lines(here)),
             lambda: validation.load_best(here, torch.nn.ParameterDict({"a": torch.zeros(2)})),
-            lambda: checkpoint.latest(here, say=lambda _: None),
+            lambda: checkpoint.latest(here, warn=lambda _: None),
             lambda: loading.load(str(here)),
         )
     )()
@@ -354,7 +354,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Path], None], int]] = {
 
 def case(kind: str, seed: int) -> str:
     """What came of one case: fine, refused, or the finding."""
-    rng, told = random.Random(f"{kind}/{seed}"), ""
+    rng, end = random.Random(f"{kind}/{seed}"), ""
     with tempfile.TemporaryDirectory() as root:
         here = Path(root) / "in"
         here.mkdir()
@@ -363,21 +363,21 @@ def case(kind: str, seed: int) -> str:
         signal.alarm(60)
         try:
             KINDS[kind][0](rng, here)
-            told = "fine"
+            end = "fine"
         except (ValueError, OSError) as e:
-            told = "refused" if str(e) else "an error that says nothing"
+            end = "refused" if str(e) else "an error that says nothing"
         except FloatingPointError:
-            told = "refused"
+            end = "refused"
         except Slow:
-            told = "slow"
+            end = "slow"
         except Exception:
-            told = traceback.format_exc(limit=-3)
+            end = traceback.format_exc(limit=-3)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
         if [p.name for p in Path(root).iterdir()] != ["in"]:
-            told = "wrote outside of the folder"
-    return told
+            end = "wrote outside of the folder"
+    return end
 
 
 def main() -> None:
@@ -399,12 +399,12 @@ def main() -> None:
     for kind, (_, weight) in KINDS.items():
         count: Counter[str] = Counter()
         for i in range(-(-args.cases * weight // total)):
-            told = case(kind, args.seed * 10**6 + i)
-            if told not in ("fine", "refused"):
+            end = case(kind, args.seed * 10**6 + i)
+            if end not in ("fine", "refused"):
                 bad += 1
                 if bad <= 20:
-                    print(f"--- {kind}, case {i}: {told}", flush=True)
-            count[told if told in ("fine", "refused", "slow") else "finding"] += 1
+                    print(f"--- {kind}, case {i}: {end}", flush=True)
+            count[end if end in ("fine", "refused", "slow") else "finding"] += 1
         rows[kind] = dict(count)
         print(kind, rows[kind], flush=True)
     if args.out:

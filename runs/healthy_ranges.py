@@ -47,10 +47,9 @@ def main() -> None:
             cells.append("" if f is None else f"**{f.value:.3g}**" if f.remedy else f"{f.value:.3g}")
         lines.append(f"| `{d.key}` | {' | '.join(cells)} |")
     advice = ["| diagnostic | what it is | below the range | above the range |", "|---|---|---|---|"]
-    advice += [
-        f"| `{d.key}` | {d.meaning.replace('|', chr(92) + '|')} | {d.low or '-'} | {d.high or '-'} |"
-        for d in health.DIAGNOSTICS
-    ]
+    for d in health.DIAGNOSTICS:
+        meaning = d.meaning.replace("|", "\\|")
+        advice.append(f"| `{d.key}` | {meaning} | {d.low or '-'} | {d.high or '-'} |")
     page = ROOT / "docs/health.md"
     text = page.read_text().partition(MARK)[0]
     page.write_text("\n".join([f"{text}{MARK}", "## What each number means", "", *advice, "", "## Ranges", "", *lines, ""]))

@@ -13,9 +13,8 @@ ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src/advdmd"
 MODULES = sorted(SRC.rglob("*.py"))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-LOG = ROOT / "docs/log.md"  # entries of before the renames keep the names of their day
-SHAPE = re.compile(r"\[[^\]\n]*[A-Z0-9n][^\]\n]*\]|\[\]|scalar|same shape|any shape")
-# Names of before November 2026 that no reader should meet again, but in recipes/renamed.py and in the log's older entries.
+SHAPE = re.compile(r"\[(\.\.\.|[a-z]|[^\]\n]*[A-Z0-9n][^\]\n]*)?\]|scalar|same shape|any shape")
+# Names of before 27 November 2026. Only recipes/renamed.py, which reads old files, may have them.
 OLD_NAMES = (
     *("descend", "tell_apart", "track_student", "match_teacher", "prefer_paid_hops", "catch_up", "make_cast", "make_twin"),
     *("make_players", "make_bonus", "make_deal", "at_home", "late_exits", "sights", "twin_grid", "closeness", "group_spread"),
@@ -25,7 +24,8 @@ OLD_NAMES = (
     *("critic", "critics", "pupil", "exam", "exams", "hop", "hops", "told", "supply", "perceiver", "players", "cast"),
     *("kernels.py", "supply.py", "players.py", "exam.py", "turns.py", "cast.py", "book.py", "meter.py", "page.py"),
 )
-FROZEN = re.compile(r"""["'(,\s](critic\.(k|u|fake|real|order)|exam)["',\s)]""")  # names of random streams and seeds
+# Names of random streams, which are seeds; typing.cast.
+FROZEN = re.compile(r"""["'](critic\.(k|u|fake|real|order)|exams?|hops)["']|typing import.*cast|cast\(Any,""")
 
 
 def functions(tree: ast.Module) -> list[tuple[str, ast.FunctionDef, str]]:
@@ -79,8 +79,6 @@ def old_names() -> list[str]:
         if file.name in ("renamed.py", "house_figures.py") or "teachers" in file.parts:
             continue
         for n, line in enumerate(file.read_text().splitlines(), 1):
-            if file == LOG and "<!-- older -->" in file.read_text()[: file.read_text().find(line) or None]:
-                break
             if (hit := pattern.search(line)) and not FROZEN.search(line):
                 found.append(f"{file.relative_to(ROOT)}:{n}: {hit[1]}")
     return found

@@ -1,6 +1,6 @@
 """Kills training, encoding, drawing, scoring and export at random moments, lets the same call go on, and compares.
 
-    python runs/kills.py [--kills 100] [--seed 0] [--ranks 1] [--out results/kills.json]
+    python runs/kill_test.py [--kills 100] [--seed 0] [--ranks 1] [--out results/reliability/kills.json]
 
 One process: every file of the result must be equal, byte for byte, to that of a run that nobody killed, and no hidden file may
 be left behind. Exports replace an older one, scoring begins with the images. Two ranks, of
@@ -97,7 +97,8 @@ def child(work: Callable[[], object], log: Path) -> int:
         return pid
     try:
         with open(log, "a") as out:
-            os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
         work()
         os._exit(0)
     except BaseException as e:
@@ -188,8 +189,8 @@ def together(work: Callable[[], object], ranks: int, log: Path) -> list[int]:
         port = s.getsockname()[1]
 
     def one(rank: int) -> None:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({k: str(v) for k, v in told.items()})
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in env.items()})
         work()
 
     return [child(partial(one, rank), log) for rank in range(ranks)]

@@ -119,7 +119,7 @@ def ablations(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def runs_of(folder: Path) -> dict[str, list[dict[str, float]]]:
+def runs_of(folder: Path) -> dict[str, health.RunMetrics]:
     """Run name (METHOD-SEED) -> its metrics."""
     return {f.parent.name: health.read_metrics(f.parent) for f in sorted(folder.glob("*/metrics.jsonl"))}
 
@@ -131,12 +131,12 @@ def smooth(values: list[float], width: int = 9) -> np.ndarray:
     )
 
 
-def reward(metrics: list[dict[str, float]], steps: list[int], F: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def reward(metrics: health.RunMetrics, steps: list[int], F: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     paid = [(m["step"], m["reward/final"]) for m in metrics if "reward/final" in m]
     return (np.interp([s for s, _ in paid], steps, F), smooth([r for _, r in paid])) if len(paid) > 2 else None
 
 
-def curves(folder: Path, runs: dict[str, list[dict[str, float]]]) -> None:
+def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
     """Held-out score and diversity of every run against forwards; and one panel a run with score, diversity and reward."""
     import matplotlib
 
@@ -176,7 +176,7 @@ def curves(folder: Path, runs: dict[str, list[dict[str, float]]]) -> None:
     plt.close("all")
 
 
-def hacking(runs: dict[str, list[dict[str, float]]]) -> str:
+def hacking(runs: dict[str, health.RunMetrics]) -> str:
     """In how many runs with rewards the reward rose while the score fell."""
     rewarded = {name: metrics for name, metrics in runs.items() if any("reward/final" in m for m in metrics)}
     found = {name: step for name, metrics in rewarded.items() if (step := reward_hacking_step(metrics)) is not None}
@@ -232,9 +232,9 @@ def summary() -> str:
 
 def between(page: Path, marks: tuple[str, str], text: str) -> None:
     """Put text between two marks of a page."""
-    text = page.read_text()
-    head, tail = text.index(marks[0]) + len(marks[0]), text.index(marks[1])
-    page.write_text(f"{text[:head]}\n{text}\n{text[tail:]}")
+    old = page.read_text()
+    head, tail = old.index(marks[0]) + len(marks[0]), old.index(marks[1])
+    page.write_text(f"{old[:head]}\n{text}\n{old[tail:]}")
 
 
 def reliability() -> None:

@@ -1,8 +1,8 @@
 """A long run of the smallest recipe: does memory, the number of open files, the metrics file or the cost of an iteration grow?
 
-    python runs/long.py [--iterations 20000] [--out results/long.json]
+    python runs/soak.py [--iterations 20000] [--out results/reliability/soak.json]
 
-Memory (resident) and open files are read every two seconds; slopes are fitted behind the first tenth, in which pools fill.
+Memory (resident) and open files are read every two seconds; slopes are fitted after the first tenth, in which pools fill.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from kills import teacher
+from kill_test import teacher
 
 from advdmd.files import write_text
-from advdmd.monitoring.health import read
+from advdmd.monitoring.health import read_metrics
 
 EVERY = 2.0  # seconds
 WORDS = [
@@ -29,7 +29,7 @@ WORDS = [
     "threads=1",
     "discriminator.hidden_size=8",
 ]
-WORDS += ["algorithm.steps=2", "algorithm.fake_score_updates=1", "discriminator.trunk=fake"]  # two descents and a policy turn
+WORDS += ["algorithm.steps=2", "algorithm.fake_score_updates=1", "discriminator.trunk=fake"]  # two updates and a policy update
 WORDS += ["save_every=500", "sample_every=2000", "eval_every=2000", "eval_images=2"]
 
 
@@ -67,15 +67,15 @@ def slope(steps: np.ndarray, values: np.ndarray) -> dict[str, float]:
 def main() -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("--iterations", type=int, default=20000)
-    ask.add_argument("--out", type=Path, default=Path("results/long.json"))
-    told = ask.parse_args()
+    ask.add_argument("--out", type=Path, default=Path("results/reliability/soak.json"))
+    args = ask.parse_args()
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
-        words = [*WORDS, f"iterations={told.iterations}", f"algorithm.dm_only_iterations={told.iterations // 4}"]
+        words = [*WORDS, f"iterations={args.iterations}", f"algorithm.dm_only_iterations={args.iterations // 4}"]
         words += [f"teacher={teacher(Path(home) / 'teacher')}"]
         command = [sys.executable, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
         seen = watched(command, folder / "metrics.jsonl")
-        metrics = read(folder)
+        metrics = read_metrics(folder)
         size = (folder / "metrics.jsonl").stat().st_size
         checkpoints = len(list((folder / "checkpoints").glob("*.safetensors")))
     steps, memory, files = (np.array(column, float) for column in zip(*seen, strict=True))
@@ -83,7 +83,7 @@ def main() -> None:
     at, eta = (np.array([m[k] for m in policy]) for k in ("step", "cost/efficiency"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
-        "iterations": told.iterations,
+        "iterations": args.iterations,
         "commit": os.environ.get("COMMIT", commit),
         "resident_mb": slope(steps, memory),
         "open_files": slope(steps, files),
@@ -91,7 +91,7 @@ def main() -> None:
         "metrics": {"lines": len(metrics), "bytes": size},
         "checkpoints_kept": checkpoints,
     }
-    write_text(told.out, json.dumps(found, indent=1))
+    write_text(args.out, json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
 
 

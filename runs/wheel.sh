@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The wheel in a clean environment: built, installed with the pinned versions, run from another folder; and a bill of materials of
-# what is installed then. Writes results/wheel.json and results/sbom.cdx.json. PYTHON may name another interpreter.
+# what is installed then. Writes results/reliability/wheel.json and results/reliability/sbom.cdx.json. PYTHON may name another interpreter.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd) here=$(mktemp -d) python=${PYTHON:-python3.11}
 trap 'rm -rf "$here"' EXIT
@@ -27,7 +27,7 @@ root, wheel = Path(sys.argv[1]), next(Path().glob("advdmd-*.whl"))
 pins = dict(x.split("==") for x in (root / "constraints.txt").read_text().split("\n") if "==" in x)
 there = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in distributions()}
 bill = json.loads(Path("sbom.cdx.json").read_text())
-told = {
+record = {
     "commit": subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
     "wheel": wheel.name,
     "megabytes": round(wheel.stat().st_size / 2**20, 1),
@@ -38,7 +38,7 @@ told = {
     "bill_of_materials": len(bill["components"]),
     "ran": ["show", "sample", "train", "eval", "export"],
 }
-(root / "results/wheel.json").write_text(json.dumps(told, indent=1) + "\n")
-(root / "results/sbom.cdx.json").write_text(Path("sbom.cdx.json").read_text())
-print(json.dumps(told, indent=1))
+(root / "results/reliability/wheel.json").write_text(json.dumps(record, indent=1) + "\n")
+(root / "results/reliability/sbom.cdx.json").write_text(Path("sbom.cdx.json").read_text())
+print(json.dumps(record, indent=1))
 END

@@ -1,5 +1,6 @@
-"""What the documentation says to type is typed here, and what it links to is there."""
+"""What the documentation says to type is typed here, what it names exists, and what it links to is there."""
 
+import importlib
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import pytest
 import typer
 
 from advdmd.cli import main
+from advdmd.mini.suites import MiniSuite
 from advdmd.recipes import registry
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +124,61 @@ def test_the_documentations_commands_run_in_their_order(tmp_path, monkeypatch, s
     for file in (*made, "cache/manifest.json", "runs/mine/student/pytorch_lora_weights.safetensors", "scores/mini/scores.json"):
         assert (tmp_path / file).is_file(), file
     assert list((tmp_path / "runs/two/tensorboard").iterdir())
+
+
+def test_the_readmes_example_in_python_runs(tmp_path, monkeypatch):
+    """As it stands, but with smaller numbers and a small suite."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    words = ", ".join(f'"{w}"' for w in [*TINY[1:], *POOL])
+    assert '"iterations=100", "seed=1"' in code
+    code = code.replace('"iterations=100", "seed=1"', f'"iterations=2", "seed=1", {words}')
+    assert '"mini-geneval",' in code
+    code = code.replace('"mini-geneval",', "SUITE,")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"SUITE": MiniSuite("mini-geneval", images_per_task=2, prompts_per_task=2)})
+    for file in ("pictures/000.png", "python-student/model_index.json", "runs/python-scores/scores.json"):
+        assert (tmp_path / file).is_file(), file
+
+
+def test_the_public_functions_are_imported_when_they_are_first_used():
+    code = "import sys, advdmd; assert 'torch' not in sys.modules; print(*[getattr(advdmd, n) for n in advdmd.__all__])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        importlib.import_module("advdmd").trian  # noqa: B018
+
+
+def symbols(page):
+    """Back-ticked dotted names of Python in a page, such as `losses.dmd` or `algorithms.advdmd.AdvDMD.advantages`."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for name in re.findall(r"`((?:advdmd\.)?[a-z_0-9]+(?:\.[A-Za-z_0-9]+)+)(?:\(\))?`", text):
+        parts = name.removeprefix("advdmd.").split(".")
+        top = ROOT / "src/advdmd" / parts[0]
+        if (top.is_dir() or top.with_suffix(".py").is_file()) and parts[-1] not in ("py", "json", "yaml", "md"):
+            yield ".".join(parts)
+
+
+NAMES = sorted({(page.name, name) for page in PAGES if page.name != "log.md" for name in symbols(page)})
+
+
+def test_pages_name_enough_symbols():
+    assert len(NAMES) >= 45
+
+
+@pytest.mark.parametrize(("page", "name"), NAMES)
+def test_every_symbol_in_the_documentation_exists(page, name):
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["advdmd", *parts[:n]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[n:]:
+            fields = getattr(found, "__dataclass_fields__", {})
+            found = getattr(found, part, fields.get(part))
+            assert found is not None, f"{page}: {name}"
+        return
+    raise AssertionError(f"{page}: {name}")
 
 
 def test_the_readmes_links_lead_somewhere():

@@ -9,9 +9,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ STALE = 600.0  # seconds after which a half-written file of a process that is go
 
 
 @contextmanager
-def name_file_in_errors(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Generator[None, None, None]:
     """Inside, a full disk raises an OSError that names the file, whatever a library raises.
 
     Errors of other files stay as they are.
@@ -134,8 +135,9 @@ def _object(text: str, keys: tuple[str, ...]) -> Json:
         raise ValueError("nested too deep") from None
     if not isinstance(found, dict):
         raise ValueError("not an object")
-    _complete(found, keys)
-    return found
+    row = cast(Json, found)
+    _complete(row, keys)
+    return row
 
 
 def read_object(path: Path, *keys: str, hint: str) -> Json:
@@ -151,7 +153,7 @@ def read_object(path: Path, *keys: str, hint: str) -> Json:
 def read_lines(path: Path, *keys: str, hint: str) -> list[Json]:
     """The objects in a file with one on each line; a last line that a kill cut short has no end and is left out. Raises
     ValueError that names file, line and fault."""
-    found = []
+    found: list[Json] = []
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as e:
@@ -169,7 +171,7 @@ def read_tensors(path: Path, *keys: str, hint: str, sha256: str | None = None) -
 
     Raises ValueError that names the file if it cannot be read, lacks one of `keys`, or has another hash than `sha256`.
     """
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     try:
         if sha256 is not None and file_hash(path) != sha256:
@@ -186,9 +188,9 @@ def folder_hash(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{k} {v}\n" for k, v in sorted(files.items())).encode()).hexdigest()
 
 
-def object_hash(said: Mapping[str, object]) -> str:
+def object_hash(row: Mapping[str, object]) -> str:
     """Hash of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

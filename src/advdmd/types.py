@@ -37,6 +37,11 @@ class Ranks:
 ONE_RANK = Ranks()
 
 
+def micro_batches(n: int, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """The indices 0 to n - 1 in parts [m] of at most `size`."""
+    return torch.arange(n, device=device).split(size)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 @dataclass(frozen=True)
 class Columns:
     """A dataclass whose fields are tensors or Columns with samples along dimension 0, or None."""
@@ -71,7 +76,7 @@ class Cond(Columns):
     mask: Tensor | None = None
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
+    def cat(cls, parts: Sequence[Self]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """All parts, one after the other. Where there are masks, shorter parts are padded first."""
         longest = max(p.embeds.shape[1] for p in parts)
         return super().cat([p if p.mask is None else p.padded(longest) for p in parts])

@@ -220,7 +220,7 @@ def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
     capsys.readouterr()
     train.train(*resolve("sd35-medium-advdmd-4step-24gb", words), tmp_path / "run")
-    assert "expect it to come close to the teacher, not past it" in capsys.readouterr().err
+    assert "expect the student to come close to the teacher, not past it" in capsys.readouterr().err
 
 
 def test_another_resolution_reaches_latents_and_student(teacher, photos, tmp_path):

@@ -227,7 +227,7 @@ def test_an_endpoint_is_asked_as_openai_is_and_its_key_is_written_nowhere(server
     assert (path, key, asked["model"]) == ("/v1/chat/completions", "Bearer secret-123", "some-vl")
     assert asked["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert "secret" not in judge.name + judge.fingerprint
-    with pytest.raises(ValueError, match=r"said 'maybe' where yes or no"):
+    with pytest.raises(ValueError, match=r"answered 'maybe', not yes or no"):
         judge.answer(picture, "?")
     with pytest.raises(ValueError, match="gave no answer"):
         vqa.endpoint("http://127.0.0.1:9/v1", "m").answer(picture, "?")

@@ -16,7 +16,7 @@ from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import cps
-from advdmd.types import Batch, Metrics, Ranks
+from advdmd.types import Batch, Metrics, Ranks, micro_batches
 
 FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the discriminator is shown final images
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means that the trajectory is not the policy's own
@@ -209,7 +209,7 @@ class AdvDMD(Algorithm[DistillationModels]):
         """One optimizer step of the student on the policy gradient. Raises FloatingPointError if a replayed ratio is not 1."""
         advantage, metrics = self.advantages(models, trajectory, batch, rng)
         clip_range = self.scaled_clip_range(trajectory.x.shape[2:])
-        parts = torch.arange(len(batch), device=advantage.device).split(self.micro_batch_size)
+        parts = micro_batches(len(batch), self.micro_batch_size, advantage.device)
         parts = ((trajectory[i], batch.cond[i], advantage[:, i]) for i in parts)
         projected = self.action == "projected"
         updated, aux = models.student.update(
@@ -248,7 +248,7 @@ class AdvDMD(Algorithm[DistillationModels]):
         metrics: Metrics = {}
         for name, r in rewards.items():
             metrics[f"reward/{name}"] = r.mean().item()
-            metrics[f"reward/{name}_std"] = r.unflatten(-1, (-1, self.group_size)).std(-1).mean().item()
+            metrics[f"reward/{name}_std"] = r.reshape(*r.shape[:-1], -1, self.group_size).std(-1).mean().item()
         metrics["policy/frac_zero_advantage"] = (advantage.abs() < 1e-3).float().mean().item()
         return advantage, metrics
 

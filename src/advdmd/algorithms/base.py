@@ -1,7 +1,7 @@
 """What an algorithm must offer, and what it is given: networks to build from, models to train, samples of a step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar, overload
+from typing import ClassVar, NamedTuple, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -110,17 +110,11 @@ class Algorithm(Protocol[Models]):
     whose only trainable network is its student.
     """
 
-    name: str  # in tables, and the key of its healthy ranges
-
-    @property
-    def steps(self) -> int:
-        """Steps of the student."""
-        ...
-
-    @property
-    def group_size(self) -> int:
-        """Samples of one prompt in a train step."""
-        ...
+    name: ClassVar[str]  # in tables, and the key of its healthy ranges
+    supports_fsdp: ClassVar[bool] = True  # whether its whole networks can be sharded over ranks
+    uses_extra_rewards: ClassVar[bool] = False  # whether it has policy updates that further rewards can enter
+    steps: int  # of the student
+    group_size: int  # samples of one prompt in a train step
 
     def build(self, builder: ModelBuilder) -> Models:
         """The models that `train_step` is given."""
@@ -162,13 +156,3 @@ class Algorithm(Protocol[Models]):
     def check_batch(self, prompts: int, world_size: int) -> None:
         """Raises ValueError if a step's prompts cannot be shared by so many ranks."""
         Ranks(world_size=world_size).local_slice(prompts)
-
-    @property
-    def supports_fsdp(self) -> bool:
-        """Whether its whole networks can be sharded over ranks."""
-        return True
-
-    @property
-    def uses_extra_rewards(self) -> bool:
-        """Whether it has policy updates that further rewards can enter."""
-        return False

@@ -10,7 +10,7 @@ from advdmd import flow, losses
 from advdmd.algorithms.base import Aux, DistillationModels
 from advdmd.rollout import Trajectory, step_distribution
 from advdmd.transitions import StepCoefficients
-from advdmd.types import Columns, Cond
+from advdmd.types import Columns, Cond, micro_batches
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def discriminator_rewards(
     n, low = len(cond), torch.tensor(levels, device=e.device)
     final = [flow.interpolate(trajectory.x[-1], e, u.expand(n)) for u in low]
     x, t = torch.cat([*trajectory.x[1:-1], *final]), torch.cat([trajectory.t[1:-1], low]).repeat_interleave(n)
-    parts = torch.arange(len(x), device=e.device).split(micro_batch_size)
+    parts = micro_batches(len(x), micro_batch_size, e.device)
     logits = torch.cat([models.discriminator(x[i], t[i], cond[i % n]) for i in parts]).view(-1, n)
     return logits[: -len(low)], logits[-len(low) :].mean(0)
 

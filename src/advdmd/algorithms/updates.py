@@ -14,7 +14,7 @@ from advdmd.algorithms.base import Aux, DistillationModels
 from advdmd.algorithms.objectives import DiscriminatorInputs, discriminator_loss, fake_score_loss, student_loss
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, sample_exit_steps
-from advdmd.types import Columns, Cond, Metrics
+from advdmd.types import Columns, Cond, Metrics, micro_batches
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def update_student(
         x, t = trajectory.at(k)
         u, e = rng.uniform(f"{name}.u", *renoise_range), rng.normal(f"{name}.e", trajectory.x.shape[2:])
         w = gan_levels(name, k, u)
-        parts = torch.arange(len(x), device=x.device).split(micro_batch_size)
+        parts = micro_batches(len(x), micro_batch_size, x.device)
         metrics, aux = models.student.update(
             (student_loss(models, x[i], t[i], cond[i], k[i], u[i], e[i], w[i], gan_loss_weight) for i in parts), "dm"
         )

@@ -1,0 +1,1 @@
+"""The command line: arguments and options, and errors as one line."""

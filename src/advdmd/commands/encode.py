@@ -22,7 +22,7 @@ from advdmd.models import fingerprints, loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample_latents
 from advdmd.progress import Progress
-from advdmd.types import Cond, Json
+from advdmd.types import Cond, Json, micro_batches
 
 
 def encode(
@@ -173,7 +173,7 @@ def _teacher_latents(
     keys = [("reals", seed, n, r) for n in prompts for r in range(each)]
     member = torch.arange(len(prompts)).repeat_interleave(each)
     out = []
-    for i in torch.arange(len(keys)).split(batch):
+    for i in micro_batches(len(keys), batch):
         noise = draw_noise([keys[int(k)] for k in i], backbone.latent_shape, 1).to(device)
         out.append(sample_latents(backbone, backbone.net, cond[member[i]].to(device), null, noise, sampler).cpu())
     return list(torch.cat(out).split(each))

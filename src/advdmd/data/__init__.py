@@ -1,0 +1,1 @@
+"""Prompts and images: reading them, encoding them once, and the samples of each train step."""

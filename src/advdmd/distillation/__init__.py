@@ -1,0 +1,1 @@
+"""A recipe as a run: its networks and data, validation, sample grids, memory."""

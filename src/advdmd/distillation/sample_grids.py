@@ -9,7 +9,7 @@ from advdmd.files import write_image
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_grid, to_uint8
 from advdmd.models.sampler import SamplerConfig, decode, draw_noise, sample_latents
-from advdmd.types import Cond
+from advdmd.types import Cond, micro_batches
 
 
 def save_sample_grid(
@@ -24,7 +24,7 @@ def save_sample_grid(
     each = 3 if small else 1
     n = each * len(cond)
     noise = draw_noise([("look", k) for k in range(n)], backbone.latent_shape, sampler.steps).to(cond.embeds.device)
-    parts = torch.arange(n).split(each)  # few at a time, as they are sampled beside what trains
+    parts = micro_batches(n, each)  # few at a time, as they are sampled beside what trains
     drawn = [decode(backbone, sample_latents(backbone, net, cond[i // each], null, noise[:, i], sampler)) for i in parts]
     images = to_uint8(torch.cat(drawn))
     (folder / "samples").mkdir(exist_ok=True)

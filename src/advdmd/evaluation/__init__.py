@@ -1,0 +1,1 @@
+"""Benchmarks: sampling a suite, judging images from disk, tables and comparisons."""

@@ -138,8 +138,8 @@ class DPG:
 
         Raises ExcludedItem where the official arithmetic loses the prompt, KeyError if the judge left a question unanswered.
         """
-        asked, said = self._asked(item), {int(k): v for k, v in judgement["answers"].items()}
-        yes = {q.id: said[q.id] >= YES for q in asked}
+        asked, answers = self._asked(item), {int(k): v for k, v in judgement["answers"].items()}
+        yes = {q.id: answers[q.id] >= YES for q in asked}
         if self.mode == "fixed":
             holds = apply_dependencies(asked, yes)
         else:  # in the file's order: a parent that stands later is looked at before its own parents are

@@ -45,9 +45,9 @@ def _boxes(details: Json, size: tuple[int, int]) -> str:
     scale, out = SIDE / size[0], []
     for o in details.get("objects", []):
         left, top, right, bottom = (v * scale for v in o["box"])
-        said = " ".join(str(o[k]) for k in ("color", "label") if o.get(k)) or "?"
+        name = " ".join(str(o[k]) for k in ("color", "label") if o.get(k)) or "?"
         out.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"/>')
-        out.append(f'<text x="{left:.1f}" y="{max(10.0, top - 2):.1f}">{html.escape(said)} {o["confidence"]:.2f}</text>')
+        out.append(f'<text x="{left:.1f}" y="{max(10.0, top - 2):.1f}">{html.escape(name)} {o["confidence"]:.2f}</text>')
     return f'<svg viewBox="0 0 {SIDE} {SIDE * size[1] / size[0]:.0f}">{"".join(out)}</svg>'
 
 

@@ -39,9 +39,9 @@ def _many(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def _record(tag: str, include: list[Json], said: str, exclude: list[Json] | None = None) -> Json:
+def _record(tag: str, include: list[Json], text: str, exclude: list[Json] | None = None) -> Json:
     more = {} if exclude is None else {"exclude": exclude}
-    return {"tag": tag, "include": include, **more, "prompt": f"a photo of {said}"}
+    return {"tag": tag, "include": include, **more, "prompt": f"a photo of {text}"}
 
 
 def _drawn() -> list[Json]:
@@ -65,8 +65,8 @@ def _drawn() -> list[Json]:
     for _ in range(100):
         (a, b), (i, j) = (rng.choice(79, size=2, replace=False) + 1 + person) % 80, rng.choice(10, size=2, replace=False)
         include = [one(a, color=COLORS[i]), one(b, color=COLORS[j])]
-        said = f"{_a(COLORS[i])} {names[a]} and {_a(COLORS[j])} {names[b]}"
-        out.append(_record("color_attr", include, said))
+        text = f"{_a(COLORS[i])} {names[a]} and {_a(COLORS[j])} {names[b]}"
+        out.append(_record("color_attr", include, text))
     return out
 
 

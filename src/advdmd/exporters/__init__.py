@@ -1,0 +1,1 @@
+"""Students as others load them: diffusers folders, adapters, ComfyUI workflows."""

@@ -15,6 +15,7 @@ from advdmd.mini.world import caption
 from advdmd.mini.world.render import render, to_uint8
 from advdmd.mini.world.scene import FULL, TASKS, Scene, Spec, World, draw_scene, random_spec, stable_hash
 from advdmd.models.backbone import Backbone
+from advdmd.types import micro_batches
 
 DENSE = "dense"
 HELD_OUT = 5  # one prompt in five of these tasks is kept for evaluation
@@ -94,8 +95,8 @@ def make_dataset(
     draw_some = partial(_some, seed=seed, world=world, each=each)
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if min(workers, len(parts)) > 1 else None
     with pool or nullcontext():
-        for said, drawn in (pool.map if pool else map)(draw_some, parts):
-            prompts += said
+        for captions, drawn in (pool.map if pool else map)(draw_some, parts):
+            prompts += captions
             images.append(drawn)
             if progress:
                 progress(len(prompts))
@@ -107,7 +108,7 @@ def encode_dataset(backbone: Backbone, pool: MiniDataset, progress: Callable[[in
     """Latents [n, R, C, h, w] of all R images of n prompts."""
     n, each = pool.images.shape[:2]
     out = []
-    for i in torch.arange(n).split(128):
+    for i in micro_batches(n, 128):
         z = backbone.encode(
             pool.pixels(i.repeat_interleave(each), torch.arange(each).repeat(len(i))).to(backbone.vae.device)
         ).cpu()

@@ -171,8 +171,8 @@ def qwen_tokenizer(corpus: Sequence[str], template: str) -> Module:
     trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False)
     for mark in QWEN_SPECIAL:
         template = template.replace(mark, "")
-    said = [w for word in corpus for w in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
-    bpe.train_from_iterator([*(template.format(w) for w in said)], trainer)
+    words = [w for word in corpus for w in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
+    bpe.train_from_iterator([*(template.format(w) for w in words)], trainer)
     learned = json.loads(bpe.to_str())["model"]
     make: Module = Qwen2Tokenizer
     merges = [tuple(m) for m in learned["merges"]]

@@ -1,0 +1,1 @@
+"""Backbones of published models, their networks and adapters, loading and sampling."""

@@ -96,9 +96,9 @@ class QwenImage:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2, L] token ids of the prompts in the pipeline's template, and their mask; padded to the longest."""
         tokenizer = self.pipe.tokenizer
-        said = [self.pipe.prompt_template_encode.format(p) for p in prompts]
+        texts = [self.pipe.prompt_template_encode.format(p) for p in prompts]
         limit = self.pipe.tokenizer_max_length + TEMPLATE_TOKENS
-        out = tokenizer(said, max_length=limit, padding=True, truncation=True, padding_side="right", return_tensors="pt")
+        out = tokenizer(texts, max_length=limit, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def encode_text(self, ids: Tensor) -> Cond:

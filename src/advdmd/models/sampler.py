@@ -12,7 +12,7 @@ from advdmd.models.networks import Teacher
 from advdmd.rng import generator
 from advdmd.rollout import rollout, sample_euler
 from advdmd.transitions import cps
-from advdmd.types import Cond, Json
+from advdmd.types import Cond, Json, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def sample(
     batch: prompts per pass. progress is called with the number of images that are done.
     """
     out, null = [], encode_prompts(backbone, [""], noise.device)
-    for i in torch.arange(len(prompts)).split(batch):
+    for i in micro_batches(len(prompts), batch):
         cond = encode_prompts(backbone, [prompts[int(k)] for k in i], noise.device)
         out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], sampler)))
         if progress:

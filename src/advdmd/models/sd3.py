@@ -64,10 +64,10 @@ class SD3:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2 or 3, L] token ids: both CLIP tokenizers', padded to their full length, and T5's, padded to `t5_length`; rows
-        are filled up with zeros to one L, which `embed` cuts off again."""
-        said = list(prompts)
+        are filled up with zeros to one L, which `encode_text` cuts off again."""
+        texts = list(prompts)
         ids = [
-            t(said, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
+            t(texts, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
             for t, n in zip(self.tokenizers, self._lengths, strict=True)
         ]
         return torch.stack([nn.functional.pad(i, (0, max(self._lengths) - i.shape[1])) for i in ids], 1)

@@ -51,8 +51,8 @@ class ZImage:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2, L] token ids of the prompts as a user's message, and their mask; padded to the longest."""
         tokenizer, how = self.pipe.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        said = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
-        out = tokenizer(said, max_length=TEXT_LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
+        out = tokenizer(texts, max_length=TEXT_LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def encode_text(self, ids: Tensor) -> Cond:

@@ -1,0 +1,1 @@
+"""Whether training is healthy: diagnostics, their ranges, the HTML report."""

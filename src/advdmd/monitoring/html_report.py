@@ -61,7 +61,7 @@ class RunRecord:
         return cls(label, inner, name, r, health.read_metrics(inner))
 
     @property
-    def bands(self) -> Mapping[str, health.Range]:
+    def ranges(self) -> Mapping[str, health.Range]:
         return health.ranges_for(self.recipe)
 
     def curve(self, key: str, x: str = "step") -> charts.Curve:
@@ -113,8 +113,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the head; **bold** as in Markdown."""
 
     def cell(tag: str, text: str) -> str:
-        said = html.escape(text.replace("**", ""))
-        return f"<{tag}>{f'<b>{said}</b>' if text.startswith('**') else said}</{tag}>"
+        cell = html.escape(text.replace("**", ""))
+        return f"<{tag}>{f'<b>{cell}</b>' if text.startswith('**') else cell}</{tag}>"
 
     lines = ["<tr>" + "".join(cell("td" if i else "th", c) for c in row) + "</tr>" for i, row in enumerate(rows)]
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
@@ -128,11 +128,11 @@ def _overview(runs: Sequence[RunRecord]) -> str:
     """Who they are, how far they came, and what the doctor says."""
     out = []
     for i, r in enumerate(runs):
-        step, said = int(r.metrics[-1]["step"]) + 1, health.summary(r.metrics, r.recipe)
-        mark = ("good" if said == "healthy" else "bad") if r.bands else ""
+        step, summary = int(r.metrics[-1]["step"]) + 1, health.summary(r.metrics, r.recipe)
+        mark = ("good" if summary == "healthy" else "bad") if r.ranges else ""
         done = f"{step} of {r.recipe.iterations} iterations, {r.recipe.forwards_until(step):,.0f} forwards a sample"
         sort = f"{html.escape(r.name)} from {html.escape(r.recipe.teacher)}, seed {r.recipe.seed}"
-        out.append(f'<p><b>{_key(i, r.label)}</b>: {sort}<br>{done}<br><span class="{mark}">{html.escape(said)}</span></p>')
+        out.append(f'<p><b>{_key(i, r.label)}</b>: {sort}<br>{done}<br><span class="{mark}">{html.escape(summary)}</span></p>')
     return "".join(out)
 
 
@@ -160,12 +160,12 @@ def _exams(runs: Sequence[RunRecord]) -> str:
 
 
 def _panels(runs: Sequence[RunRecord]) -> str:
-    bands = next((r.bands for r in runs if r.bands), {})
+    ranges = next((r.ranges for r in runs if r.ranges), {})
     cards = []
     for p in health.DIAGNOSTICS:
-        band = bands.get(p.key)
-        text = p.meaning + (f"; good runs {band[0]:.3g} to {band[1]:.3g}" if band else "")
-        cards.append(_card(p.key, text, [r.curve(p.key) for r in runs], band))
+        good = ranges.get(p.key)
+        text = p.meaning + (f"; good runs {good[0]:.3g} to {good[1]:.3g}" if good else "")
+        cards.append(_card(p.key, text, [r.curve(p.key) for r in runs], good))
     known = {p.key for p in health.DIAGNOSTICS} | {"step"}
     others = sorted({k for r in runs for m in r.metrics[-50:] for k in m if k not in known and not k.startswith("eval/")})
     more = "".join(_card(k, "", [r.curve(k) for r in runs]) for k in others)
@@ -184,8 +184,10 @@ def _samples(runs: Sequence[RunRecord]) -> str:
         beside = next((f / "comparison.png" for f in (r.folder, r.folder.parent) if (f / "comparison.png").is_file()), None)
         if beside:
             url, _ = failure_gallery.data_url(beside, WIDEST, exact=WIDEST)
-            said = "teacher at many steps, teacher at few, student: a row each"
-            figures.append(f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{said}</figcaption></figure>')
+            caption = "teacher at many steps, teacher at few, student: a row each"
+            figures.append(
+                f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{caption}</figcaption></figure>'
+            )
         if figures:
             out.append(f'<p>{_key(i, r.label)}</p><div class="sheets">{"".join(figures)}</div>')
     note = "<p>The same prompts and noise at every step; the averaged student.</p>"
@@ -202,11 +204,11 @@ def _scores(found: Sequence[Path]) -> str:
     for (suite, split), mine in suites.items():
         names = labels([p for p, _ in mine])
         rows = tables.table_cells({n: s for n, (_, s) in zip(names, mine, strict=True)})
-        first, said = mine[0][0], []
+        first, differences = mine[0][0], []
         for (path, _), name in zip(mine[1:], names[1:], strict=True):
             d = results.compare([path], [first])["difference"]["strict"]["overall"]
-            said.append(f"{name} - {names[0]}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
-        paired = f"<p>Paired by prompt and noise, strict: {html.escape('; '.join(said))}</p>" if said else ""
+            differences.append(f"{name} - {names[0]}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
+        paired = f"<p>Paired by prompt and noise, strict: {html.escape('; '.join(differences))}</p>" if differences else ""
         out.append(_part(f"{html.escape(suite)}, {html.escape(split)}", _table(rows) + paired))
         columns = [
             (n, p, results.read_verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()
@@ -230,8 +232,8 @@ def _tables(folders: Sequence[Path]) -> str:
 def _recipes(runs: Sequence[RunRecord]) -> str:
     out = []
     for r in runs[1:]:
-        said = "\n".join(diff(runs[0].recipe, r.recipe)) or "the same settings"
-        out.append(f"<p>{html.escape(r.label)} beside {html.escape(runs[0].label)}:</p><pre>{html.escape(said)}</pre>")
+        settings = "\n".join(diff(runs[0].recipe, r.recipe)) or "the same settings"
+        out.append(f"<p>{html.escape(r.label)} beside {html.escape(runs[0].label)}:</p><pre>{html.escape(settings)}</pre>")
     for r in runs:
         text = html.escape(dump(r.name, r.recipe))
         out.append(f"<details><summary>{html.escape(r.label)}: every setting</summary><pre>{text}</pre></details>")

@@ -93,10 +93,11 @@ def advdmd(
     policy: float = 2e-5,
     alone: float = 3 / 4,
 ) -> Recipe:
-    """A result in minutes on two cores: matching and critic `alone` for a share of it, then policy turns, ever denser. Three
-    quarters keep it below 25 forwards a sample; the long recipes are as their claims were run.
+    """A result in minutes on two cores.
 
-    At a rate of 2e-3 the fake score cannot follow; a policy rate of 2e-4 lowers the score at once.
+    gan: weight of the GAN loss. rate, policy: learning rates of distribution matching and policy loss; a rate of 2e-3 is too
+    fast for the fake score, a policy rate of 2e-4 lowers the score at once. alone: share of the run, in [0, 1], without policy
+    updates, which then come ever more often. Three quarters keep the cost below 25 forward passes per sample.
     """
     warmup = int(iterations * alone)
     algorithm = AdvDMD(

@@ -2,8 +2,8 @@
 
 A preset of one card trains adapters on one frozen base; presets of 8 and 32 cards train whole networks, sharded.
 
-None of these has been run on real weights. Turns and the critic are what worked in the miniature (docs/results.md), rates those
-of published few-step adapters; the teacher's guidance is its model card's.
+None of these has been run on published weights. Schedules and discriminator are what worked in the miniature (docs/results.md).
+Learning rates are those of published few-step adapters, and the guidance scale is that of the model card.
 """
 
 import re
@@ -130,11 +130,13 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
 
 
 def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
-    """Matching and critic alone for four fifths of the run, then policy turns, ever denser (2604.28126: DMD first). Later than
-    in the miniature, which keeps adapters below 20 forwards a sample; what that is worth was not measured.
+    """AdvDMD: policy updates in the last fifth of the run, ever more often (2604.28126: DMD first).
 
-    The rest is the miniature's long recipe, where each was tried (docs/log.md): two minibatches of the fake score and two
-    matching turns on a path, half of the samples judged, wrong captions at full weight, GAN .1 for diversity."""
+    They begin later than in the miniature, which keeps adapters below 20 forward passes per sample; the effect was not
+    measured. The rest is the miniature's long recipe (docs/log.md): two updates of the fake score and two of the student on
+    each trajectory, half of the samples shown to the discriminator, mismatched captions at full weight, GAN loss .1 for
+    diversity.
+    """
     warmup = iterations * 4 // 5
     algorithm = AdvDMD(
         steps=steps,
@@ -154,7 +156,7 @@ def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> 
 
 
 def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
-    """The baseline on the same batches, with DMD2's weights (2405.14867) and a critic on the frozen teacher."""
+    """The baseline on the same batches, with DMD2's weights (2405.14867) and a discriminator on the frozen teacher."""
     algorithm = DMD2(
         steps=steps, group_size=GROUP, micro_batch_size=PRESETS[name, preset].samples, fake_score_updates=2, dm_updates=2
     )

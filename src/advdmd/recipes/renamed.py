@@ -1,4 +1,4 @@
-"""Names of before November 2026, so that kept runs are still read: recipe keys and values, and keys of metrics.
+"""Names of before 27 November 2026, so that kept runs are still read: recipe keys and values, and keys of metrics.
 
 Applied when files are read, and only then. On the command line an old key is an error that names the new one.
 """

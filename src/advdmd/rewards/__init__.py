@@ -1,0 +1,1 @@
+"""Scorers of images, as rewards of a policy and as metrics."""

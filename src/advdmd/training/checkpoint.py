@@ -4,6 +4,10 @@ A checkpoint is a file, or a folder with every rank's shares where networks are 
 can go on from either.
 """
 
+# torch and safetensors leave these types open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+
 import json
 import shutil
 from collections.abc import Callable, Mapping

@@ -4,9 +4,13 @@ The only file that knows torch.distributed. One process needs no process group a
 every network, or its shares of those that `fully_shard_` has sharded (FSDP2). Shares are DTensors, all else are plain tensors.
 """
 
+# torch and safetensors leave these types open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +37,7 @@ def local_device(device: str) -> str:
 
 
 @contextmanager
-def init_distributed(device: str = "cpu") -> Iterator[Ranks]:
+def init_distributed(device: str = "cpu") -> Generator[Ranks, None, None]:
     """The ranks that torchrun started, or this process alone. Raises ValueError on the others if a process dies."""
     if rank_and_world_size()[1] == 1:
         yield ONE_RANK

@@ -1,5 +1,9 @@
 """Where losses meet an optimizer: the only file that calls backward."""
 
+# torch and safetensors leave these types open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,5 +1,9 @@
 """Metrics for TensorBoard, wandb or trackio, beside metrics.jsonl: nothing of theirs is imported unless asked for."""
 
+# torch and safetensors leave these types open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownLambdaType=false
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence

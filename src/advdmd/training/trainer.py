@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ def _never() -> bool:
 
 
 @contextmanager
-def _sigterm_received() -> Iterator[Callable[[], bool]]:
+def _sigterm_received() -> Generator[Callable[[], bool], None, None]:
     """Inside, SIGTERM ends nothing. Yields a function that says, on all ranks, whether any of them has received it."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
@@ -71,7 +71,7 @@ class Trainer:
     save_every: int
     device: torch.device | str = "cpu"
     ranks: Ranks = ONE_RANK
-    extra_state: Mapping[str, Tensor] = field(default_factory=dict)
+    extra_state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     fingerprint: str = ""
     sample_every: int = 0
     save_samples: Callable[[int], object] | None = None

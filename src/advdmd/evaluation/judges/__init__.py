@@ -1,0 +1,1 @@
+"""Judges of images: detectors and models that answer questions."""

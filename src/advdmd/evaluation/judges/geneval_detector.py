@@ -112,8 +112,8 @@ class ClipColorClassifier:
     def _classifier(self, label: str) -> Tensor:
         """[10, D]: a colour is the normalised mean of its templates' normalised embeddings."""
         if label not in self.names:
-            said = [t.format(c=c, k=label) for c in COLORS for t in TEMPLATES]
-            tokens = self.tokenizer(said, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            texts = [t.format(c=c, k=label) for c in COLORS for t in TEMPLATES]
+            tokens = self.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
             text = self.clip.get_text_features(**tokens.to(self.device)).pooler_output
             mean = F.normalize(text, dim=-1).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
             self.names[label] = F.normalize(mean, dim=-1)
@@ -147,9 +147,9 @@ class GenEvalDetector:
             image[32:96, 32:96] = rgb
             mask = np.zeros((128, 128), bool)
             mask[32:96, 32:96] = True
-            (said,) = self.colours.name([crop(image, mask, (32, 32, 96, 96))], "book")
-            if said != color:
-                raise ValueError(f"self-test: a drawn {color} square is called {said}: these CLIP weights cannot name colours")
+            (found,) = self.colours.name([crop(image, mask, (32, 32, 96, 96))], "book")
+            if found != color:
+                raise ValueError(f"self-test: a drawn {color} square is called {found}: these CLIP weights cannot name colours")
 
     @torch.no_grad()
     def judge(self, items: Sequence[SuiteItem], images: Sequence[np.ndarray]) -> list[Judgement]:

@@ -55,10 +55,10 @@ class VQAJudge:
         out = []
         for item, image in zip(items, images, strict=True):
             picture = Image.fromarray(image)
-            said = {str(q.id): round(float(self.answer(picture, q.text)), 5) for q in item.meta["questions"]}
-            if wrong := {k: v for k, v in said.items() if not 0 <= v <= 1}:
+            answers = {str(q.id): round(float(self.answer(picture, q.text)), 5) for q in item.meta["questions"]}
+            if wrong := {k: v for k, v in answers.items() if not 0 <= v <= 1}:
                 raise ValueError(f"{self.name} answered {wrong}: a probability lies in [0, 1]")
-            out.append({"answers": said})
+            out.append({"answers": answers})
         return out
 
 
@@ -135,10 +135,10 @@ class QwenVL:
 
         Raises ValueError if the chat template has no place for the image.
         """
-        said = [
+        messages = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION_TEMPLATE.format(q=question)}]}
         ]
-        text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         seen = self.images(images=[picture], return_tensors="pt")
         slots = int(seen["image_grid_thw"][0].prod()) // self.images.merge_size**2
         ids = self.tokenizer(text.replace(IMAGE, IMAGE * slots), return_tensors="pt").input_ids.to(self.device)
@@ -219,10 +219,10 @@ class Endpoint:
                 mass[word] += math.exp(token["logprob"])
         if sum(mass.values()) > 0:
             return mass["yes"] / sum(mass.values())
-        said = str(choice["message"]["content"]).strip().lower()
-        if not said.startswith(("yes", "no")):
-            raise ValueError(f"{self.model} said {said[:40]!r} where yes or no was asked for")
-        return float(said.startswith("yes"))
+        answer = str(choice["message"]["content"]).strip().lower()
+        if not answer.startswith(("yes", "no")):
+            raise ValueError(f"{self.model} answered {answer[:40]!r}, not yes or no")
+        return float(answer.startswith("yes"))
 
 
 def endpoint(url: str, model: str) -> VQAJudge:

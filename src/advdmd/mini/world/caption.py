@@ -33,8 +33,8 @@ def dense(spec: Spec) -> str:
     """DPG's form, terse enough for 25 tokens: the groups (the first two joined when there are three), the relation, the
     background: "Two small red circles. A large blue star. Circles left of star. Gray background."
     """
-    said = [phrase(g) for g in spec.groups]
-    sentences = [f"{said[0]} and {said[1]}", said[2]] if len(said) == 3 else said
+    phrases = [phrase(g) for g in spec.groups]
+    sentences = [f"{phrases[0]} and {phrases[1]}", phrases[2]] if len(phrases) == 3 else phrases
     if spec.relation:
         i, name, j = spec.relation
         noun = [g.shape if g.count == 1 else PLURALS[g.shape] for g in spec.groups]
@@ -92,10 +92,10 @@ def parse(prompt: str) -> Spec:
                 raise ValueError(f"prompt {prompt!r}: {p!r} is no phrase like 'a red circle' or 'two small blue squares'")
             count, size, color, noun = found.groups()
             groups.append(Group(_NOUNS[noun], _COUNTS[count], color, size))
-        if said := [p for p in parts[1::2] if p != "and"]:
+        if relations := [p for p in parts[1::2] if p != "and"]:
             if relation or len(parts) != 3:
                 raise ValueError(f"prompt {prompt!r}: one relation between two shapes can be asked for")
-            relation = (len(groups) - 2, said[0], len(groups) - 1)
+            relation = (len(groups) - 2, relations[0], len(groups) - 1)
     if not groups:
         raise ValueError(f"prompt {prompt!r} names no shape: try 'a picture of a red circle above a blue star'")
     return Spec(tuple(groups), relation, background)

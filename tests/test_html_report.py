@@ -14,10 +14,6 @@ CLAIM = RESULTS / "claims/h2"
 RUNS = [CLAIM / "advdmd-0", CLAIM / "dmd2-0"]
 ROWS = [json.loads(line) for line in (CLAIM / "scores.jsonl").read_text().splitlines()]
 SCORES = {row["run"]: row for row in ROWS if row["suite"] == "mini-geneval"}
-    (row := json.loads(line))["run"]: row
-    for line in (CLAIM / "scores.jsonl").read_text().splitlines()
-    if '"mini-geneval"' in line
-}
 
 
 @pytest.fixture(scope="module")

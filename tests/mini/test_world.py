@@ -166,11 +166,11 @@ def test_training_never_shows_a_held_out_prompt_or_pair():
 
 
 def test_a_pool_is_a_function_of_its_seed_and_its_images_match_their_prompts():
-    a, b = make_dataset(30, seed=1, reals=2), make_dataset(30, seed=1, reals=2)
+    a, b = make_dataset(30, seed=1, images_per_prompt=2), make_dataset(30, seed=1, images_per_prompt=2)
     assert a.prompts == b.prompts
     assert (a.images == b.images).all()
     assert (a.images[:, 0] != a.images[:, 1]).any(axis=(1, 2, 3)).mean() > 0.9
-    with pytest.raises(ValueError, match="pool of 0"):
+    with pytest.raises(ValueError, match="0 prompts with 1 images each"):
         make_dataset(0, seed=1)
 
 
