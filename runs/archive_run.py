@@ -28,6 +28,8 @@ def archive_run(run: Path, scores: Path, kept: Path) -> None:
     old = [line for line in old if json.loads(line)["run"] != kept.name]
     files = sorted(scores.glob("*/scores.json"))
     new = [json.dumps({"run": kept.name, **json.loads(f.read_text())}) + "\n" for f in files]
+    if not (old or new):
+        return
     table.write_text("".join(sorted([*old, *new], key=lambda line: json.loads(line)["run"])))
 
 

@@ -51,7 +51,12 @@ def _auc(level: int) -> Diagnostic:
 DIAGNOSTICS = (
     *map(_auc, (1, 2, 3, 4)),
     Diagnostic("discriminator/auc", "AUC of real against generated (.5: blind, 1: separated)", high=_AHEAD, low=_BLIND),
-    Diagnostic("discriminator/loss", "GAN loss of the discriminator, mismatched captions included", low=_AHEAD),
+    Diagnostic(
+        "discriminator/loss",
+        "GAN loss of the discriminator, mismatched captions included",
+        low=_AHEAD,
+        high="it learns nothing or diverges: raise discriminator_lr_scale if the loss stands still, lower it if the loss rises",
+    ),
     Diagnostic(
         "discriminator/logit_gap",
         "logit of real images minus that of generated ones",
