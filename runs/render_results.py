@@ -308,6 +308,15 @@ def performance() -> None:
         scaling(stored)
     if (file := PERFORMANCE / "card.json").is_file():
         card(page, json.loads(file.read_text()))
+    if (file := PERFORMANCE / "card_h100.json").is_file():
+        stored = json.loads(file.read_text())
+        keys = ("case", "predicted_gb", "peak_gb", "standing_gb", "seconds")
+        rows = [[*(r[k] for k in keys), f"{r['forward_share']:.0%}", f"{r['share']:.0%}"] for r in stored["size"]]
+        rows = [[name.replace("@", ", "), *cells] for name, *cells in rows]
+        head = "preset, pixels | estimated GB | peak GB | resident GB | seconds | rate of a forward | of an iteration"
+        between(
+            page, ("<!-- h100 -->", "<!-- /h100 -->"), "\n".join(grid(head, [[r[0].replace("@", ", "), *r[1:]] for r in rows]))
+        )
 
 
 def card(page: Path, stored: dict[str, Any]) -> None:
