@@ -50,11 +50,11 @@ def main() -> None:
     args = ask.parse_args()
     torch.set_num_threads(1)
     cases = {
-        "float32, same pieces": (torch.float32, False, SAMPLES),
-        "float32, other pieces": (torch.float32, False, 8),
-        "bfloat16, same pieces": (torch.bfloat16, False, SAMPLES),
-        "bfloat16, other pieces": (torch.bfloat16, False, 8),
-        "float32 path, bfloat16 replay": (torch.float32, True, SAMPLES),
+        "float32, same micro-batches": (torch.float32, False, SAMPLES),
+        "float32, other micro-batches": (torch.float32, False, 8),
+        "bfloat16, same micro-batches": (torch.bfloat16, False, SAMPLES),
+        "bfloat16, other micro-batches": (torch.bfloat16, False, 8),
+        "float32 trajectory, bfloat16 replay": (torch.float32, True, SAMPLES),
     }
     clip = AdvDMD().clip_range * math.sqrt(65536 / 256)
     rows = {}

@@ -25,7 +25,7 @@ OLD_NAMES = (
     *("kernels.py", "supply.py", "players.py", "exam.py", "turns.py", "cast.py", "book.py", "meter.py", "page.py"),
 )
 # Names of random streams, which are seeds; typing.cast.
-FROZEN = re.compile(r"""["'](critic\.(k|u|fake|real|order)|exams?|hops)["']|typing import.*cast|cast\(Any,""")
+FROZEN = re.compile(r"""["'](critic\.(k|u|fake|real|order)|exams?|hops)["']|typing import.*cast|cast\((Any|Json),""")
 
 
 def functions(tree: ast.Module) -> list[tuple[str, ast.FunctionDef, str]]:

@@ -172,11 +172,11 @@ def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
     verbs = {
         "train": lambda out: lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out),
         "encode": lambda out: lambda: encode(images, str(model), out, batch=2),
-        "draw": lambda out: lambda: generate_images(str(model), suite, out, batch=16),
+        "generate": lambda out: lambda: generate_images(str(model), suite, out, batch=16),
         "score": lambda out: lambda: score(suite, out, CheckerJudge()),
         "export": lambda out: lambda: export(trained, out, overwrite=True),
     }
-    shares = {"train": 0.3, "encode": 0.2, "draw": 0.2, "score": 0.1, "export": 0.2}
+    shares = {"train": 0.3, "encode": 0.2, "generate": 0.2, "score": 0.1, "export": 0.2}
     ready = {"score": lambda out: shutil.copytree(drawn, out), "export": lambda out: export(trained, out)}
     nothing = lambda _: None  # noqa: E731
     return [trial(v, make, round(shares[v] * kills), rng, base, ready.get(v, nothing)) for v, make in verbs.items()]

@@ -138,10 +138,10 @@ def reward(metrics: health.RunMetrics, steps: list[int], F: np.ndarray) -> tuple
 
 def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
     """Held-out score and diversity of every run against forwards; and one panel a run with score, diversity and reward."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     columns = min(3, len(runs))
@@ -261,7 +261,7 @@ def reliability() -> None:
             [name, f"{r['max']:.1e}", f"{r['outside_clip_range']:.0%}", "yes" if r["stopped"] else "no"]
             for name, r in stored["rows"].items()
         ]
-        lines = grid("path and replay | largest \\|ratio - 1\\| | outside the clip range | stopped", rows)
+        lines = grid("trajectory and replay | largest \\|ratio - 1\\| | outside the clip range | stopped", rows)
         between(page, ("<!-- drift -->", "<!-- /drift -->"), "\n".join(lines))
     if (file := RELIABILITY / "fuzz.json").is_file():
         stored = json.loads(file.read_text())
@@ -341,10 +341,10 @@ def card(page: Path, stored: dict[str, Any]) -> None:
 
 def scaling(stored: dict[str, dict[str, dict[str, float]]]) -> None:
     """Time and forwards of a sample along each axis."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
 
     fig, axes = plt.subplots(1, len(stored), figsize=(11, 2.6), constrained_layout=True)
     for (name, values), ax in zip(stored.items(), axes, strict=True):

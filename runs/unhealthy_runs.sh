@@ -12,7 +12,7 @@ run() { # NAME CHANGES
   mkdir -p "results/unhealthy/$name"
   cp "runs/unhealthy/$name/recipe.yaml" "runs/unhealthy/$name/metrics.jsonl" "results/unhealthy/$name/"
 }
-run hasty_student dm_optimizer.lr=0.03
-run lagging_fake_score fake_score_optimizer.lr=1e-5
-run wild_discriminator discriminator_lr_scale=50 trunk_lr_scale=5
-run blind_discriminator discriminator_lr_scale=1e-4 trunk_lr_scale=1e-4
+run student_learning_rate_too_high dm_optimizer.lr=0.03
+run fake_score_learning_rate_too_low fake_score_optimizer.lr=1e-5
+run discriminator_learning_rate_too_high discriminator_lr_scale=50 trunk_lr_scale=5
+run discriminator_learning_rate_too_low discriminator_lr_scale=1e-4 trunk_lr_scale=1e-4

@@ -48,9 +48,9 @@ def test_the_verdict_is_the_checkers():
     backbone, _ = loading.load("mini-sd35")
     red = SceneObject("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"])
     images = to_uint8(render([Scene("black", (red,)), Scene("black", ())]))
-    said = demo.DemoModel("teacher", backbone, SamplerConfig(steps=4)).verdict
+    said = demo.DemoModel("teacher", backbone, SamplerConfig(steps=4)).check_result
     assert said(PROMPT, images).startswith("1 of 2 right; first miss: is there a circle?; is the number of circles 1?;")
-    assert "no verdict" in said("circle circle", images)
+    assert "not checked" in said("circle circle", images)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ REAL = [
     "save_every=2",
 ]  # of a published model's recipe
 SMALLER = {"mini": [*TINY, *POOL, "--images", "1"], "eval": ["--images", "2", "--prompts", "2", "--threads", "1"]}
-# What needs weights, cards or hours, and has tests of its own: parsed only.
+# What needs weights, GPUs or hours, and has tests of its own: parsed only.
 APART = ("demo", "pretrain", "score", "metric", "convert-detector", "convert-hps")
 
 

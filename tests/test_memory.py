@@ -16,7 +16,7 @@ def test_parameters_are_the_published_models(name, billions):
     assert found.parts["frozen base"] == 2 * found.base
 
 
-def test_every_recipe_fits_the_cards_it_is_named_after():
+def test_every_recipe_fits_the_gpus_it_is_named_after():
     for name in RECIPES:
         r, fit = resolve(name)[1], preset_from_name(name)
         assert name.endswith(f"-{fit.gpus}x{fit.gpu_memory}gb" if fit.gpus > 1 else f"-{fit.gpu_memory}gb")
@@ -25,7 +25,7 @@ def test_every_recipe_fits_the_cards_it_is_named_after():
     assert preset_from_name("mini-sd35-advdmd") is None
 
 
-def test_whole_networks_are_shared_by_the_cards():
+def test_whole_networks_are_shared_by_the_gpus():
     r = resolve("sd35-large-advdmd-4step-8x80gb")[1]
     one, many = estimate(r, gpus=1), estimate(r, gpus=8)
     for part in ("trained weights", "gradients", "Adam", "EMA"):
@@ -33,7 +33,7 @@ def test_whole_networks_are_shared_by_the_cards():
     # One card has nobody to share with: all of it is float32.
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
     assert many.parts["activations"] == one.parts["activations"] / 2
-    assert fit_advice(r, one, 80).endswith("lora_rank=32 fsdp=false (adapters on one base), more cards")
+    assert fit_advice(r, one, 80).endswith("lora_rank=32 fsdp=false (adapters on one base), more GPUs")
 
 
 def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):

@@ -515,7 +515,7 @@ def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_
     assert "fits a 24 GB card" in cli("show", "sd35-large-advdmd-4step-24gb").stdout, "of 512 pixels"
     assert "cannot be shared by 3 processes" in cli("show", "sd35-medium-advdmd-4step-80gb", "--gpus", "3").stderr
     many = cli("show", "qwen-image-advdmd-4step-32x80gb").stdout
-    assert "each of 32 cards at 1024 pixels" in many
+    assert "each of 32 GPUs at 1024 pixels" in many
     assert "more during sampling" in many
     assert "fits a 80 GB card" in many
     assert "fits a 141 GB card" in cli("show", "qwen-image-advdmd-4step-80gb", "--gpu-memory", "141").stdout

@@ -33,7 +33,7 @@ def noise_from_velocity(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
 def guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance of velocities [N, ...].
 
-    V_null + scale (v - v_null) (Ho & Salimans 2022, Eq. 6, scale = 1 + w).
+    v_null + scale (v - v_null) (Ho & Salimans 2022, Eq. 6, scale = 1 + w).
     """
     return v_null + scale * (v - v_null)
 

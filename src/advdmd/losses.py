@@ -37,7 +37,7 @@ def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def gan_mismatched_caption(logit: Tensor) -> Tensor:
-    """A real image under a wrong caption counts as generated (matching-aware discriminator, Reed et al. 2016), [N] -> [N]."""
+    """A real image under a mismatched caption counts as generated (matching-aware, Reed et al. 2016), [N] -> [N]."""
     return F.softplus(logit.float())
 
 
@@ -61,9 +61,9 @@ def group_advantage(reward: Tensor, group_size: int, limit: float = 5.0) -> Tens
 
 
 def within_group_std(x: Tensor, group_size: int) -> Tensor:
-    """Standard deviation within groups of `group_size` samples, mean over groups and dimensions, [N, ...] -> []. 0.
+    """Standard deviation within groups of `group_size` samples, mean over groups and dimensions, [N, ...] -> [].
 
-    One image per prompt.
+    0 means that every prompt gives one image.
     """
     grouped = x.float().reshape(-1, group_size, *x.shape[1:])
     return grouped.std(1).mean()

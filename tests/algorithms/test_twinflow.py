@@ -165,7 +165,7 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
         "twinflow/near_loss",
         "twinflow/any_step_loss",
         "twinflow/fake_trajectory_loss",
-        "twinflow/rectify_loss",
+        "twinflow/rectification_loss",
     } <= set(metrics[0])
     assert train.train(name, r, out) == student
     backbone, sampler = loading.load(str(student))

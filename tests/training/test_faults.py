@@ -53,10 +53,10 @@ def poison(monkeypatch, where, bad, calls):
 @pytest.mark.parametrize(
     ("name", "calls", "said"),
     [
-        ("fake_score_loss", 11, r"step \d, fake_score/main: loss"),
-        ("student_loss", 3, r"step \d, student/dm: loss"),
-        ("discriminator_rewards", 2, r"step \d, policy: a reward is not finite"),
-        ("discriminator_rewards:1", 2, r"step \d, policy: a reward is not finite"),  # the final image's
+        ("fake_score_loss", 11, r"iteration \d, fake_score/main: loss"),
+        ("student_loss", 3, r"iteration \d, student/dm: loss"),
+        ("discriminator_rewards", 2, r"iteration \d, policy: a reward is not finite"),
+        ("discriminator_rewards:1", 2, r"iteration \d, policy: a reward is not finite"),  # the final image's
     ],
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
@@ -85,7 +85,7 @@ def test_a_gradient_that_is_none_stops_the_run_too(tiny_folder, tmp_path, monkey
         return true(grads, *a, **k)
 
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", spoiled)
-    with pytest.raises(FloatingPointError, match=r"step \d, .*gradient norm (inf|nan)"):
+    with pytest.raises(FloatingPointError, match=r"iteration \d, .*gradient norm (inf|nan)"):
         train(tiny_folder, tmp_path / "r")
 
 
@@ -119,7 +119,7 @@ def test_what_clipping_would_hide_of_twinflows_target_stops_the_run(tiny_folder,
 
     poison(monkeypatch, (twinflow.TwinFlow, "integrate"), float("inf"), 3)
     words = [w for w in WORDS if "dm_only" not in w and "ramp" not in w and "gating" not in w]
-    with pytest.raises(FloatingPointError, match=r"step 2, student: a target is not finite"):
+    with pytest.raises(FloatingPointError, match=r"iteration 2, student: a target is not finite"):
         train_command.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
 
 

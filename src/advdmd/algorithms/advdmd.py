@@ -34,8 +34,9 @@ class AdvDMD(Algorithm[DistillationModels]):
     """Hyperparameters of AdvDMD. docs/papers.md gives the source of each default.
 
     Schedule: for `dm_only_iterations` distribution matching alone; then policy updates every 8th and, at the end of
-    `policy_ramp_iterations`, every 2nd iteration; from then on a policy update every iteration and distribution matching every
-    `dm_every`-th. Raises ValueError on values out of range.
+    `policy_ramp_iterations`, every 2nd iteration, with distribution matching in every iteration; from then on a policy update
+    every iteration and distribution matching every `dm_every`-th. With steps = 1 there are no policy updates. Raises
+    ValueError on values out of range.
     """
 
     steps: int = 4  # K
@@ -48,10 +49,10 @@ class AdvDMD(Algorithm[DistillationModels]):
     policy_ramp_iterations: int = 60
     dm_every: int = 2
     dm_updates: int = 1  # optimizer steps on distribution matching per rollout, where it is due
-    discriminator_every_nth_sample: int = 1  # one sample in so many is shown to the discriminator
+    discriminator_every_nth_sample: int = 1  # every n-th sample is shown to the discriminator
     credit: Literal["step", "final", "both"] = "both"  # which reward a step gets: its own, the final image's, or half of each
     final_noise_levels: tuple[float, ...] = (0.02, 0.1, 0.3)  # of the final image's reward
-    mismatched_caption_weight: float = 0.0  # of real images under wrong captions as further generated images
+    mismatched_caption_weight: float = 0.0  # of real images under mismatched captions as further generated images
     gan_loss_weight: float = 0.0  # of GAN back-propagation beside distribution matching (DMD2); the paper's method has none
     auc_gating: bool = True  # advantages times losses.auc_gate of the discriminator's AUC at their level
     discriminator_online: bool = True  # False: the discriminator is frozen after dm_only_iterations, an ablation
@@ -110,7 +111,8 @@ class AdvDMD(Algorithm[DistillationModels]):
     def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
         """One AdvDMD iteration (arXiv 2604.28126).
 
-        Roll out once; update fake score and discriminator; policy; distribution matching.
+        One rollout, then updates of fake score and discriminator, of the policy, and of distribution matching, as the schedule
+        says.
 
         The rollout is used three times: its states train the discriminator, its stochastic steps are the policy's actions, and
         distribution matching starts from its states.
@@ -120,7 +122,7 @@ class AdvDMD(Algorithm[DistillationModels]):
 
         # 1. Fake score and discriminator follow the student.
         metrics = self.update_fake_score_and_discriminator(models, trajectory, batch, iteration, rng)
-        # 2. Policy gradient, first, while the trajectory is on-policy: every ratio is 1.
+        # 2. Policy gradient, before distribution matching moves the student: every ratio is 1.
         if updates.policy:
             metrics |= self.update_policy(models, trajectory, batch, rng)
         # 3. Distribution matching through one step of the same trajectory.
@@ -182,7 +184,7 @@ class AdvDMD(Algorithm[DistillationModels]):
     def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> tuple[DiscriminatorInputs, Tensor]:
         """What the discriminator is shown, and its level [N] in 1..K.
 
-        State k of the trajectory, the final image re-noised to a small u.
+        State k of the trajectory or, for k = K, the final image re-noised to u in FINAL_NOISE_RANGE.
         """
         n, *shape = batch.real_latents.shape
         level = rng.integers("critic.k", 1, self.steps + 1)
@@ -311,12 +313,10 @@ class AdvDMD(Algorithm[DistillationModels]):
         return 1 + bool(self.mismatched_caption_weight)
 
     def check_batch(self, prompts: int, world_size: int) -> None:
-        """Raises ValueError if ranks cannot share the prompts, or if a wrong caption has no other prompt to come from."""
+        """Raises ValueError if ranks cannot share the prompts, or if a mismatched caption has no other prompt to come from."""
         super().check_batch(prompts, world_size)
         if prompts < 2 and self.mismatched_caption_weight:
-            raise ValueError(
-                "algorithm.mismatched_caption_weight needs prompts_per_step of at least 2: a wrong caption is another prompt's"
-            )
+            raise ValueError("algorithm.mismatched_caption_weight needs prompts_per_step of at least 2: it is another prompt's")
 
     def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
         """Forward passes per sample of an iteration by part, in units of one without gradient."""

@@ -87,15 +87,18 @@ class ModelBuilder(Protocol):
         ...
 
     def student(self, *optimizers: str) -> Trainable:
-        """A copy of the teacher, trained by optimizers of the recipe ("dm", "policy")."""
+        """A copy of the teacher, trained by the recipe's optimizers: "dm" is dm_optimizer, "policy" is policy_optimizer."""
         ...
 
     def distillation_models(self, num_steps: int, *optimizers: str) -> DistillationModels:
-        """Teacher, a student of so many steps trained by the optimizers, its fake score and the discriminator."""
+        """Teacher, a student of `num_steps` steps trained by the optimizers, its fake score and the discriminator."""
         ...
 
     def target_time_student(self) -> tuple[Trainable, TargetTimeVelocity]:
-        """A student (x, t, r, cond) that also takes a target time r [N], trained by "main"; and the same with EMA weights."""
+        """A student (x, t, r, cond) that also takes a target time r [N], trained by "main", the dm_optimizer.
+
+        And the same with EMA weights.
+        """
         ...
 
 
@@ -121,7 +124,7 @@ class Algorithm(Protocol[Models]):
         ...
 
     def train_step(self, models: Models, batch: Batch, iteration: int, rng: Rng) -> Metrics:
-        """One optimisation step of the algorithm.
+        """One iteration: the rollout and every update that is due.
 
         Draws are made by name (`rng.normal("rollout", shape)`), networks learn by `Learner.update` only. Branches depend on
         `iteration` alone, never on data, so that all ranks make the same passes.
@@ -145,7 +148,7 @@ class Algorithm(Protocol[Models]):
         return {"student": ("dm_optimizer",)}
 
     def samples_per_pass(self, samples: int) -> int:
-        """Samples per forward pass, of so many samples that a rank has in a step."""
+        """Samples per forward pass, if a rank has `samples` in an iteration."""
         return samples
 
     @property
@@ -154,5 +157,5 @@ class Algorithm(Protocol[Models]):
         return 1
 
     def check_batch(self, prompts: int, world_size: int) -> None:
-        """Raises ValueError if a step's prompts cannot be shared by so many ranks."""
+        """Raises ValueError if a step's prompts cannot be divided among `world_size` ranks."""
         Ranks(world_size=world_size).local_slice(prompts)

@@ -52,7 +52,7 @@ class DMD2(Algorithm[DistillationModels]):
     def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
         """One DMD2 iteration (arXiv 2405.14867).
 
-        Backward simulation; update fake score and discriminator; distribution matching and GAN.
+        One rollout (backward simulation), then updates of fake score and discriminator, and of the student.
         """
         _, *shape = batch.real_latents.shape
         noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
@@ -73,7 +73,7 @@ class DMD2(Algorithm[DistillationModels]):
         metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size).item()
         if logits:
             real, fake = models.ranks.gather(logits["real_logit"]), models.ranks.gather(logits["fake_logit"])
-            for k in range(1, self.steps + 1):  # one AUC for all levels
+            for k in range(1, self.steps + 1):  # all entries move alike: DMD2's discriminator sees all levels at once
                 metrics["discriminator/auc"] = update_auc(models, real, fake, k, self.auc_decay)
             metrics["discriminator/logit_gap"] = (real.mean() - fake.mean()).item()
         # 2. Distribution matching and GAN through one step of the trajectory, both at the same noise level.

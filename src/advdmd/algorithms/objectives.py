@@ -62,7 +62,7 @@ def discriminator_loss(
 ) -> tuple[Tensor, Aux]:
     """The GAN loss of the discriminator on those of N samples that are shown, times `scale`; 0 for the others. -> [N]
 
-    mismatched_weight >= 0: weight of real images under wrong captions as further generated ones. Also returns the logits
+    mismatched_weight >= 0: weight of real images under mismatched captions as further generated ones. Also returns the logits
     "real_logit" and "fake_logit" [N], 0 where a sample is not shown. If no sample is shown, one is passed and counts for
     nothing: sharded networks need as many passes on every rank.
     """

@@ -78,24 +78,22 @@ class TwinFlow(Algorithm[TwinFlowModels]):
     def train_step(self, models: TwinFlowModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
         """One TwinFlow iteration (arXiv 2512.05150).
 
-        Each quarter of the batch learns another kind of step.
-
-        Quarters: one step from noise to image; short steps; any step; the trajectory of the student's own images at negative
-        times. Where the two trajectories disagree at the image of one step, the rectification moves that image towards the
-        data's.
+        Each quarter of the batch learns another kind of step. one_step: from noise to the image. near: r just below t.
+        any_step: any r below t. fake_trajectory: the trajectory of the student's own images, at negative times. Where the two
+        trajectories disagree at the image of one step, the rectification moves that image towards the data trajectory.
         """
         (n, *shape), cond = batch.real_latents.shape, batch.cond
         t, r, quarter = self.sample_times(rng, n)
-        z = rng.normal("z", shape)
+        e = rng.normal("z", shape)
         first, fourth = ((quarter == q).nonzero()[:, 0] for q in (0, 3))
 
         # 1. The fourth quarter's data are the student's own images, sampled in one step.
         x0 = batch.real_latents.clone()
         with torch.no_grad():
-            noise = rng.normal("fake", shape)[fourth]
-            one, zero = noise.new_ones(len(fourth)), noise.new_zeros(len(fourth))
-            x0[fourth] = flow.x0_from_velocity(noise, models.student(noise, one, zero, cond[fourth]), one)
-        x, v = flow.interpolate(x0, z, t.abs()), z - x0
+            e_fake = rng.normal("fake", shape)[fourth]
+            one, zero = e_fake.new_ones(len(fourth)), e_fake.new_zeros(len(fourth))
+            x0[fourth] = flow.x0_from_velocity(e_fake, models.student(e_fake, one, zero, cond[fourth]), one)
+        x, v = flow.interpolate(x0, e, t.abs()), e - x0
 
         # 2. Every sample learns its average velocity from r to t.
         F = models.student(x, t, r, cond)
@@ -108,7 +106,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         if self.rectification_weight:
             rectification = self.rectification_weight * self.rectification_loss(models, x, t, F, cond, first, rng)
             loss = loss.index_add(0, first, rectification)
-            metrics["twinflow/rectify_loss"] = rectification.detach().mean().item()
+            metrics["twinflow/rectification_loss"] = rectification.detach().mean().item()
         return metrics | models.student.update([loss])
 
     def sample_times(self, rng: Rng, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,18 +119,21 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         u, share = rng.uniform("t"), rng.uniform("r")
         quarter = torch.arange(n, device=u.device) % 4
         t = torch.where(quarter == 0, torch.ones_like(u), u.clamp(1e-3, 1 - 1e-3))
-        far = torch.where(quarter == 1, self.near_fraction * share, share)
-        r = torch.where(quarter == 0, torch.zeros_like(u), t * (1 - far))
+        distance = torch.where(quarter == 1, self.near_fraction * share, share)
+        r = torch.where(quarter == 0, torch.zeros_like(u), t * (1 - distance))
         return torch.where(quarter == 3, -t, t), torch.where(quarter == 3, -t, r), quarter
 
     @torch.no_grad()
     def target(
         self, models: TwinFlowModels, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Cond, quarter: Tensor
     ) -> Tensor:
-        """What F(x, t, r) [N, ...] should be: the average velocity from r to t.
+        """What F(x, t, r) [N, ...] should be.
 
-        One short step along v [N, ...] and the EMA network for the rest, clipped to +-1 around F. The student's own samples and
-        r = t keep v itself. Raises FloatingPointError if a target is not finite.
+        The average velocity from r to t.
+
+        (EPS v + integral from t - EPS to r) / (t - r): one short step along v [N, ...], the EMA network for the rest. Clipped
+        to +-1 around F. The student's own samples and r = t keep v itself. Raises FloatingPointError if a target is not
+        finite.
         """
         guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
         if self.guidance_strength and len(guided):
@@ -140,16 +141,16 @@ class TwinFlow(Algorithm[TwinFlowModels]):
             both = Cond.cat([cond[guided], models.null.repeated(len(guided))])
             conditional, null = models.ema(x[twice], t[twice], t[twice], both).chunk(2)
             v = v.index_add(0, guided, self.guidance_strength * (conditional - null))
-        far = (quarter < 3).nonzero()[:, 0]
+        data = (quarter < 3).nonzero()[:, 0]
         integral = torch.zeros_like(x)
-        integral[far] = self.integrate(models, x[far] - EPS * v[far], (t[far] - EPS).maximum(r[far]), r[far], cond[far])
+        integral[data] = self.integrate(models, x[data] - EPS * v[data], (t[data] - EPS).maximum(r[data]), r[data], cond[data])
         short = t < r + EPS
         a = torch.where(short, torch.ones_like(t), (t - r) / EPS)
         b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / EPS))  # nothing is left to integrate
-        away = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
-        if not away.isfinite().all():  # which clipping would hide
+        error = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
+        if not error.isfinite().all():  # which clipping would hide
             raise FloatingPointError("student: a target is not finite")
-        return F - away.clamp(-1, 1)
+        return F - error.clamp(-1, 1)
 
     def integrate(self, models: TwinFlowModels, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
         """The EMA network's displacement [N, ...] from t [N] down to r [N], in `order` sub-steps of equal length."""

@@ -1,6 +1,5 @@
-"""The two updates that AdvDMD and DMD2 share, with their random draws.
-
-Of the fake score and discriminator, and of the student.
+"""The two updates that AdvDMD and DMD2 share, with their random draws: of fake score and discriminator, and of the
+student.
 """
 
 from collections.abc import Callable, Sequence

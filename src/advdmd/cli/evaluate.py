@@ -50,7 +50,8 @@ Tolerant = Annotated[bool, typer.Option("--keep-going", help="Count images on wh
 TrainingReward = Annotated[
     bool, typer.Option("--allow-training-reward", help="Score a model by its own training reward; the table says so.")
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda, for real models and judges.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on the CPU, as stored on a GPU.")]
 
 
 def worker_of(text: str) -> tuple[int, int]:
@@ -81,10 +82,8 @@ def evaluate(
     height: Annotated[int | None, typer.Option(help="Pixels; by default the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; by default the pipeline's own.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub id.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16, for other pipelines than the miniature's.")
-    ] = "float32",
-    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     worker: WorkerText = "0/1",
     allow_partial: Partial = False,
     keep_going: Tolerant = False,
@@ -97,13 +96,15 @@ def evaluate(
 
     from advdmd.commands import evaluate as commands
     from advdmd.evaluation import results, tables
+    from advdmd.models import loading
     from advdmd.models.diffusers_pipeline import DiffusersSampling
 
     torch.set_num_threads(threads)
     bench = commands.make_suite(suite, images, prompts, split, world, csv, mode)
     part = worker_of(worker)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {dtype!r}: float32, bfloat16 or float16")
+    if dtype not in loading.DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: one of {', '.join(loading.DTYPES)}")
+    device = loading.resolve_device(device)
     if against is not None:
         results.read_scores(against)
     suite_judge = commands.make_judge(bench, detector, clip, judge, device)
@@ -112,9 +113,11 @@ def evaluate(
         worker=part, allow_partial=allow_partial, tolerant=keep_going, allow_training_reward=allow_training_reward
     )
     if commands.is_native(model) and (height, width) == (None, None):
-        commands.generate_images(model, bench, out, sampler_of(model, steps, guidance), seed, worker=part)
+        commands.generate_images(model, bench, out, sampler_of(model, steps, guidance), seed, None, part, device, dtype)
     else:
         sampling = DiffusersSampling(steps=steps, guidance_scale=guidance, height=height, width=width)
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
         commands.generate_with_diffusers(model, bench, out, sampling, seed, part, revision, device, dtype)
     summary = commands.score(bench, out, suite_judge, options)
     print(tables.markdown({Path(model).name: summary}))
@@ -136,7 +139,7 @@ def score(
     detector: DetectorFolder = None,
     clip: ClipFolder = None,
     judge: JudgeName = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     worker: WorkerText = "0/1",
     allow_partial: Partial = False,
     keep_going: Tolerant = False,
@@ -147,10 +150,11 @@ def score(
     """Judge images that are already there, of whatever model; joins workers."""
     from advdmd.commands import evaluate as commands
     from advdmd.evaluation import results, tables
+    from advdmd.models import loading
 
     bench = commands.make_suite(suite, images, prompts, split, world, csv, mode)
     options = commands.ScoringOptions(worker=worker_of(worker), allow_partial=allow_partial, tolerant=keep_going)
-    suite_judge = commands.make_judge(bench, detector, clip, judge, device)
+    suite_judge = commands.make_judge(bench, detector, clip, judge, loading.resolve_device(device))
     print(tables.markdown({folder.name: commands.score(bench, folder, suite_judge, options)}))
     if against is not None:
         commands.write_comparison_gallery(folder, against)
@@ -177,15 +181,16 @@ def metric(
     images: Images = None,
     prompts: Prompts = 48,
     csv: Csv = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     allow_training_reward: TrainingReward = False,
 ) -> None:
-    """Measure images that are already drawn with a learned metric."""
+    """Measure images that are already generated with a learned metric."""
     from advdmd.commands.evaluate import make_suite
     from advdmd.commands.metric import compute_metric
+    from advdmd.models import loading
 
     bench = make_suite(suite, images, prompts, split, world, csv)
-    found = compute_metric(bench, folder, name, weights, reference, device, allow_training_reward)
+    found = compute_metric(bench, folder, name, weights, reference, loading.resolve_device(device), allow_training_reward)
     low, high = found.get("interval", (None, None))
     spread = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
     print(f"{found['name']}: {found['mean']:.4f}{spread} over {found['images']} images of {found['suite']}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from advdmd.cli import evaluate
-from advdmd.cli.evaluate import Guidance, Out, Steps, Threads, sampler_of, worker_of
+from advdmd.cli.evaluate import Device, Dtype, Guidance, Out, Steps, Threads, sampler_of, worker_of
 
 app = typer.Typer(
     add_completion=False,
@@ -145,11 +145,13 @@ def demo(
     models: Annotated[list[str] | None, typer.Argument(help="Teachers and students: folders, hub ids, shipped names.")] = None,
     port: int = 7860,
     threads: Threads = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
-    """Show a teacher beside its students on a page of this machine: prompt, steps, seed, time, verdict (extra: demo)."""
+    """Show a teacher beside its students on a local page, with time and the result of the checker (extra: demo)."""
     from advdmd.commands.demo import serve
 
-    serve(models or ["mini-sd35"], port, threads)
+    serve(models or ["mini-sd35"], port, threads, device, dtype)
 
 
 @app.command()
@@ -161,6 +163,8 @@ def sample(
     guidance: Guidance = None,
     seed: int = 0,
     threads: Threads = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Sample prompts with a teacher or a student."""
     import torch
@@ -168,7 +172,7 @@ def sample(
     from advdmd.commands.sample import sample as run
 
     torch.set_num_threads(threads)
-    for path in run(model, prompts, out, sampler_of(model, steps, guidance), seed):
+    for path in run(model, prompts, out, sampler_of(model, steps, guidance), seed, device, dtype):
         print(path)
 
 
@@ -236,5 +240,5 @@ def main() -> None:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(3)
     except Interrupted:
-        print("\ninterrupted: the last checkpoint is kept, the same command goes on from it", file=sys.stderr)
+        print("\ninterrupted: the last checkpoint is kept, run the same command to resume", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""The compare page: a teacher beside its students, the same prompt and noise, with what each cost and the verdict."""
+"""The compare page: a teacher beside its students, the same prompt and noise, with cost, time and the checker's result."""
 
 import math
 import os
@@ -36,15 +36,15 @@ class DemoModel:
         return self.sampler.eta is None and self.sampler.last_time is None
 
     @classmethod
-    def read(cls, name: str) -> "DemoModel":
-        """Raises ValueError if it cannot be loaded."""
-        backbone, sampler = loading.load(name)
+    def read(cls, name: str, device: str = "auto", dtype: str = "auto") -> "DemoModel":
+        """A model by name on a device. Raises ValueError if it cannot be loaded."""
+        backbone, sampler = loading.load_for_sampling(name, device, dtype)
         path = loading.pipeline_folder(name)
         made_by = loading.read_metadata(path).get("recipe")
         return cls(f"student of {made_by}" if made_by else f"teacher {path.name}", backbone, sampler)
 
     def sample(self, prompt: str, seed: int, images: int, steps: int | None = None) -> tuple[np.ndarray, str]:
-        """Images [images, H, W, 3] and a line: steps, evaluations, seconds, verdict. A student keeps its own steps."""
+        """Images [images, H, W, 3] and a line: steps, evaluations, seconds, checker's result. A student keeps its own steps."""
         sampler = replace(self.sampler, steps=steps) if steps and self.is_teacher else self.sampler
         began = time.perf_counter()
         drawn = image_sampler(self.backbone, self.backbone.net, sampler)(
@@ -52,9 +52,9 @@ class DemoModel:
         )
         took = time.perf_counter() - began
         line = f"**{self.label}**: {sampler.steps} steps, {sampler.nfe} evaluations an image, {took:.2f} s"
-        return drawn, f"{line}\n\n{self.verdict(prompt, drawn)}"
+        return drawn, f"{line}\n\n{self.check_result(prompt, drawn)}"
 
-    def verdict(self, prompt: str, images: np.ndarray) -> str:
+    def check_result(self, prompt: str, images: np.ndarray) -> str:
         """What the miniature's checker finds in images [N, 32, 32, 3]; empty for other models."""
         if not has_miniature():
             return ""
@@ -66,7 +66,7 @@ class DemoModel:
         try:
             item = item_of(prompt)
         except ValueError:
-            return "no verdict: the prompt is not one of the checker's sentences"
+            return "not checked: the prompt is not one of the checker's sentences"
         found = MiniSuite("mini-dpg").judge_images([item] * len(images), images)
         right = sum(v.strict == 1 for v in found)
         wrong = next((v.reason.replace("\n", "; ") for v in found if v.strict < 1), "")
@@ -103,7 +103,7 @@ def page(models: Sequence[DemoModel]) -> Any:
     try:
         import gradio as gr
     except ImportError:
-        raise ValueError("the compare page needs gradio: install advdmd with its extra, pip install 'advdmd[demo]'") from None
+        raise ValueError("the compare page needs gradio: pip install 'advdmd[demo]'") from None
 
     teacher = next((m for m in models if m.is_teacher), models[0])
     with gr.Blocks(title="advdmd", analytics_enabled=False) as blocks:
@@ -113,7 +113,7 @@ def page(models: Sequence[DemoModel]) -> Any:
             steps = gr.Slider(1, MOST_STEPS, teacher.sampler.steps, step=1, label="Teacher's steps")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images, each with noise of its own")
-        button = gr.Button("Draw", variant="primary", elem_id="draw")
+        button = gr.Button("Generate", variant="primary", elem_id="draw")
         status = gr.Markdown(elem_id="status")
         shown: list[Any] = []
         with gr.Row():
@@ -136,10 +136,10 @@ def page(models: Sequence[DemoModel]) -> Any:
     return blocks.queue(max_size=QUEUE)
 
 
-def serve(names: Sequence[str], port: int, threads: int) -> None:
+def serve(names: Sequence[str], port: int, threads: int, device: str = "auto", dtype: str = "auto") -> None:
     """Show the models on loopback until interrupted. Raises ValueError, before anything is served, on what cannot be loaded."""
     torch.set_num_threads(threads)
-    blocks = page([DemoModel.read(n) for n in names])
+    blocks = page([DemoModel.read(n, device, dtype) for n in names])
     import gradio as gr
 
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no fonts from afar

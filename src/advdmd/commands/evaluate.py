@@ -3,12 +3,14 @@
 For students, teachers and other diffusers pipelines.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from advdmd.evaluation import failure_gallery, results, statistics, tables
 from advdmd.evaluation.benchmark import Benchmark, Judge, Verdict, suite_hash
@@ -21,7 +23,7 @@ from advdmd.files import file_hash, read_object, write_text
 from advdmd.models import loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
 from advdmd.models.hub import download
-from advdmd.models.images import image_sampler
+from advdmd.models.images import LATENTS_PER_PASS, image_sampler
 from advdmd.models.sampler import SamplerConfig
 from advdmd.progress import Progress
 from advdmd.recipes.registry import has_miniature
@@ -114,12 +116,12 @@ def make_judge(suite: Benchmark, detector: Path | None, clip: Path | None, judge
 
 
 def is_native(model: str) -> bool:
-    """Whether a model is sampled with its backbone rather than through diffusers' own call: those of the miniature are."""
-    if not has_miniature():
-        return False
-    from advdmd.mini.pipelines import is_mini_name
+    """Whether a model is sampled with its backbone rather than through diffusers' own call.
 
-    return is_mini_name(model)
+    Folders with this package's metadata are: shipped teachers, and students of any size.
+    """
+    path = loading.shipped_or_path(model)
+    return (path / "model_index.json").is_file() and bool(loading.read_metadata(path))
 
 
 def generate_images(
@@ -128,18 +130,25 @@ def generate_images(
     folder: Path,
     sampler: SamplerConfig | None = None,
     seed: int = 0,
-    batch: int = 512,
+    batch: int | None = None,
     worker: Worker = (0, 1),
+    device: str = "cpu",
+    dtype: str = "auto",
 ) -> None:
     """Sample a suite with a model that a backbone can load; the manifest says which, and its evaluations per image.
 
-    sampler: by default the model's own. Raises ValueError if the folder holds images of another run.
+    sampler: by default the model's own. batch: images between two writes. device, dtype: as in `loading.load_for_sampling`.
+
+    Raises ValueError if the folder holds images of another run.
     """
-    backbone, default = loading.load(model)
+    backbone, default = loading.load_for_sampling(model, device, dtype)
+    batch = batch or max(4, min(512, 4 * LATENTS_PER_PASS // math.prod(backbone.latent_shape)))
     sampler, path = sampler or default, loading.pipeline_folder(model)
     sampling = sampler.to_json()
     record = {"name": Path(model).name, **loading.read_metadata(path), **sampling}
-    about = {"weights": file_hash(loading.weights_file(path)), "sampling": sampling, "nfe": sampler.nfe, "model": record}
+    about = {"weights": loading.weights_hash(path), "sampling": sampling, "nfe": sampler.nfe, "model": record}
+    if backbone.dtype != torch.float32:
+        about["dtype"] = str(backbone.dtype).removeprefix("torch.")
     progress, done = _progress(suite, worker), [0]
 
     def sample(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
@@ -192,16 +201,18 @@ def evaluate(
     sampler: SamplerConfig | None = None,
     seed: int = 0,
     judge: Judge | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
 ) -> Json:
     """Sample a suite with a model into the folder `out` and score it from disk; returns the summary.
 
     model: shipped name, pipeline folder or hub id. suite: name or object, see `make_suite`. judge: by default the miniature's
-    checker, for its suites.
+    checker, for its suites. device, dtype: as in `loading.load_for_sampling`.
 
     Raises ValueError if another suite has no judge, or as `score`.
     """
     suite, out = make_suite(suite) if isinstance(suite, str) else suite, Path(out)
-    generate_images(str(model), suite, out, sampler, seed)
+    generate_images(str(model), suite, out, sampler, seed, device=device, dtype=dtype)
     return score(suite, out, judge or make_judge(suite, None, None, None, "cpu"))
 
 

@@ -18,7 +18,9 @@ from advdmd.types import ONE_RANK, Json, Ranks
 
 
 def export(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
-    """Write the EMA student of a run's newest checkpoint into the folder `out`; returns it. `overwrite` may replace an export.
+    """Write the EMA student of a run into the folder `out`; returns it. `overwrite` may replace an export.
+
+    The student is that of the newest checkpoint or, with validation, that of the best validation score.
 
     Raises ValueError if `run` is no run or has no checkpoint, if its student cannot be sampled by stock schedulers, or if `out`
     holds something else.

@@ -1,4 +1,4 @@
-"""Metrics of images that are already drawn: scorers per prompt, variety within prompts, distance to another folder."""
+"""Metrics of images that are already generated: scorers per prompt, diversity within prompts, distance to another folder."""
 
 import json
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ RECIPE = "mini-sd35-advdmd"
 def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> Json:
     """Distil the shipped mini-sd35 to 4 steps and score it beside its teacher, `images` per task.
 
-    Words: overrides of the recipe.
+    words: overrides of the recipe.
 
     Writes table.md, table.json, comparison.png and the run into `folder`; returns table, summaries, the share of the gap that
     is closed, and the student's folder. Raises ValueError on overrides that do not fit.

@@ -21,7 +21,7 @@ from advdmd.recipes.mini import STAGES
 def pretrain(
     stage: str, folder: Path, start: Path | None, steps: int | None, threads: int, device: str = "cpu"
 ) -> Module | Pipeline:
-    """Run one stage by name into `folder`, or go on where it stopped; returns the autoencoder or the pipeline.
+    """Run one stage by name into `folder`, or resume it; returns the autoencoder or the pipeline.
 
     start: what the stage starts from: nothing, an autoencoder's vae folder, or a pipeline of the miniature (or a shipped name).
     device: auto, cpu or cuda. Scenes are drawn by as many processes as there are `threads`. Raises ValueError on an unknown

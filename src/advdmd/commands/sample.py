@@ -14,16 +14,23 @@ from advdmd.recipes.registry import has_miniature
 
 
 def sample(
-    model: str | Path, prompts: Sequence[str], out: str | Path, sampler: SamplerConfig | None = None, seed: int = 0
+    model: str | Path,
+    prompts: Sequence[str],
+    out: str | Path,
+    sampler: SamplerConfig | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> list[Path]:
     """Sample prompts with a model into the folder `out`; returns the files, one per prompt.
 
-    model: shipped name, pipeline folder or hub id. sampler: by default that of the model's metadata.
+    model: shipped name, pipeline folder or hub id. sampler: by default that of the model's metadata. device, dtype: as in
+    `loading.load_for_sampling`.
 
     Raises ValueError if the model cannot be loaded, or does not know a word of a prompt.
     """
     out = Path(out)
-    backbone, default = loading.load(str(model))
+    backbone, default = loading.load_for_sampling(str(model), device, dtype)
     check_prompts(backbone, prompts)
     generate = image_sampler(backbone, backbone.net, sampler or default)
     images = generate(prompts, [("sample", k, seed) for k in range(len(prompts))])

@@ -20,14 +20,15 @@ def recipe_table() -> str:
         presets += [preset] if preset and preset not in presets else []
     models = list(dict.fromkeys(model for model, _ in rows))
     ordered = sorted(rows.items(), key=lambda row: models.index(row[0][0]))
-    cells = [("model", "method", "steps", "presets")]
+    cells = [("model", "algorithm", "steps", "presets")]
     cells += [(model, method, ", ".join(s), ", ".join(p) or "-") for (model, method), (s, p) in ordered]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines) + (
-        "\n\nName of a recipe: MODEL-METHOD for the miniature (mini-...), MODEL-METHOD-STEPSstep-PRESET for published models, "
-        "for example\nmini-sd35-advdmd, sd35-medium-advdmd-4step-24gb. `advdmd show NAME` prints its settings, cost and memory."
+        "\n\nName of a recipe: MODEL-ALGORITHM for the miniature (mini-...), MODEL-ALGORITHM-STEPSstep-PRESET for published "
+        "models,\nfor example mini-sd35-advdmd and sd35-medium-advdmd-4step-24gb. `advdmd show NAME` prints settings, cost and "
+        "memory."
     )
 
 
@@ -66,7 +67,7 @@ def describe(
     r.check_world_size(gpus)
     need = memory.estimate(r, resolution, gpus)
     adapters = f", {need.adapter / 1e6:.0f} M in each of {need.networks} adapters" if need.adapter else ""
-    which = "a card" if gpus == 1 else f"each of {gpus} cards"
+    which = "one GPU" if gpus == 1 else f"each of {gpus} GPUs"
     lines += [
         f"transformer: {need.base / 1e9:.2f} B parameters{adapters}",
         f"memory of {which} at {resolution} pixels, GB: " + ", ".join(f"{k} {v / GB:.1f}" for k, v in need.parts.items()),

@@ -1,4 +1,4 @@
-"""The command train: run a recipe into a folder, or go on where it stopped."""
+"""The command train: run a recipe into a folder, or resume it."""
 
 import sys
 from collections.abc import Sequence

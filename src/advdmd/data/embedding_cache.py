@@ -1,8 +1,10 @@
-"""What a teacher's encoders say of prompts and images, on disk: encoded once, read row by row.
+"""What a teacher's encoders say of prompts and images, on disk.
+
+Encoded once, read row by row.
 
 A cache is a folder: plan.json (what is in it, and whose encoders), prompts.jsonl, null.safetensors (the empty prompt), shards
-of SHARD prompts with all their images, and manifest.json, written last. Every tensor file has a record of its bytes beside it.
-Images of several shapes are several caches in one folder, whose plan names them.
+of PROMPTS_PER_SHARD prompts with all their images, and manifest.json, written last. Every tensor file has a record of its
+bytes beside it. Images of several sizes are several caches in one folder, whose plan names them.
 """
 
 import json
@@ -237,7 +239,7 @@ def _fits(found: Json, n: int, whole: bool = True) -> None:
     """Raises ValueError unless tensors are what `write_shard` writes of n prompts, or without images `write_null`."""
     needed = {"embeds", "counts", "latents"} if whole else {"embeds"}
     if wrong := sorted((needed - found.keys()) | (found.keys() - LAYOUT.keys())):
-        raise ValueError(f"{wrong[0]} is missing or strange")
+        raise ValueError(f"{wrong[0]} is missing or unexpected")
     for name, v in found.items():
         dims, kind = LAYOUT[name]
         if len(v.get_shape()) != dims or not v.get_dtype().startswith(kind) or (name != "latents" and v.get_shape()[0] != n):

@@ -42,7 +42,7 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
     backbone, _ = loading.load(r.teacher, encoders=source.needs_encoders, dtype=dtype, resolution=source.resolution)
     data = source.load(backbone, BatchConfig(r.prompts_per_step, r.algorithm.group_size, r.seed, ranks))
     device = loading.resolve_device(r.device)
-    if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shares
+    if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shards
         if r.base_bits < 32:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
         backbone.net.to(device)
@@ -136,7 +136,7 @@ class Builder:
     def _copies(self, *names: str) -> tuple[list[nn.Module], nn.Module | None]:
         """A trainable network for each name; with adapters also one that holds the EMA of the first."""
         r = self.recipe
-        every = [*names, "average"] if r.lora_rank else names
+        every = [*names, "ema"] if r.lora_rank else names
         nets = networks.trainable_copies(self.backbone, every, r.lora_rank, r.seed, r.gradient_checkpointing)
         return (nets[:-1], nets[-1]) if r.lora_rank else (nets, None)
 
@@ -177,7 +177,7 @@ class Builder:
             return None
         base: Any = backbone.net
         kind, config, device = type(base), base.config, loading.resolve_device(r.device)
-        for net in nets:  # made on the CPU; each goes to the devices in shares
+        for net in nets:  # made on the CPU; each goes to the devices in shards
             distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device)
         distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
         return lambda: kind.from_config(config).to(backbone.dtype).to(device).requires_grad_(False).eval()

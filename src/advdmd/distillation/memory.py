@@ -114,13 +114,13 @@ def _is_adapted(name: str) -> bool:
 
 
 def fit_advice(r: Recipe, found: MemoryEstimate, gpu_memory: float) -> str:
-    """Whether a GPU of so many GB is enough, and if not what to change."""
+    """Whether a GPU of `gpu_memory` GB is enough, and if not what to change."""
     free = gpu_memory * USABLE - found.total / GB
     if free >= 0:
-        return f"fits a {gpu_memory:g} GB card with {free:.0f} GB to spare"
+        return f"fits a {gpu_memory:g} GB GPU with {free:.0f} GB to spare"
     ways = []
     if not r.lora_rank:
-        ways += ["lora_rank=32 fsdp=false (adapters on one base)"] + ["more cards"] * r.fsdp
+        ways += ["lora_rank=32 fsdp=false (adapters on one base)"] + ["more GPUs"] * r.fsdp
     if not r.gradient_checkpointing:
         ways.append("gradient_checkpointing=true")
     if r.algorithm.samples_per_pass(r.batch) < r.batch and r.algorithm.samples_per_pass(r.batch) > 1:
@@ -135,5 +135,5 @@ def fit_advice(r: Recipe, found: MemoryEstimate, gpu_memory: float) -> str:
     if r.lora_rank:
         least = min(least, found.base * quantization.BYTES_PER_WEIGHT[4] / GB)
     if least > gpu_memory * USABLE:
-        ways = [f"the frozen base alone takes {least:.0f} GB: only a larger card or a smaller model will do"]
-    return f"needs {found.total / GB:.0f} GB, too much for a {gpu_memory:g} GB card: " + ", ".join(ways or ["a larger card"])
+        ways = [f"the frozen base alone takes {least:.0f} GB: only a larger GPU or a smaller model will do"]
+    return f"needs {found.total / GB:.0f} GB, too much for a {gpu_memory:g} GB GPU: " + ", ".join(ways or ["a larger GPU"])

@@ -12,7 +12,7 @@ from advdmd.models.images import ImageSampler
 from advdmd.recipes.recipe import Recipe
 from advdmd.types import Json, Metrics
 
-HINT = "delete best.json: the last average is then exported"
+HINT = "delete best.json: the EMA of the last iteration is then exported"
 
 
 def validate(

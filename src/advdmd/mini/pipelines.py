@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from advdmd.models.backbone import Backbone, Module, Pipeline
-from advdmd.models.loading import read_metadata, shipped_or_path
 
 IMAGE, LATENT, CHANNELS = 32, 8, 4  # pixels, latent side, latent channels: 256 numbers an image
 QWEN_TEMPLATE = (  # the pipeline's own; its tokenizer must know it, for 34 tokens of it are dropped
@@ -297,11 +296,3 @@ def as_sd3(pipe: Pipeline, seed: int = 0) -> Module:
 def is_mini_pipeline(backbone: Backbone) -> bool:
     """Whether a pipeline is of the miniature, whose vocabulary is closed."""
     return len(backbone.pipe.tokenizer) < 2000
-
-
-def is_mini_name(name: str) -> bool:
-    """Whether a name is a local pipeline of the miniature: a shipped teacher, or a folder whose metadata say so."""
-    path = shipped_or_path(name)
-    if not (path / "model_index.json").is_file() or not (metadata := read_metadata(path)):
-        return False
-    return metadata.get("t5_length") == 0 or "side" in metadata

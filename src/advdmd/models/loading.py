@@ -21,6 +21,7 @@ from advdmd.models.target_time import attach_zero_target
 from advdmd.models.z_image import ZImage
 from advdmd.types import Json
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # what a user may ask for when images are generated
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
@@ -70,6 +71,26 @@ def weights_file(folder: Path) -> Path:
     if not found:
         raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors: name a pipeline or a vae folder")
     return found[0] / "diffusion_pytorch_model.safetensors"
+
+
+def weights_hash(path: Path) -> str:
+    """The hash by which a pipeline's transformer is known: of its file, or of its shards. Raises ValueError without any."""
+    sharded = len(list((path / "transformer").glob("*.safetensors"))) > 1
+    return _weights_hash(path) if sharded else file_hash(weights_file(path))
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The type of the numbers in a pipeline's transformer; float32 where the file has others, such as integers."""
+    from safetensors import safe_open
+
+    for file in sorted((path / "transformer").glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                return _STORED.get(tensors.get_slice(name).get_dtype(), torch.float32)
+    return torch.float32
+
+
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_metadata(path: Path) -> Json:
@@ -205,6 +226,27 @@ def load(
     sampler = default_sampling(path)
     if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in metadata:
         sampler = replace(sampler, shift=dynamic_shift(pipe.scheduler.config, backbone.latent_shape[-1]))
+    return backbone, sampler
+
+
+def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Backbone, SamplerConfig]:
+    """A backbone with all its parts on a device, and how it is sampled.
+
+    device: auto, cpu or cuda. dtype: of transformer and text encoders, one of DTYPES; auto is float32 on the CPU, the type of
+    the transformer's file on a GPU. The autoencoder is float32.
+
+    Raises ValueError as `load`, if there is no such device, or on another dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: one of {', '.join(DTYPES)}")
+    device = resolve_device(device)
+    if dtype == "auto":
+        kind = torch.float32 if device == "cpu" else stored_dtype(pipeline_folder(name))
+    else:
+        kind = getattr(torch, dtype)
+    backbone, sampler = load(name, dtype=kind, text_dtype=kind)
+    for module in (*backbone.encoders, backbone.net, backbone.vae):
+        module.to(device)
     return backbone, sampler
 
 

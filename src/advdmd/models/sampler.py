@@ -99,7 +99,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.dev
 def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, sampler: SamplerConfig) -> Tensor:
     """Latents [N, ...] of conditions [N] from noise [>= steps, N, ...], of which the ODE uses the first.
 
-    Null [1] is for guidance.
+    null [1]: the empty prompt, for guidance.
     """
     velocity, grid = Teacher(backbone, sampler.guidance_scale, null, net), sampler.grid(noise.device)
     if sampler.eta is None:
@@ -119,7 +119,7 @@ def sample(
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] of N prompts.
 
-    Noise [>= steps, N, ...] as of `draw_noise`, of which the ODE uses the first.
+    noise [>= steps, N, ...]: as of `draw_noise`, of which the ODE uses the first.
 
     batch: prompts per pass. progress is called with the number of images that are done.
     """

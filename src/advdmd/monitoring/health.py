@@ -60,7 +60,7 @@ DIAGNOSTICS = (
     Diagnostic(
         "discriminator/logit_gap",
         "logit of real images minus that of generated ones",
-        high="the logits run away: lower discriminator_lr_scale",
+        high="the logits grow without bound: lower discriminator_lr_scale",
     ),
     Diagnostic(
         "fake_score/loss",
@@ -72,9 +72,9 @@ DIAGNOSTICS = (
     ),
     Diagnostic(
         "student/dm_loss",
-        "distribution matching: size of the step it asks for, relative to the teacher's own",
-        high="the student runs from the teacher: lower dm_optimizer.lr, or raise algorithm.fake_score_updates",
-        low="distribution matching asks for nothing: is the student still learning?",
+        "distribution matching: half the mean squared difference of fake score and teacher, normalised as in DMD",
+        high="the student moves away from the teacher: lower dm_optimizer.lr, or raise algorithm.fake_score_updates",
+        low="near zero: is the student still learning?",
     ),
     Diagnostic("student/gan_loss", "GAN loss of the student", high="generated images are easy to tell: " + _AHEAD),
     Diagnostic(
@@ -107,7 +107,7 @@ DIAGNOSTICS = (
     Diagnostic(
         "policy/frac_zero_advantage",
         "share of advantages that are 0",
-        high="the gate is shut or groups are alike: see discriminator/auc",
+        high="the AUC gate is 0 or groups are alike: see discriminator/auc",
     ),
     Diagnostic(
         "policy/max_ratio_error",
@@ -119,11 +119,11 @@ DIAGNOSTICS = (
     Diagnostic(
         "cost/efficiency",
         "forward passes an iteration must make x time of one / its time",
-        low="time goes elsewhere: a larger algorithm.micro_batch_size, fewer fake_score_updates; is the machine busy?",
+        low="time goes elsewhere: a larger algorithm.micro_batch_size or a smaller fake_score_updates; is the machine busy?",
     ),
     Diagnostic(
         "eval/diversity",
-        "spread of what prompts leave open; 1 is the renderer's",
+        "variation in what the prompt does not fix; 1 is the renderer's",
         low="lower guidance_scale, or raise algorithm.gan_loss_weight",
     ),
 )
@@ -223,5 +223,5 @@ def read_metrics(folder: Path) -> RunMetrics:
         raise ValueError(f"{folder} is not a training run: there is no {path}")
     found = [new_metrics(line) for line in read_lines(path, "step", hint="delete that line")]
     if not found:
-        raise ValueError(f"{path} is empty: let the run go on")
+        raise ValueError(f"{path} is empty: wait for the first iteration")
     return found

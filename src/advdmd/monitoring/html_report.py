@@ -1,4 +1,4 @@
-"""Runs as one HTML page: verdict, recipe, curves, panels with their ranges, samples over time, scores, failures."""
+"""Runs as one HTML page: health, recipe, curves, diagnostics with their ranges, samples over time, scores, failures."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from advdmd.recipes.overrides import diff, dump
 from advdmd.recipes.recipe import Recipe
 from advdmd.types import Json
 
-SHEETS = 8  # sheets of samples shown of a run, evenly spread and always the last
+GRIDS = 8  # sample grids shown of a run, evenly spread and always the last
 FAILURES = 24
-WIDEST = 1800  # pixels of a sheet
+WIDEST = 1800  # pixels of a sample grid
 COLORS = (
     ("#c0392b", "#ff7b6b"),
     ("#1f6fb2", "#6db3f2"),
@@ -31,9 +31,9 @@ STYLE = """
 svg.chart { position: static; height: auto } .chart text { fill: currentColor; opacity: .7; stroke: none; font-size: 10px }
 .chart .end { text-anchor: end } .chart .mid { text-anchor: middle } .chart .grid { stroke: var(--line); fill: none }
 .chart rect.band { fill: #2e9e5b; fill-opacity: .13; stroke: none } .chart path, .chart circle { fill: none; stroke-width: 1.6 }
-.sheets { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem }
-.sheets figure { flex: none; width: min(85vw, 420px) }
-.sheets .wide { width: min(85vw, 900px) } .sheets img { width: 100%; image-rendering: pixelated } .scroll { overflow-x: auto }
+.grids { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem }
+.grids figure { flex: none; width: min(85vw, 420px) }
+.grids .wide { width: min(85vw, 900px) } .grids img { width: 100%; image-rendering: pixelated } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 pre { font-size: 12px; overflow-x: auto } summary { cursor: pointer } h2.part { font-size: 1.25rem; margin: 2rem 0 .6rem }
@@ -68,10 +68,10 @@ class RunRecord:
         found = [(m[x], m[key]) for m in self.metrics if key in m and x in m]
         return [a for a, _ in found], [b for _, b in found]
 
-    def sheets(self) -> list[Path]:
+    def grids(self) -> list[Path]:
         """Sheets of samples, or the one that is kept of a kept run."""
         every = sorted((self.folder / "samples").glob("step-*.png")) or [*self.folder.glob("samples.png")]
-        n = min(SHEETS, len(every))
+        n = min(GRIDS, len(every))
         return [every[round((i + 1) * len(every) / n) - 1] for i in range(n)]
 
 
@@ -94,7 +94,14 @@ def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> 
         raise ValueError(f"{len(folders)} runs: at most {len(COLORS)} can be distinguished on one page")
     runs = [RunRecord.read(f, label) for f, label in zip(folders, labels(folders), strict=True)]
     found = [*scores, *(p.parent for f in folders for p in sorted(f.glob("*/scores.json")))]
-    parts = [_overview(runs), _exams(runs), _panels(runs), _samples(runs), _scores(found) or _tables(folders), _recipes(runs)]
+    parts = [
+        _overview(runs),
+        _validation(runs),
+        _panels(runs),
+        _samples(runs),
+        _scores(found) or _tables(folders),
+        _recipes(runs),
+    ]
     title = html.escape(" · ".join(r.label for r in runs))
     colors = [
         f".c{i} {{ stroke: light-dark({light}, {dark}); background: light-dark({light}, {dark}) }}"
@@ -125,7 +132,7 @@ def _key(i: int, label: str) -> str:
 
 
 def _overview(runs: Sequence[RunRecord]) -> str:
-    """Who they are, how far they came, and what the doctor says."""
+    """Each run's recipe, progress and health."""
     out = []
     for i, r in enumerate(runs):
         step, summary = int(r.metrics[-1]["step"]) + 1, health.summary(r.metrics, r.recipe)
@@ -141,7 +148,7 @@ def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Ra
     return f'<div class="card"><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p>{drawn}</div>' if drawn else ""
 
 
-def _exams(runs: Sequence[RunRecord]) -> str:
+def _validation(runs: Sequence[RunRecord]) -> str:
     """Score, diversity and reward against forwards: reward hacking shows as reward up, score down."""
     cards = [
         _card(key, f"{text}, against forwards a sample", [r.curve(key, "eval/forwards_per_sample") for r in runs])
@@ -154,8 +161,8 @@ def _exams(runs: Sequence[RunRecord]) -> str:
     cards.append(
         _card("reward/final", "reward of the discriminator for final images, by step", [r.curve("reward/final") for r in runs])
     )
-    parted = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
-    note = f"<p>Reward and score parted: {html.escape(', '.join(parted))}.</p>" if parted else ""
+    hacked = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
+    note = f"<p>Reward hacking: {html.escape(', '.join(hacked))}.</p>" if hacked else ""
     return _part("Score and reward", note + f'<div class="cards">{"".join(cards)}</div>' if any(cards) else "")
 
 
@@ -170,16 +177,16 @@ def _panels(runs: Sequence[RunRecord]) -> str:
     others = sorted({k for r in runs for m in r.metrics[-50:] for k in m if k not in known and not k.startswith("eval/")})
     more = "".join(_card(k, "", [r.curve(k) for r in runs]) for k in others)
     folded = f'<details><summary>everything else that was logged</summary><div class="cards">{more}</div></details>'
-    return _part("Panels", f'<div class="cards">{"".join(cards)}</div>' + (folded if more else ""))
+    return _part("Diagnostics", f'<div class="cards">{"".join(cards)}</div>' + (folded if more else ""))
 
 
 def _samples(runs: Sequence[RunRecord]) -> str:
     out = []
     for i, r in enumerate(runs):
         figures = []
-        for sheet in r.sheets():
-            url, _ = failure_gallery.data_url(sheet, WIDEST, exact=WIDEST)
-            step = sheet.stem.rpartition("-")[2].lstrip("0") if "-" in sheet.stem else "the last"
+        for grid in r.grids():
+            url, _ = failure_gallery.data_url(grid, WIDEST, exact=WIDEST)
+            step = grid.stem.rpartition("-")[2].lstrip("0") if "-" in grid.stem else "the last"
             figures.append(f'<figure><img alt="samples" src="{url}"><figcaption>{step}</figcaption></figure>')
         beside = next((f / "comparison.png" for f in (r.folder, r.folder.parent) if (f / "comparison.png").is_file()), None)
         if beside:
@@ -189,8 +196,8 @@ def _samples(runs: Sequence[RunRecord]) -> str:
                 f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{caption}</figcaption></figure>'
             )
         if figures:
-            out.append(f'<p>{_key(i, r.label)}</p><div class="sheets">{"".join(figures)}</div>')
-    note = "<p>The same prompts and noise at every step; the averaged student.</p>"
+            out.append(f'<p>{_key(i, r.label)}</p><div class="grids">{"".join(figures)}</div>')
+    note = "<p>The same prompts and noise at every step; the EMA student.</p>"
     return _part("Samples over time", note + "".join(out) if out else "")
 
 

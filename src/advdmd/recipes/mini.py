@@ -78,8 +78,8 @@ SHIFT = 1.2  # 256 latent numbers drown in less noise than a large image does, s
 PROMPTS = 8  # x 4 samples: at equal time 32 samples an iteration beat 64
 SHARED = {"group_size": 4, "fake_score_updates": 2, "shift": SHIFT}
 FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.0, 0.999))
-# A trunk that learns, from wrong captions too, pays for what the prompt says: its logit's correlation with correctness within a
-# prompt is .17 for final images, .08 without wrong captions, 0 when the trunk is frozen.
+# A trunk that learns, from mismatched captions too, rewards what the prompt says. The correlation of its logit with correctness
+# within a prompt is .17 for final images, .08 without mismatched captions, 0 when the trunk is frozen.
 DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75, 1.0), hidden_size=96)
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 

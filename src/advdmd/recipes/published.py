@@ -1,6 +1,6 @@
 """Recipes for the published models, trained on the prompts and images of `advdmd encode`.
 
-A preset of one card trains adapters on one frozen base; presets of 8 and 32 cards train whole networks, sharded.
+A preset of one GPU trains adapters on one frozen base; presets of 8 and 32 GPUs train whole networks, sharded.
 
 None of these has been run on published weights. Schedules and discriminator are what worked in the miniature (docs/results.md).
 Learning rates are those of published few-step adapters, and the guidance scale is that of the model card.
@@ -50,9 +50,9 @@ MODELS = {
 
 
 class Preset(NamedTuple):
-    """What makes a model fit: the rank of its adapters (0: whole networks, spread over the cards), samples a pass, GB of a
-    card and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
-    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits; so many samples a pass were measured on a card of 141 GB
+    """What makes a model fit: the rank of its adapters (0: whole networks, sharded over the GPUs), samples a pass, GB of a
+    GPU and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
+    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits; so many samples a pass were measured on a GPU of 141 GB
     (docs/performance.md), one is the least."""
 
     rank: int
@@ -103,7 +103,7 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
     common = {
         "teacher": MODELS[name].hub,
         "algorithm": algorithm,
-        "prompts_per_step": max(PROMPTS, fit.gpus),  # a prompt a card at least, for groups stay together
+        "prompts_per_step": max(PROMPTS, fit.gpus),  # a prompt per GPU at least, for groups stay together
         **{
             k: replace(v, lr=slower * v.lr)
             for k, v in {
@@ -132,9 +132,9 @@ def _recipe(name: str, preset: str, algorithm: Any, **more: Any) -> Recipe:
 def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """AdvDMD: policy updates in the last fifth of the run, ever more often (2604.28126: DMD first).
 
-    They begin later than in the miniature, which keeps adapters below 20 forward passes per sample; the effect was not
-    measured. The rest is the miniature's long recipe (docs/log.md): two updates of the fake score and two of the student on
-    each trajectory, half of the samples shown to the discriminator, mismatched captions at full weight, GAN loss .1 for
+    They begin later than in the miniature, which keeps adapters without checkpointing below 20 forward passes; the effect was
+    not measured. The rest is the miniature's long recipe (docs/log.md): two updates of the fake score and two of the student
+    on each trajectory, half of the samples shown to the discriminator, mismatched captions at full weight, GAN loss .1 for
     diversity.
     """
     warmup = iterations * 4 // 5
@@ -170,9 +170,9 @@ def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Re
 
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code); whole networks of the miniature learn nothing
-    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a card has 16 samples, or 4
-    where no more fit, and as many iterations cost one card a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for
-    more. Many cards are as many replicas with the adapters of one."""
+    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a GPU has 16 samples, or 4
+    where no more fit, and as many iterations cost one GPU a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for
+    more. Many GPUs are as many replicas with the adapters of one."""
     w, one = guidance_strength(MODELS[name].guidance), preset.rpartition("x")[2]
     algorithm = TwinFlow(steps=steps, last_time=0.6 if steps == 2 else 0.5, order=1, guidance_strength=w, group_size=2)
     prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].gpus

@@ -70,11 +70,9 @@ class Recipe:
         if self.fsdp and (self.lora_rank or not self.algorithm.supports_fsdp):
             raise ValueError("fsdp=true: shards the whole networks of AdvDMD and DMD2; adapters and TwinFlow are replicated")
         if self.dtype != "float32" and not (self.lora_rank or self.fsdp):
-            raise ValueError(
-                f"dtype={self.dtype}: whole networks learn in float32; adapters (lora_rank) and sharded runs can do with it"
-            )
+            raise ValueError(f"dtype={self.dtype}: whole networks learn in float32; bfloat16 needs lora_rank or fsdp=true")
         if self.base_bits < 32 and not self.lora_rank:
-            raise ValueError(f"base_bits={self.base_bits}: only a frozen base can do with it; set lora_rank too")
+            raise ValueError(f"base_bits={self.base_bits}: only a frozen base can be quantized: set lora_rank too")
         if self.fsdp and any(o.state_bits == 8 for o in self.optimizers.values()):
             raise ValueError(
                 "fsdp=true: 8-bit optimizers (dm_optimizer.state_bits, policy_optimizer.state_bits, "

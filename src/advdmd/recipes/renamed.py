@@ -74,7 +74,7 @@ _METRICS = (
             "near": "twinflow/near_loss",
             "any": "twinflow/any_step_loss",
             "own": "twinflow/fake_trajectory_loss",
-            "rectify": "twinflow/rectify_loss",
+            "rectify": "twinflow/rectification_loss",
         },
     ),
     (r"exam/(forwards)", {"forwards": "eval/forwards_per_sample"}),

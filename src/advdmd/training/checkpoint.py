@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and a JSON record with their hash, written last. What has no record is no checkpoint.
 
-A checkpoint is a file, or a folder with every rank's shares where networks are sharded. Any number of ranks, sharded or not,
-can go on from either.
+A checkpoint is a file, or a folder with every rank's shards where networks are sharded. Any number of ranks, sharded or not,
+can resume from either.
 """
 
 # torch and safetensors leave these types open.
@@ -36,7 +36,7 @@ def save(
     `fingerprint` tells runs apart.
 
     extra_state: tensors [...] beside the learners. All ranks call this. The main process writes; where networks are sharded
-    every rank writes its shares.
+    every rank writes its shards.
     """
     from safetensors.torch import save_file
 
@@ -51,7 +51,7 @@ def save(
         tensors |= {f"{name}/{k}": v.detach() for k, v in state.items()}
     path = folder / f"step-{iteration:07d}.safetensors"
     if not ranks.rank and path.is_dir():
-        shutil.rmtree(path)  # shares that were being written when a run was killed
+        shutil.rmtree(path)  # shards that were being written when a run was killed
     if sharded:
         if not ranks.rank:
             path.unlink(missing_ok=True)

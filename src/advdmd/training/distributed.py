@@ -1,7 +1,7 @@
 """Several processes, started by torchrun: ranks, values that all ranks agree on, sums over ranks, sharded networks.
 
 The only file that knows torch.distributed. One process needs no process group and pays nothing. Each rank has a replica of
-every network, or its shares of those that `fully_shard_` has sharded (FSDP2). Shares are DTensors, all else are plain tensors.
+every network, or its shards of those that `fully_shard_` has sharded (FSDP2). Shards are DTensors, all else are plain tensors.
 """
 
 # torch and safetensors leave these types open.
@@ -99,7 +99,7 @@ def is_sharded(x: Tensor) -> bool:
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """This rank's share of a tensor of any shape, or all of a plain one; changes in place are changes of the tensor."""
+    """This rank's shard of a tensor of any shape, or all of a plain one; changes in place are changes of the tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
@@ -118,11 +118,14 @@ def distribute_like(x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
-def all_reduce_sum(shares: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Sums over this rank's shares made sums over all ranks, in place, if any of the tensors `of` is sharded. Same shape."""
+def all_reduce_sum(values: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """Sums over this rank's shards, values [...], made sums over all ranks, in place, if any of the tensors `of` is sharded.
+
+    Same shape.
+    """
     if any(is_sharded(x) for x in of):
-        dist.all_reduce(shares)
-    return shares
+        dist.all_reduce(values)
+    return values
 
 
 def grad_norm(grads: Sequence[Tensor]) -> float:
@@ -136,7 +139,7 @@ def grad_norm(grads: Sequence[Tensor]) -> float:
 
 
 def save_sharded(tensors: Mapping[str, Tensor], folder: Path) -> str:
-    """Every rank writes its shares of tensors [...] into `folder`, as safetensors (torch.distributed.checkpoint).
+    """Every rank writes its shards of tensors [...] into `folder`, as safetensors (torch.distributed.checkpoint).
 
     Returns `sharded_hash`.
 
@@ -152,12 +155,12 @@ def save_sharded(tensors: Mapping[str, Tensor], folder: Path) -> str:
     barrier()
     hashes = _file_hashes(folder)
     if "" in hashes.values():
-        raise OSError(f"{folder} cannot be read again: look at the disk and run the same command again")
+        raise OSError(f"{folder} cannot be read again: check the disk and run the same command again")
     return folder_hash(hashes)
 
 
 def sharded_hash(folder: Path) -> str:
-    """files.file_hash of a folder of shares, of which each rank reads a part. All ranks must call this."""
+    """files.file_hash of a folder of shards, of which each rank reads a part. All ranks must call this."""
     return folder_hash(_file_hashes(folder)) if dist.is_initialized() else file_hash(folder)
 
 
@@ -187,10 +190,10 @@ def load_sharded(folder: Path, template: Mapping[str, Tensor]) -> dict[str, Tens
     reader = HuggingFaceStorageReader(str(folder))
     names = reader.read_metadata().state_dict_metadata
     if strange := sorted(set(names) - set(template)):
-        raise ValueError(f"{folder}: the checkpoint holds what this recipe has no place for: {strange[0]}")
+        raise ValueError(f"{folder}: the checkpoint holds {strange[0]}, which this recipe does not have")
     out = {name: torch.zeros_like(template[name]) for name in names}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads the shares of many: meant
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads the shards of many: meant
         dcp.load(out, storage_reader=reader, no_dist=not dist.is_initialized())
     return out
 
@@ -226,7 +229,7 @@ def mean_over_ranks(metrics: Metrics) -> Metrics:
 def check_same_on_all_ranks(number: int, what: str) -> None:
     """Raises ValueError, on all ranks, if they do not have the same number."""
     if dist.is_initialized() and (every := _gather_number(number)).ne(number).any():
-        raise ValueError(f"the processes found different {what} ({every.tolist()}): all of them need one disk")
+        raise ValueError(f"the processes found different {what} ({every.tolist()}): all processes must use one shared folder")
 
 
 def is_main_process() -> bool:

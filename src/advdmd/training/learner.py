@@ -229,7 +229,7 @@ class Learner:
 
         self.net.load_state_dict(part("net/"), strict=True)
         if set(part("ema/")) != set(self.ema):
-            raise ValueError(f"{self.name}: the saved average does not match this recipe's")
+            raise ValueError(f"{self.name}: the saved EMA does not match this recipe's")
         for k, v in part("ema/").items():
             self.ema[k].copy_(v)
         self.ema_updates = counters["ema_updates"]
@@ -244,4 +244,4 @@ class Learner:
             if o.config.state_bits == 8:
                 restore_8bit_tables(o.adam)
         if extra := set(tensors) - set(self.state_dict()[0]):
-            raise ValueError(f"{self.name}: the checkpoint holds what this recipe has no place for: {sorted(extra)[0]}")
+            raise ValueError(f"{self.name}: the checkpoint holds {sorted(extra)[0]}, which this recipe does not have")

@@ -98,7 +98,9 @@ class Trainer:
         folder, total, main = self.folder, self.iterations, not self.ranks.rank
         start = checkpoint.resume(folder / "checkpoints", self.learners, self.extra_state, self.fingerprint)
         if start > total:
-            raise ValueError(f"{folder} has already run {start} steps, more than the {total} asked for: choose another --out")
+            raise ValueError(
+                f"{folder} has already run {start} iterations, more than the {total} asked for: choose another --out"
+            )
         if start and self.should_stop():
             return
         distributed.barrier()  # until all have read the checkpoint
@@ -127,7 +129,9 @@ class Trainer:
                     return
                 if stopped:
                     if main:
-                        print(f"\nstopped after step {iteration}, as asked: the same command goes on from it", file=sys.stderr)
+                        print(
+                            f"\nstopped by SIGTERM after iteration {iteration}: run the same command to resume", file=sys.stderr
+                        )
                     raise SystemExit(128 + signal.SIGTERM)
 
     def _train_step(self, iteration: int) -> Metrics:
@@ -139,5 +143,5 @@ class Trainer:
             rng = Rng(self.seed, iteration, samples, self.ranks, self.device)
             metrics = self.algorithm.train_step(self.models, batch, iteration, rng)
         except FloatingPointError as e:
-            raise FloatingPointError(f"step {iteration}, {e}: the last checkpoint is untouched") from None
+            raise FloatingPointError(f"iteration {iteration}, {e}: the last checkpoint is untouched") from None
         return distributed.mean_over_ranks(metrics | (self.efficiency.stop(iteration) if self.efficiency else {}))
