@@ -86,7 +86,9 @@ def digest(folder: Path) -> dict[str, str]:
         data = f.read_bytes()
         if f.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.decode().splitlines()]
-            data = json.dumps([{k: v for k, v in r.items() if k != "cost/efficiency"} for r in rows]).encode()
+            data = json.dumps(
+                [{k: v for k, v in r.items() if k not in ("cost/efficiency", "cost/seconds")} for r in rows]
+            ).encode()
         found[str(f.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -507,18 +507,18 @@ def test_show_prints_the_recipe_and_its_cost():
     assert all(table.count(f"\n{name} ") for name in ("mini-sd3", "mini-sd35", "mini-qwen", "qwen-image"))
 
 
-def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_card_its_preset_is_named_after():
+def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_gpu_its_preset_is_named_after():
     done = cli("show", "sd35-large-advdmd-4step-24gb", "--resolution", "1024")
     assert "transformer: 8.06 B parameters, 53 M in each of 3 adapters" in done.stdout
     assert "frozen base 16.1" in done.stdout
-    assert "too much for a 24 GB card: base_bits=4" in done.stdout
-    assert "fits a 24 GB card" in cli("show", "sd35-large-advdmd-4step-24gb").stdout, "of 512 pixels"
+    assert "too much for a 24 GB GPU: base_bits=4" in done.stdout
+    assert "fits a 24 GB GPU" in cli("show", "sd35-large-advdmd-4step-24gb").stdout, "of 512 pixels"
     assert "cannot be shared by 3 processes" in cli("show", "sd35-medium-advdmd-4step-80gb", "--gpus", "3").stderr
     many = cli("show", "qwen-image-advdmd-4step-32x80gb").stdout
     assert "each of 32 GPUs at 1024 pixels" in many
     assert "more during sampling" in many
-    assert "fits a 80 GB card" in many
-    assert "fits a 141 GB card" in cli("show", "qwen-image-advdmd-4step-80gb", "--gpu-memory", "141").stdout
+    assert "fits a 80 GB GPU" in many
+    assert "fits a 141 GB GPU" in cli("show", "qwen-image-advdmd-4step-80gb", "--gpu-memory", "141").stdout
 
 
 def test_a_recipes_schedules_fit_the_iterations_it_is_told():

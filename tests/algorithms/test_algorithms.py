@@ -80,6 +80,27 @@ def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
         play(algorithm, models._replace(student=Moved()), toy_batch_fn(world), 1)
 
 
+def test_a_replay_error_above_the_clip_range_stops_the_run(backbone, tiny_folder, monkeypatch):
+    """Else it would be clipped on one side: the tolerance is never above the clip range."""
+    models = models_for(tiny_recipe(tiny_folder, algorithm := AdvDMD(**ADV, group_size=4)), backbone)
+
+    class Off:
+        """A student whose replay differs from the rollout in the last digits."""
+
+        def __call__(self, x, t, c):
+            return models.student(x, t, c) * (1 + 3e-7 * torch.is_grad_enabled())
+
+        def update(self, losses, optimizer="main"):
+            return models.student.update(losses, optimizer)
+
+    batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
+    off = models._replace(student=Off())
+    assert 0 < algorithm.train_step(off, batch, 0, rng)["policy/max_ratio_error"] < 1e-5
+    monkeypatch.setattr(AdvDMD, "scaled_clip_range", lambda self, shape: 1e-12)
+    with pytest.raises(FloatingPointError, match=r"policy: \|ratio - 1\|"):
+        algorithm.train_step(off, batch, 0, rng)
+
+
 def test_a_bfloat16_replay_of_a_float32_path_is_stopped(tiny_folder, backbone):
     """Sampling in one precision and learning in another, on the real network: no injected error."""
     models = models_for(tiny_recipe(tiny_folder, algorithm := AdvDMD(**ADV, group_size=4)), backbone)

@@ -124,8 +124,10 @@ def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
     meter = EfficiencyMeter(lambda: take(0.02), 4, lambda step: 3.0 + step, batch=8)
     for step in range(3):
         meter.start(step)
-        take((3 + step) * 2 * 0.02 * 1.25)  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
-        assert meter.stop(step) == pytest.approx({"cost/forwards_per_sample": 3 + step, "cost/efficiency": 0.8})
+        seconds = (3 + step) * 2 * 0.02 * 1.25  # 8 samples are two forwards of 4; a fifth of the time goes elsewhere
+        take(seconds)
+        wanted = {"cost/forwards_per_sample": 3 + step, "cost/seconds": seconds, "cost/efficiency": 0.8}
+        assert meter.stop(step) == pytest.approx(wanted)
     meter.forward = lambda: take(0.03)  # the machine becomes slower: seen at step 50, not before
     for step, eta in ((49, 0.02 / 0.03), (50, 1.0)):
         meter.start(step)

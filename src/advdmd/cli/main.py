@@ -207,6 +207,10 @@ def _interrupt(*_: object) -> None:
     raise Interrupted
 
 
+OUT_OF_MEMORY = (
+    "Training: lower algorithm.micro_batch_size or lora_rank, set gradient_checkpointing=true, base_bits=4 or a smaller "
+    "resolution; advdmd show RECIPE prints the memory by part. Sampling: --dtype bfloat16 or --device cpu"
+)
 RENAMED_OPTIONS = {
     "--track": "--report-to",
     "--card": "--gpu-memory",
@@ -239,6 +243,11 @@ def main() -> None:
     except FloatingPointError as e:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(3)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's; importing torch for its name takes seconds
+            raise
+        print(f"error: the GPU's memory is not enough: {str(e).split('.')[0]}. {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted:
         print("\ninterrupted: the last checkpoint is kept, run the same command to resume", file=sys.stderr)
         sys.exit(130)

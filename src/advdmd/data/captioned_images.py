@@ -4,16 +4,26 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_KEYS, FILE_KEYS = ("text", "prompt", "caption"), ("file_name", "image")
+TURNS = {  # EXIF orientation -> what puts the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SUPPORTED_SOURCES = (
     "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset .tar or a folder of them, a saved dataset"
 )
@@ -100,13 +110,15 @@ def _jsonl(path: Path) -> Iterator[CaptionedImage]:
         if file is None:
             yield CaptionedImage(prompt)
             continue
+        image = root / str(file)
+        if ".." in Path(str(file)).parts or not image.is_relative_to(root):  # links in the folder may lead out of it
+            raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
         try:
-            image = (root / str(file)).resolve()
+            image.resolve(strict=False)
+            there = image.is_file()
         except (OSError, RuntimeError, ValueError) as e:  # a circle of links, a name that no file can have
             raise ValueError(f"{where}: {str(file)!r}: {e}") from None
-        if not image.is_relative_to(root):
-            raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
-        if not image.is_file():
+        if not there:
             raise ValueError(f"{where}: there is no image {str(file)!r}")
         yield CaptionedImage(prompt, image)
 
@@ -190,7 +202,7 @@ def image_size(entry: CaptionedImage) -> tuple[int, int]:
     """Height and width as its camera says. Raises ValueError that names the image if it cannot be read."""
     try:
         with Image.open(io.BytesIO(_bytes(entry))) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = _orientation(image) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
             return height, width
     except Exception as e:  # whatever a damaged or hostile file makes the library raise
@@ -204,7 +216,9 @@ def load_image(entry: CaptionedImage, height: int, width: int) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(_bytes(entry))) as image:
-            image = ImageOps.fit(ImageOps.exif_transpose(_flat(image)), (width, height), Image.Resampling.LANCZOS)
+            turn = TURNS.get(_orientation(image))
+            image = _flat(image)
+            image = ImageOps.fit(image if turn is None else image.transpose(turn), (width, height), Image.Resampling.LANCZOS)
     except Exception as e:  # whatever a damaged or hostile file makes the library raise
         raise ValueError(f"image {entry.place} cannot be read: {e}") from None
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
@@ -212,15 +226,33 @@ def load_image(entry: CaptionedImage, height: int, width: int) -> np.ndarray:
 
 def _flat(image: Image.Image) -> Image.Image:
     """The first frame in RGB, what is transparent on white; 16-bit greys scaled, not cut."""
-    exif = image.getexif()
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.getexif().update(exif)
-    return image
+    return _srgb(image, profile)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8; 1 where the EXIF data are damaged, as the pixels may still be sound."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever damaged data make the library raise
+        return 1
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image in RGB; from its colour profile to sRGB if it has one that can be read."""
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                plain = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+                found = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                return found if found is not None else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def group_by_prompt(entries: Sequence[CaptionedImage]) -> tuple[list[str], list[list[CaptionedImage]]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from advdmd.models.backbone import Pipeline
-from advdmd.models.loading import read_index, read_metadata, silence_libraries, verify_weights
+from advdmd.models.loading import UnfitWeights, load_parts, read_index, read_metadata, silence_libraries, verify_weights
 from advdmd.rng import generator
 from advdmd.types import Json
 
@@ -83,16 +83,21 @@ class DiffusersModel:
         if not folder.is_dir():
             model, _, named = model.partition("@")
             revision = revision or named or None
+        kind: torch.dtype = getattr(torch, dtype)
         try:
+            parts = load_parts(folder, read_index(folder), {"default": kind}) if folder.is_dir() else {}
             self.pipe: Pipeline = DiffusionPipeline.from_pretrained(
                 model,
                 revision=revision,
-                dtype=getattr(torch, dtype),
+                dtype=kind,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=folder.is_dir(),
+                **parts,
                 **_absent(folder),
             )
+        except UnfitWeights:
+            raise
         except Exception as e:  # whatever a broken folder or an unreachable hub makes the library raise
             raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {str(e).splitlines()[0]}") from None
         self.pipe.to(device)

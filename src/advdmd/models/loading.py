@@ -1,15 +1,17 @@
 """Pipeline folders to backbones: shipped names, diffusers folders, hub ids, and students that this package exported."""
 
+import importlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
@@ -21,6 +23,7 @@ from advdmd.models.target_time import attach_zero_target
 from advdmd.models.z_image import ZImage
 from advdmd.types import Json
 
+MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # what a user may ask for when images are generated
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
@@ -149,19 +152,58 @@ def load_pipeline(
     index = read_index(path)
     if index["_class_name"] not in KNOWN_PIPELINES:
         raise ValueError(f"{path} holds a {index['_class_name']}: {', '.join(KNOWN_PIPELINES)} are supported")
-    # A pipeline that was saved without its third encoder must be given None for it when it is loaded.
-    absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if index.get(k, [True])[0] is None}
+    # A pipeline without its third encoder must be given None for it and for its tokenizer when it is loaded.
+    third = ("text_encoder_3", "tokenizer_3")
+    without = any(index.get(k, [True])[0] is None for k in third)
+    absent = {k: None for k in third if k in index and without}
     if not encoders:
         absent |= {k: None for k in TEXT_ENCODERS if k in index}
     dtypes = {"transformer": dtype, "default": torch.float32} | {k: text_dtype for k in TEXT_ENCODERS if k in index}
     try:
+        parts = load_parts(path, index, dtypes, skip=absent)
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=dtypes, **absent
+            path, local_files_only=True, use_safetensors=True, dtype=dtypes, **parts, **absent
         )
+    except UnfitWeights:
+        raise
     except Exception as e:  # whatever a broken folder makes the library raise
         raise ValueError(f"{path} cannot be loaded as a pipeline: {e}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class UnfitWeights(ValueError):
+    """Weights that are not those of their class."""
+
+
+def load_parts(path: Path, index: Json, dtypes: Mapping[str, torch.dtype], skip: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The models of a pipeline's folder, each with exactly the weights that its class needs, by their names in `index`.
+
+    dtypes: by name, and under "default". Files that have a bf16 or fp16 variant alone are read.
+
+    Raises UnfitWeights that names keys which are missing, left over or of another shape.
+    """
+    names = [k for k, kind in index.items() if isinstance(kind, list) and kind[0] in ("diffusers", "transformers")]
+    names = [k for k in names if k not in skip and any((path / k).glob("*.safetensors"))]
+    return {k: _load_part(path / k, index[k], dtypes.get(k, dtypes["default"])) for k in names}
+
+
+def _load_part(folder: Path, kind: Sequence[str], dtype: torch.dtype) -> nn.Module:
+    files = [f.name for f in folder.glob("*.safetensors")]
+    variant = next((v for v in ("bf16", "fp16") if all(f".{v}" in name for name in files)), None)
+    cls = getattr(importlib.import_module(kind[0]), kind[1])
+    key = "torch_dtype" if kind[0] == "diffusers" else "dtype"
+    model, info = cls.from_pretrained(
+        folder, **{key: dtype}, variant=variant, output_loading_info=True, local_files_only=True, use_safetensors=True
+    )
+    wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        found = "; ".join(f"{len(v)} {k.replace('_', ' ')}, such as {v[0]}" for k, v in wrong.items() if v)
+        hint = "the folder is damaged or was saved by another program: fetch or convert the model again"
+        if any("lora" in k or "base_layer" in k for v in wrong.values() for k in v):
+            hint = "a LoRA was not unloaded before saving: call fuse_lora() and unload_lora_weights(), then save_pretrained()"
+        raise UnfitWeights(f"{folder} does not hold the weights of {kind[1]} ({found}): {hint}")
+    return model.eval()
 
 
 def save_pipeline(pipe: Pipeline, path: Path, metadata: Json) -> None:

@@ -33,11 +33,12 @@ class EfficiencyMeter:
         self.started = _now()
 
     def stop(self, iteration: int) -> Metrics:
-        """Call after it; returns its forward passes per sample and its efficiency."""
-        counted = self.counted(iteration)
+        """Call after it; returns its forward passes per sample, its seconds and its efficiency."""
+        counted, seconds = self.counted(iteration), _now() - self.started
         return {
             "cost/forwards_per_sample": counted,
-            "cost/efficiency": counted * self.batch * self.seconds_per_sample / (_now() - self.started),
+            "cost/seconds": seconds,
+            "cost/efficiency": counted * self.batch * self.seconds_per_sample / seconds,
         }
 
 

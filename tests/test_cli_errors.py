@@ -1,0 +1,33 @@
+"""What ends a command ends it with one line, the cause and what to change."""
+
+import sys
+
+import pytest
+import torch
+
+from advdmd.cli import main
+
+
+def test_out_of_memory_says_what_to_change(monkeypatch, capsys):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 3 MiB free.")
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["advdmd", "train"])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the GPU's memory is not enough: CUDA out of memory.")
+    for key in ("algorithm.micro_batch_size", "gradient_checkpointing=true", "advdmd show", "--dtype bfloat16"):
+        assert key in line
+
+
+def test_another_runtime_error_is_no_user_error(monkeypatch):
+    def fail():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["advdmd", "train"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        main.main()
