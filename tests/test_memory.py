@@ -1,8 +1,10 @@
-"""What a recipe takes of a card, from the published models' configurations alone."""
+"""What a recipe takes of a GPU, from the published models' configurations alone."""
+
+from types import SimpleNamespace
 
 import pytest
 
-from advdmd.distillation.memory import estimate, fit_advice
+from advdmd.distillation.memory import estimate, fit_advice, warning
 from advdmd.recipes.published import RECIPES, preset_from_name
 from advdmd.recipes.registry import resolve
 
@@ -82,3 +84,17 @@ def test_a_float32_base_is_merged_anew_for_every_network_of_a_graph():
 
     assert held("dtype=float32") == 2 * held(), "checkpointing keeps a block's at a time"
     assert held("dtype=float32", "gradient_checkpointing=false") > 2 * held("gradient_checkpointing=false") + 1e10
+
+
+def test_a_run_says_before_it_loads_anything_that_its_gpu_is_too_small(monkeypatch):
+    """Of what torch says of the GPU; on a CPU, and where the recipe fits, nothing is said."""
+    recipe = resolve("sd35-large-advdmd-4step-80gb")[1]
+    gb = {"total_memory": 24 * 10**9}
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(**gb))
+    text = warning(recipe, 1024, 1, "cuda")
+    assert "too much for a" in text
+    assert "lora_rank=16" in text
+    assert warning(recipe, 1024, 1, "cpu") == ""
+    gb["total_memory"] = 80 * 10**9
+    assert warning(recipe, 1024, 1, "cuda:0") == ""

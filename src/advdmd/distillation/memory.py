@@ -113,6 +113,18 @@ def _is_adapted(name: str) -> bool:
     return "transformer_blocks." in name and (name.endswith(ATTENTION) or (".net." in name))
 
 
+def warning(r: Recipe, resolution: int, gpus: int, device: str) -> str:
+    """What to change if this process's GPU has less memory than a recipe takes; empty if it fits or cannot be known."""
+    if not device.startswith("cuda"):
+        return ""
+    try:
+        need = estimate(r, resolution, gpus)
+    except ValueError:  # a class of transformer whose memory is not known
+        return ""
+    gpu_memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GB
+    return "" if need.total / GB <= gpu_memory * USABLE else fit_advice(r, need, round(gpu_memory))
+
+
 def fit_advice(r: Recipe, found: MemoryEstimate, gpu_memory: float) -> str:
     """Whether a GPU of `gpu_memory` GB is enough, and if not what to change."""
     free = gpu_memory * USABLE - found.total / GB

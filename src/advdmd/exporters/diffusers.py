@@ -1,5 +1,6 @@
 """A student as a stock diffusers folder: its pipeline, its scheduler, a model card, and a workflow for ComfyUI."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from advdmd.exporters.comfyui import workflow
 from advdmd.exporters.model_card import LORA_FILE, SAMPLES_FILE, model_card
 from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
-from advdmd.models.loading import ENCODERS, TARGET_TIME, read_index, read_metadata, save_pipeline
+from advdmd.models.loading import ENCODERS, TARGET_TIME, read_index, read_metadata, save_pipeline, stored_dtype
 from advdmd.models.lora import LoraModel
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.target_time import TargetTime
@@ -43,7 +44,8 @@ def export_student(
         target_embedding, net = net.zero_target_embedding(), net.net
     if isinstance(net, LoraModel):
         adapter, net = net.lora_state_dict(), _fused(net)
-    parts["transformer"] = net
+    parts["transformer"], dtype = net, next(net.parameters()).dtype
+    parts["vae"] = copy.deepcopy(backbone.vae).to(stored_dtype(teacher, "vae"))  # in a run it is float32
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=sampler.shift, stochastic_sampling=sampler.eta == 1)
     pipe = type(backbone.pipe)(**parts)
     sampling = {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}
@@ -66,7 +68,7 @@ def export_student(
             shutil.copyfile(samples, making / SAMPLES_FILE)
         if target_embedding is not None:
             save_file({"standing": target_embedding}, making / TARGET_TIME)
-        (making / "README.md").write_text(model_card(making, folder.name, sampler, backbone, record))
+        (making / "README.md").write_text(model_card(making, folder.name, sampler, backbone, record, dtype))
 
     write_folder(folder, write)
     return folder

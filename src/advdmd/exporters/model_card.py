@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig
 from advdmd.types import Json
@@ -10,14 +12,15 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLES_FILE = "samples.png"
 
 
-def snippet(folder: str, backbone: Backbone, steps: int) -> str:
-    """Lines of Python that sample an image with the stock pipeline in `folder`."""
+def snippet(folder: str, backbone: Backbone, steps: int, dtype: torch.dtype) -> str:
+    """Lines of Python that sample an image with the stock pipeline in `folder`, all its parts of one type."""
     load = "".join(f", {k}={v!r}" for k, v in backbone.pipeline_load_kwargs.items())
     call = "".join(f"    {k}={v!r},\n" for k, v in backbone.pipeline_call_kwargs(steps).items())
     return f"""import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}"{load})
+pipe = DiffusionPipeline.from_pretrained("{folder}", dtype={dtype}{load})
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)  # the noise of the steps is drawn from the global generator
 image = pipe(
     "a picture of a red circle",
@@ -25,8 +28,8 @@ image = pipe(
 """
 
 
-def model_card(folder: Path, name: str, sampler: SamplerConfig, backbone: Backbone, record: Json) -> str:
-    """README.md of a student's `folder`, which will be called `name`; record: its metadata."""
+def model_card(folder: Path, name: str, sampler: SamplerConfig, backbone: Backbone, record: Json, dtype: torch.dtype) -> str:
+    """README.md of a student's `folder`, which will be called `name`; record: its metadata; dtype: of its transformer."""
     notes = ""
     if sampler.eta != 1:
         notes = f"\n**eta = {sampler.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
@@ -59,7 +62,7 @@ tags: [advdmd, distillation, few-step]
 Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {sampler.steps} steps:
 {notes}
 ```python
-{snippet(name, backbone, sampler.steps)}```
+{snippet(name, backbone, sampler.steps, dtype)}```
 
 Pass the arguments as they are: other values mean another grid or another function. With stochastic sampling the pipeline's
 `generator` seeds only the first noise: call `torch.manual_seed` to repeat an image.

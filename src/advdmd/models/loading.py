@@ -82,11 +82,11 @@ def weights_hash(path: Path) -> str:
     return _weights_hash(path) if sharded else file_hash(weights_file(path))
 
 
-def stored_dtype(path: Path) -> torch.dtype:
-    """The type of the numbers in a pipeline's transformer; float32 where the file has others, such as integers."""
+def stored_dtype(path: Path, part: str = "transformer") -> torch.dtype:
+    """The type of the numbers in a part of a pipeline; float32 where the file has others, such as integers, or is missing."""
     from safetensors import safe_open
 
-    for file in sorted((path / "transformer").glob("*.safetensors")):
+    for file in sorted((path / part).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                 return _STORED.get(tensors.get_slice(name).get_dtype(), torch.float32)
