@@ -23,6 +23,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python runs/house_figures.py  # what CONTRIBUTING.md asks for
 
 # Known vulnerabilities of what is pinned (asks an advisory service, or ADVISORIES=checkout of github.com/pypa/advisory-database),
 # and a bill of materials of it (asks nobody).
