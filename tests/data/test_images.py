@@ -84,3 +84,48 @@ def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
     with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
     assert (((load_image(entry, 16, 16) + 1) * 127.5).round().transpose(1, 2, 0) == wanted).all()
+
+
+def red(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), (220, 40, 40)).save(path)
+
+
+def test_captions_beside_their_images_are_found_and_what_has_none_is_counted(tmp_path, capsys):
+    for name in ("a.jpg", "10_lamps/b.PNG", "10_lamps/c.bmp", "d.png", "e.png", "__MACOSX/x.png", ".hidden/y.png", "._a.jpg"):
+        red(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a lamp\n")
+    (tmp_path / "10_lamps/b.caption").write_text("two\nlamps")
+    (tmp_path / "10_lamps/c.txt").write_text("three lamps")
+    (tmp_path / "d.txt").write_text(" \n")
+    (tmp_path / "__MACOSX/x.txt").write_text("no")
+    found = read_captioned_images(tmp_path)
+    assert sorted((e.prompt, e.image.name) for e in found) == [
+        ("a lamp", "a.jpg"),
+        ("three lamps", "c.bmp"),
+        ("two lamps", "b.PNG"),
+    ]
+    assert "2 of 5 images have no caption and are skipped" in capsys.readouterr().err
+    assert all(color(e) == pytest.approx([220, 40, 40], abs=3) for e in found)
+
+
+def test_a_folder_without_any_caption_is_refused(tmp_path):
+    red(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="1 images without a caption: give"):
+        read_captioned_images(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds neither"):
+        read_captioned_images(tmp_path / "empty")
+
+
+def test_a_csv_of_captions_is_read_as_the_jsonl_is(tmp_path):
+    red(tmp_path / "images/a.png")
+    (tmp_path / "metadata.csv").write_text('file_name,text\nimages/a.png,"a lamp, lit"\n')
+    (entry,) = read_captioned_images(tmp_path)
+    assert (entry.prompt, color(entry)) == ("a lamp, lit", [220, 40, 40])
+    (tmp_path / "metadata.csv").write_text("file_name,text\n../a.png,a lamp\n")
+    with pytest.raises(ValueError, match=r"row 1: '../a.png' leads out of the folder"):
+        read_captioned_images(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file,words\na.png,a lamp\n")
+    with pytest.raises(ValueError, match="needs an object with the caption"):
+        read_captioned_images(tmp_path)

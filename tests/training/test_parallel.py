@@ -67,11 +67,13 @@ def metrics_agree(a, b, absolute=1e-3):
     for ours, theirs in zip(*rows, strict=True):
         assert set(ours) == set(theirs)
         for k in set(ours) - {"cost/efficiency", "cost/seconds"}:
-            assert ours[k] == pytest.approx(theirs[k], rel=5e-3, abs=absolute), k
+            # Scores are counts of answers: a last digit may turn one question of 120.
+            near = 0.02 if k.startswith("eval/") else absolute
+            assert ours[k] == pytest.approx(theirs[k], rel=5e-3, abs=near), k
 
 
 def forget_the_end(folder):
-    """As if the run had been stopped behind its second step."""
+    """As if the run had been stopped after its second iteration."""
     for f in folder.glob("checkpoints/step-0000004*"):
         shutil.rmtree(f) if f.is_dir() else f.unlink()
     shutil.rmtree(folder / "student")

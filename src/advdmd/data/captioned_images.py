@@ -1,7 +1,9 @@
 """Prompts and captioned images as people have them: text files, folders with metadata.jsonl, webdataset tars, datasets."""
 
+import csv
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+SIDECAR_SUFFIXES = (".txt", ".caption")
 CAPTION_KEYS, FILE_KEYS = ("text", "prompt", "caption"), ("file_name", "image")
 TURNS = {  # EXIF orientation -> what puts the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,7 +28,8 @@ TURNS = {  # EXIF orientation -> what puts the image upright
     8: Image.Transpose.ROTATE_90,
 }
 SUPPORTED_SOURCES = (
-    "a .txt of prompts, a .jsonl, a folder with metadata.jsonl, a webdataset .tar or a folder of them, a saved dataset"
+    "a .txt of prompts, a .jsonl, a folder with metadata.jsonl or metadata.csv, a folder of images each with a .txt or "
+    ".caption of the same name, a webdataset .tar or a folder of them, a saved dataset"
 )
 
 
@@ -57,10 +61,12 @@ def read_captioned_images(source: Path) -> list[CaptionedImage]:
             found = list(_dataset(source))
         elif (source / "dataset_dict.json").is_file():
             raise ValueError(f"{source} is a saved dataset of several splits: give the folder of one of them, such as train")
+        elif (source / "metadata.csv").is_file():
+            found = list(_csv(source / "metadata.csv"))
         elif tars:
             found = [e for tar in tars for e in _tar(tar)]
         else:
-            raise ValueError(f"{source} holds neither metadata.jsonl nor .tar files: give {SUPPORTED_SOURCES}")
+            found = _sidecars(source)
     elif not source.is_file():
         raise ValueError(f"{source}: no such file or folder; give {SUPPORTED_SOURCES}")
     elif source.suffix == ".txt":
@@ -100,27 +106,62 @@ def _json(text: str, where: str) -> Any:
 
 
 def _jsonl(path: Path) -> Iterator[CaptionedImage]:
-    root = path.parent.resolve()
     for n, line in enumerate(_text(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {n}"
-        row = _json(line, where)
-        prompt, file = _caption(row, where), next((row[k] for k in FILE_KEYS if row.get(k)), None)
-        if file is None:
-            yield CaptionedImage(prompt)
-            continue
-        image = root / str(file)
-        if ".." in Path(str(file)).parts or not image.is_relative_to(root):  # links in the folder may lead out of it
-            raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
-        try:
-            image.resolve(strict=False)
-            there = image.is_file()
-        except (OSError, RuntimeError, ValueError) as e:  # a circle of links, a name that no file can have
-            raise ValueError(f"{where}: {str(file)!r}: {e}") from None
-        if not there:
-            raise ValueError(f"{where}: there is no image {str(file)!r}")
-        yield CaptionedImage(prompt, image)
+        if line.strip():
+            yield _row(path, f"{path}, line {n}", _json(line, f"{path}, line {n}"))
+
+
+def _csv(path: Path) -> Iterator[CaptionedImage]:
+    try:
+        rows = list(csv.DictReader(io.StringIO("\n".join(_text(path)))))
+    except csv.Error as e:
+        raise ValueError(f"{path}: {e}") from None
+    for n, row in enumerate(rows, 1):
+        yield _row(path, f"{path}, row {n}", row)
+
+
+def _sidecars(folder: Path) -> list[CaptionedImage]:
+    """Images in a folder and its subfolders, each with its caption in a file of the same name.
+
+    Images without a caption, or with an empty one, are skipped, and their number is printed.
+    """
+    files = sorted(
+        f for f in folder.rglob("*") if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(folder).parts)
+    )
+    images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
+    found, skipped = [], 0
+    for image in images:
+        texts = [t for suffix in SIDECAR_SUFFIXES if (t := image.with_suffix(suffix)).is_file()]
+        caption = " ".join("\n".join(_text(texts[0])).split()) if texts else ""
+        if caption:
+            found.append(CaptionedImage(_caption({"text": caption}, str(texts[0])), image))
+        else:
+            skipped += 1
+    if not found:
+        what = f"{len(images)} images without a caption" if images else "neither captions, .tar files nor images"
+        raise ValueError(f"{folder} holds {what}: give {SUPPORTED_SOURCES}")
+    if skipped:
+        print(f"{folder}: {skipped} of {len(images)} images have no caption and are skipped", file=sys.stderr)
+    return found
+
+
+def _row(path: Path, where: str, row: Any) -> CaptionedImage:
+    """A row of a metadata file: a caption, and the image that it names, if any, beside the file."""
+    root, prompt = path.parent.resolve(), _caption(row, where)
+    file = next((row[k] for k in FILE_KEYS if row.get(k)), None)
+    if file is None:
+        return CaptionedImage(prompt)
+    image = root / str(file)
+    if ".." in Path(str(file)).parts or not image.is_relative_to(root):  # links in the folder may lead out of it
+        raise ValueError(f"{where}: {str(file)!r} leads out of the folder")
+    try:
+        image.resolve(strict=False)
+        there = image.is_file()
+    except (OSError, RuntimeError, ValueError) as e:  # a circle of links, a name that no file can have
+        raise ValueError(f"{where}: {str(file)!r}: {e}") from None
+    if not there:
+        raise ValueError(f"{where}: there is no image {str(file)!r}")
+    return CaptionedImage(prompt, image)
 
 
 def _tar(path: Path) -> Iterator[CaptionedImage]:
