@@ -88,14 +88,15 @@ def test_a_replay_error_above_the_clip_range_stops_the_run(backbone, tiny_folder
         """A student whose replay differs from the rollout in the last digits."""
 
         def __call__(self, x, t, c):
-            return models.student(x, t, c) * (1 + 3e-7 * torch.is_grad_enabled())
+            return models.student(x, t, c) * (1 + 3e-5 * torch.is_grad_enabled())
 
         def update(self, losses, optimizer="main"):
             return models.student.update(losses, optimizer)
 
     batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
     off = models._replace(student=Off())
-    assert 0 < algorithm.train_step(off, batch, 0, rng)["policy/max_ratio_error"] < 1e-5
+    error = algorithm.train_step(off, batch, 0, rng)["policy/max_ratio_error"]
+    assert 1e-8 < error < 1e-5
     monkeypatch.setattr(AdvDMD, "scaled_clip_range", lambda self, shape: 1e-12)
     with pytest.raises(FloatingPointError, match=r"policy: \|ratio - 1\|"):
         algorithm.train_step(off, batch, 0, rng)
