@@ -194,8 +194,8 @@ def of_streams() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--against", type=Path)
+    parser.add_argument("out", type=lambda p: Path(p).resolve())
+    parser.add_argument("--against", type=lambda p: Path(p).resolve())
     parser.add_argument("--only", default="")
     asked = parser.parse_args()
     torch.set_num_threads(1)
