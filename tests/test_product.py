@@ -75,8 +75,8 @@ def test_a_run_logs_what_the_panels_ask_for(trained):
     assert {d.key for d in health.DIAGNOSTICS} - logged == others
 
 
-def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, trained, tmp_path):
-    """The tiny teacher's scores are all alike, so the first average stays the best: one that the last has left behind."""
+def test_the_student_of_a_run_with_validation_is_its_best(tiny_folder, trained, tmp_path):
+    """The tiny teacher's scores are nearly alike: the first of the best stays the best, whatever comes after it."""
     from safetensors.torch import load_file, save_file
 
     name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "eval_every=1", "eval_images=2"])
@@ -91,7 +91,7 @@ def test_the_student_of_a_run_with_exams_is_its_best_average(tiny_folder, traine
     sent_by = (loading.weights_file(f) for f in (student, trained / "student"))
     kept, sent, last = (load_file(f) for f in (tmp_path / "a" / best["file"], *sent_by))
     assert all(torch.equal(kept[k], sent[k]) for k in kept)
-    assert not all(torch.equal(kept[k], last[k]) for k in kept)
+    assert all(torch.equal(kept[k], last[k]) for k in kept) == (best["step"] == 4), "the last, only where it is the best"
     assert json.loads((student / "advdmd.json").read_text())["iterations"] == scores.index(max(scores)) + 1
 
     file = tmp_path / "a" / best["file"]
