@@ -28,7 +28,7 @@ from advdmd.rollout import rollout, sample_euler
 from advdmd.training.optimizer import OptimizerConfig
 from advdmd.transitions import Gaussian, cps, renoise
 from advdmd.types import Batch
-from tests.toy import Mixture, Net, flat, play, pretrained, toy_batch_fn
+from tests.toy import Mixture, Net, as_cond, flat, play, pretrained, toy_batch_fn
 from tests.toy import make_models as toy_models
 
 ADV = {"dm_only_iterations": 0, "policy_ramp_iterations": 0, "dm_every": 1, "auc_gating": False}
@@ -73,8 +73,8 @@ def test_ratio_guard_trips_when_the_path_is_not_the_policys_own():
             Moved.calls += 1
             return models.student(x, t, c) + 1e-2 * Moved.calls
 
-        def update(self, losses, optimizer="main"):
-            return models.student.update(losses, optimizer)
+        def update(self, losses, optimizer="main", lr_scale=1.0):
+            return models.student.update(losses, optimizer, lr_scale)
 
     with pytest.raises(FloatingPointError, match="ratio"):
         play(algorithm, models._replace(student=Moved()), toy_batch_fn(world), 1)
@@ -90,8 +90,8 @@ def test_a_replay_error_above_the_clip_range_stops_the_run(backbone, tiny_folder
         def __call__(self, x, t, c):
             return models.student(x, t, c) * (1 + 3e-5 * torch.is_grad_enabled())
 
-        def update(self, losses, optimizer="main"):
-            return models.student.update(losses, optimizer)
+        def update(self, losses, optimizer="main", lr_scale=1.0):
+            return models.student.update(losses, optimizer, lr_scale)
 
     batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
     off = models._replace(student=Off())
@@ -111,8 +111,8 @@ def test_a_bfloat16_replay_of_a_float32_path_is_stopped(tiny_folder, backbone):
             with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
                 return models.student(x, t, c)
 
-        def update(self, losses, optimizer="main"):
-            return models.student.update(losses, optimizer)
+        def update(self, losses, optimizer="main", lr_scale=1.0):
+            return models.student.update(losses, optimizer, lr_scale)
 
     batch, rng = tiny_batch(backbone), Rng(0, 0, range(8))
     with pytest.raises(FloatingPointError, match=r"policy: \|ratio - 1\|"):
@@ -126,11 +126,98 @@ def test_advantages_sum_to_zero_and_a_blind_critic_moves_nothing():
     path = rollout(models.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
     rng = Rng(0, 0, range(64))
     models.discriminator_auc.fill_(0.9)
-    advantage, _ = algorithm.advantages(models, path, Batch(c, c), rng)
+    advantage, gate, _ = algorithm.advantages(models, path, Batch(c, c), rng)
     torch.testing.assert_close(advantage.unflatten(-1, (8, 8)).sum(-1), torch.zeros(3, 8), atol=1e-4, rtol=0)
     assert advantage.abs().max() > 0.5
     models.discriminator_auc.fill_(0.5)
-    assert (algorithm.advantages(models, path, Batch(c, c), rng)[0] == 0).all()
+    assert gate == 1
+    advantage, gate, _ = algorithm.advantages(models, path, Batch(c, c), rng)
+    assert gate == 0
+    assert (advantage == 0).all()
+
+
+@pytest.mark.parametrize("gates", [(0.0, 0.0), (0.05, 0.05), (0.5, 0.5), (1.0, 1.0), (1.0, 0.0)], ids=str)
+def test_the_mean_gate_scales_what_twenty_updates_move_under_adam(gates):
+    """Adam divides a common factor of the advantages out again; the student moves by the mean gate all the same."""
+    world = Mixture()
+    algorithm = AdvDMD(**(ADV | {"auc_gating": True, "steps": 3, "credit": "step"}))
+
+    def moved(auc):
+        models, c = toy_models(world, Net(2), 3, policy_lr=1e-5), torch.arange(64) // 8 % 2
+        start = flat(models.student.net).clone()
+        for i in range(20):
+            models.discriminator_auc.copy_(torch.tensor([*auc, 0.5]))
+            rng = Rng(0, i, range(64))
+            path = algorithm.rollout(models, Batch(as_cond(c), torch.zeros(64, 2)), rng)
+            log = algorithm.update_policy(models, path, Batch(as_cond(c), torch.zeros(64, 2)), rng)
+            assert log["policy/gate"] == pytest.approx(sum(gates if auc is not full else (1, 1)) / 2, abs=1e-5)
+        return (flat(models.student.net) - start).norm().item()
+
+    full = (0.9, 0.9)
+    assert moved([0.55 + 0.1 * g for g in gates]) == pytest.approx(sum(gates) / 2 * moved(full), rel=0.15, abs=1e-9)
+
+
+def test_gates_that_differ_between_levels_scale_their_advantages():
+    models, c = toy_models(Mixture(), Net(2), 4), torch.arange(64) // 8 % 2
+    path = rollout(models.student, c, torch.randn(4, 64, 2), flow.grid(4, 3.0), cps(1.0))
+
+    def found(auc):
+        models.discriminator_auc.copy_(torch.tensor(auc))
+        algorithm = AdvDMD(**(ADV | {"auc_gating": True, "credit": "step"}))
+        return algorithm.advantages(models, path, Batch(c, c), Rng(0, 0, range(64)))
+
+    (even, gate, _), (uneven, less, _) = found([0.9] * 4), found([0.9, 0.6, 0.5, 0.9])
+    assert (gate, less) == (1, pytest.approx(0.5))
+    for level, share in enumerate((1.0, 0.5, 0.0)):
+        torch.testing.assert_close(less * uneven[level], share * even[level])
+
+
+def test_a_reward_of_the_start_alone_moves_nothing_where_groups_share_it():
+    """With starts of their own such a reward moves the projected policy; no step of the policy chose the start."""
+    torch.manual_seed(0)
+    models, c = toy_models(Mixture(), pretrained(Mixture(), steps=100), 4), torch.arange(512) // 8 % 2
+    batch, rng = Batch(as_cond(c), torch.zeros(512, 2)), Rng(0, 0, range(512))
+
+    def gradient(shared):
+        algorithm = AdvDMD(**ADV, shared_start=shared, action="projected")
+        path = algorithm.rollout(models, batch, rng, shared)
+        starts = path.x[0].unflatten(0, (64, 8))
+        assert (starts == starts[:, :1]).all() == shared, "a group has one start"
+        assert path.x[1].unique(dim=0).shape[0] == 512, "and every sample steps of its own"
+        advantage = losses.group_advantage((path.x[0].sum(1) > 0).float()[None], 8).expand(3, -1)
+        loss, _ = policy_loss(models, path, batch.cond, advantage, cps(1.0), 1e9, projected=True)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), list(models.student.net.parameters()))]).norm()
+
+    assert gradient(shared=True) == 0
+    assert gradient(shared=False) > 1e-3
+
+
+def test_only_iterations_with_a_policy_update_share_their_starts():
+    """Distribution matching learns from as many starts as there are samples."""
+    models = toy_models(Mixture(), Net(2), 4)
+    algorithm = AdvDMD(**(ADV | {"dm_only_iterations": 1}))
+    log = play(algorithm, models, toy_batch_fn(Mixture()), 1)
+    assert {k for k in log if "within_group" in k} == {"student/within_group_std"}
+    log = play(algorithm, models, toy_batch_fn(Mixture()), 2, start=1)
+    assert {k for k in log if "within_group" in k} == {"student/within_group_std_shared_start"}
+
+
+def test_dmd2_as_its_paper_updates_the_fake_score_five_times_for_a_student_update():
+    """Each on samples of its own, which a rollout that is used five times does not have."""
+    models = toy_models(Mixture(), Net(2), 4)
+    algorithm, counts = DMD2(fake_score_updates=1, dm_every=5), Counter()
+    for name in ("fake_score", "student"):
+        learner = getattr(models, name)
+
+        def counted(losses, *args, name=name, real=learner.update, **more):
+            counts[name] += 1
+            return real(losses, *args, **more)
+
+        learner.update = counted
+    play(algorithm, models, toy_batch_fn(Mixture()), 10)
+    assert counts == {"fake_score": 10, "student": 2}
+    cost = [sum(algorithm.forwards_per_sample(i, Costs()).values()) for i in range(5)]
+    assert cost == [9, 9, 9, 9, 17], "rollout 4, fake score 3, discriminator 2; student 3, teacher 2, fake score 1, GAN 2"
 
 
 @pytest.mark.parametrize(("credit", "check"), [("step", 0), ("final", 1), ("both", 2)])

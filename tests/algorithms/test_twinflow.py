@@ -68,7 +68,9 @@ def test_what_is_kept_for_sampling_is_the_network_toward_zero(any_backbone):
         assert torch.equal(want, any_backbone.velocity(net, x, t, cond))
     plain = net.net
     assert not torch.allclose(want, any_backbone.velocity(plain, x, t, cond))
-    attach_zero_target(plain, net.zero_target_embedding(), any_backbone.time_scale)
+    kept = net.zero_target_state_dict()
+    assert (len(kept) > 1) == (cond.pooled is not None), "SD3's second embedding reads the pooled text too"
+    attach_zero_target(plain, kept, any_backbone.time_scale)
     torch.testing.assert_close(any_backbone.velocity(plain, x, t, cond), want)
 
 
@@ -105,7 +107,7 @@ def test_the_target_of_an_exact_flow_is_that_flow():
     r = torch.where(quarter == 3, t, torch.minimum(r, t))
     z = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     x, v = flow.interpolate(x0.expand(400, 2), z, t.abs()), z - x0
-    models = TwinFlowModels(exact, exact, None)
+    models = TwinFlowModels(exact, exact, None, None)
     target = algorithm.target(models, v, x, t, r, v, torch.zeros(400), quarter)
     torch.testing.assert_close(target, v, atol=2e-4, rtol=0)
     off = algorithm.target(models, v + 0.01, x, t, r, v, torch.zeros(400), quarter)
@@ -119,12 +121,58 @@ def test_the_enhanced_target_comes_to_rest_at_the_guidance_scale(scale):
     F = v
     for _ in range(200):
         models = TwinFlowModels(
-            None, lambda x, t, r, c, now=F: torch.where(classes(c)[:, None] > 0, now, null), as_cond(torch.zeros(1))
+            None, lambda x, t, r, c, now=F: torch.where(classes(c)[:, None] > 0, now, null), None, as_cond(torch.zeros(1))
         )
         F = TwinFlow(guidance_strength=guidance_strength(scale)).target(
             models, F, torch.zeros(1, 2), t, t, v, as_cond(torch.ones(1)), quarter
         )
     torch.testing.assert_close(F, flow.guide(v, null, scale), atol=1e-5, rtol=1e-4)
+
+
+def test_the_students_own_samples_have_their_velocity_as_target_without_a_clip():
+    """However far the network is from it; the clip is for integrals."""
+    F, v, t = torch.full((2, 2), 9.0), torch.tensor([[0.1, -0.2]]).expand(2, 2), torch.tensor([0.5, -0.5])
+    zero = lambda x, t, r, c: torch.zeros_like(x)  # noqa: E731
+    target = TwinFlow(guidance_strength=0.0).target(
+        TwinFlowModels(zero, zero, None, None), F, torch.zeros(2, 2), t, t, v, torch.zeros(2), torch.tensor([1, 3])
+    )
+    torch.testing.assert_close(target, torch.stack([F[0] - 1, v[1]]))
+
+
+def test_the_rectification_is_a_mean_over_its_quarter():
+    """As in TwinFlow's code: half of the quarter's mean is added to the mean of the batch, not an eighth."""
+    weights = torch.nn.Parameter(torch.tensor([0.3, -0.4]))
+
+    class Student:
+        def __call__(self, x, t, r, c):
+            return x * weights + flow.bcast(t, x)
+
+        def update(self, losses):
+            self.loss = torch.cat(list(losses)).mean().item()
+            return {}
+
+    def run(weight):
+        student = Student()
+        algorithm = TwinFlow(guidance_strength=0.0, rectification_weight=weight)
+        models = TwinFlowModels(student, Student(), None, None)
+        batch = Batch(as_cond(torch.zeros(64)), torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))
+        log = algorithm.train_step(models, batch, 0, Rng(0, 0, range(64)))
+        return student.loss, log.get("twinflow/rectification_loss")
+
+    (without, _), (with_it, mean) = run(0.0), run(0.5)
+    assert with_it - without == pytest.approx(mean, rel=1e-4)
+
+
+def test_targets_are_guided_by_the_teacher_where_it_is_the_target_network():
+    """v + w (v_teacher - v_teacher of the empty prompt), with any strength: nothing feeds back into the target."""
+    v, t = torch.tensor([[0.1, -0.2]]), torch.tensor([0.5])
+    teacher = lambda x, t, c: torch.where(classes(c)[:, None] > 0, v, 0 * v)  # noqa: E731
+    models = TwinFlowModels(lambda x, t, r, c: x, None, teacher, as_cond(torch.zeros(1)))
+    algorithm = TwinFlow(guidance_strength=3.0, target_network="teacher", order=1)
+    target = algorithm.target(models, 4 * v, torch.zeros(1, 2), t, t, v, as_cond(torch.ones(1)), torch.tensor([1]))
+    torch.testing.assert_close(target, flow.guide(v, 0 * v, 4.0))
+    with pytest.raises(ValueError, match="guidance_strength=3"):
+        TwinFlow(guidance_strength=3.0, target_network="student")
 
 
 def test_an_error_weighs_like_its_root():
@@ -205,6 +253,8 @@ def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(
     for step in range(3):
         log = r.algorithm.train_step(twin, Batch(cond, torch.randn(4, *backbone.latent_shape)), step, Rng(0, step, range(4)))
     assert log["student/grad_norm"] > 0
+    names = [k for k, _ in twin.student.net.named_parameters() if "timestep_embedder" in k]
+    assert len(names) == 4, "A and B of both layers of the time embedding, where negative times are learned"
     assert all(torch.equal(before[k], v) for k, v in backbone.net.state_dict().items() if k in before)
     with torch.no_grad():
         mean = twin.ema(x, t, 0 * t, cond)

@@ -54,9 +54,10 @@ class AdvDMD(Algorithm[DistillationModels]):
     final_noise_levels: tuple[float, ...] = (0.02, 0.1, 0.3)  # of the final image's reward
     mismatched_caption_weight: float = 0.0  # of real images under mismatched captions as further generated images
     gan_loss_weight: float = 0.0  # of GAN back-propagation beside distribution matching (DMD2); the paper's method has none
-    auc_gating: bool = True  # advantages times losses.auc_gate of the discriminator's AUC at their level
+    auc_gating: bool = True  # policy updates scaled by losses.auc_gate of the discriminator's AUC at each level
     discriminator_online: bool = True  # False: the discriminator is frozen after dm_only_iterations, an ablation
     action: Literal["sample", "projected"] = "sample"  # of the policy: the next state, or Trajectory.projected_actions
+    shared_start: bool = True  # in iterations with a policy update the samples of a group start from the same noise
     clip_range: float = 1e-5  # of the ratio at 65,536 latent dimensions D; scaled by sqrt(65536 / D)
     renoise_range: tuple[float, float] = (0.02, 0.98)  # noise levels of the fake score and of distribution matching
     auc_decay: float = 0.9  # of the running AUC
@@ -118,10 +119,12 @@ class AdvDMD(Algorithm[DistillationModels]):
         distribution matching starts from its states.
         """
         updates = self.updates_at(iteration)
-        trajectory = self.rollout(models, batch, rng)
+        trajectory = self.rollout(models, batch, rng, shared_start=self.shared_start and updates.policy)
 
         # 1. Fake score and discriminator follow the student.
         metrics = self.update_fake_score_and_discriminator(models, trajectory, batch, iteration, rng)
+        spread = losses.within_group_std(trajectory.x[-1], self.group_size).item()
+        metrics["student/within_group_std" + "_shared_start" * (self.shared_start and updates.policy)] = spread
         # 2. Policy gradient, before distribution matching moves the student: every ratio is 1.
         if updates.policy:
             metrics |= self.update_policy(models, trajectory, batch, rng)
@@ -140,12 +143,17 @@ class AdvDMD(Algorithm[DistillationModels]):
             return Updates(policy=since % every == 0, distribution_matching=True)
         return Updates(policy=True, distribution_matching=since % self.dm_every == 0)
 
-    def rollout(self, models: DistillationModels, batch: Batch, rng: Rng) -> Trajectory:
-        """The student's trajectory of the batch's N samples."""
+    def rollout(self, models: DistillationModels, batch: Batch, rng: Rng, shared_start: bool = False) -> Trajectory:
+        """The student's trajectory of the batch's N samples; with `shared_start` a group has the start of its first sample.
+
+        Samples that differ by the noise of their steps alone have advantages that pay for nothing else.
+        """
         n, *shape = batch.real_latents.shape
         if n % self.group_size:
             raise ValueError(f"AdvDMD(group_size={self.group_size}): {n} samples per rank are not a multiple of it")
         noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
+        if shared_start:
+            noise = torch.cat([noise[:1, self.first_of_group(n, noise.device)], noise[1:]])
         grid = flow.grid(self.steps, self.shift, noise.device)
         return rollout(models.student, batch.cond, noise, grid, cps(self.eta), self.micro_batch_size)
 
@@ -168,7 +176,6 @@ class AdvDMD(Algorithm[DistillationModels]):
             mismatched_weight=self.mismatched_caption_weight,
             one_pass=2 * self.micro_batch_size >= 3 * n,  # no larger than the teacher's pass under guidance
         )
-        metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size).item()
         if not trains:
             return metrics
         columns = torch.stack([logits["real_logit"], logits["fake_logit"], inputs.shown, level.float()])
@@ -208,29 +215,38 @@ class AdvDMD(Algorithm[DistillationModels]):
         return inputs, level
 
     def update_policy(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> Metrics:
-        """One optimizer step of the student on the policy gradient. Raises FloatingPointError if a replayed ratio is not 1."""
-        advantage, metrics = self.advantages(models, trajectory, batch, rng)
+        """One optimizer step of the student on the policy gradient, at a learning rate scaled by the mean gate.
+
+        Raises FloatingPointError if a replayed ratio is not 1.
+        """
+        advantage, gate, metrics = self.advantages(models, trajectory, batch, rng)
         clip_range = self.scaled_clip_range(trajectory.x.shape[2:])
         parts = micro_batches(len(batch), self.micro_batch_size, advantage.device)
         parts = ((trajectory[i], batch.cond[i], advantage[:, i]) for i in parts)
         projected = self.action == "projected"
         updated, aux = models.student.update(
-            (policy_loss(models, path, cond, a, cps(self.eta), clip_range, projected) for path, cond, a in parts), "policy"
+            (policy_loss(models, path, cond, a, cps(self.eta), clip_range, projected) for path, cond, a in parts),
+            "policy",
+            lr_scale=gate,
         )
         error = models.ranks.gather(aux["ratio_error"].max()[None]).max().item()
         if error > min(RATIO_TOLERANCE, clip_range):  # within the clip range, an error is not clipped on one side only
             raise FloatingPointError(f"policy: |ratio - 1| = {error:.2g} on replay, expected 0")
         return metrics | updated | {"policy/max_ratio_error": error}
 
-    def advantages(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> tuple[Tensor, Metrics]:
-        """Advantages [K - 1, N] of the stochastic steps, times the gate of the discriminator's AUC at their level.
+    def advantages(
+        self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng
+    ) -> tuple[Tensor, float, Metrics]:
+        """Advantages [K - 1, N] of the stochastic steps, the mean gate in [0, 1], and metrics.
+
+        The gates of the discriminator's AUC at each level trust its rewards more or less. Differences between levels scale the
+        advantages. The mean gate is a common factor, which Adam would divide out again: it is for the learning rate.
 
         Further rewards of a recipe are of final images and count for all steps: A = A_D + sum_i w_i A_i, each normalised over
-        its groups first. Raises FloatingPointError if a reward is not finite.
+        its groups first and with a gate of 1. Raises FloatingPointError if a reward is not finite.
         """
         n, k = len(batch), self.steps
-        shared = torch.arange(n, device=trajectory.x.device) // self.group_size * self.group_size
-        e = rng.normal("reward.e", trajectory.x.shape[2:])[shared]  # the same noise for the whole group
+        e = rng.normal("reward.e", trajectory.x.shape[2:])[self.first_of_group(n, trajectory.x.device)]  # one for the group
         by_step, final = discriminator_rewards(
             models, trajectory, batch.cond, self.final_noise_levels, e, self.micro_batch_size
         )
@@ -240,19 +256,28 @@ class AdvDMD(Algorithm[DistillationModels]):
         gate = losses.auc_gate(auc) if self.auc_gating else torch.ones_like(auc)
         a_step = self.group_advantage(models.ranks, by_step) * gate[: k - 1, None]
         a_final = self.group_advantage(models.ranks, final[None]) * gate[k - 1]
-        advantage = {"step": a_step, "final": a_final.expand_as(a_step), "both": 0.5 * (a_step + a_final)}[self.credit]
+        own = {"step": 0.0, "final": 1.0, "both": 0.5}[self.credit]  # the final reward's share of the credit
+        advantage = (1 - own) * a_step + own * a_final
+        trusted, total = ((1 - own) * gate[: k - 1].mean() + own * gate[k - 1]).item(), 1.0
         rewards = {"final": final} | {str(i + 1): r for i, r in enumerate(by_step)}
         for name, (weight, r) in (
             models.extra_rewards(trajectory.x[-1], batch.prompt_index) if models.extra_rewards else {}
         ).items():
             advantage = advantage + weight * self.group_advantage(models.ranks, r[None])
+            trusted, total = trusted + weight, total + weight
             rewards[name] = r
-        metrics: Metrics = {}
+        mean_gate = trusted / total
+        advantage = advantage / max(mean_gate, 1e-6)
+        metrics: Metrics = {"policy/gate": mean_gate}
         for name, r in rewards.items():
             metrics[f"reward/{name}"] = r.mean().item()
             metrics[f"reward/{name}_std"] = r.reshape(*r.shape[:-1], -1, self.group_size).std(-1).mean().item()
         metrics["policy/frac_zero_advantage"] = (advantage.abs() < 1e-3).float().mean().item()
-        return advantage, metrics
+        return advantage, mean_gate, metrics
+
+    def first_of_group(self, n: int, device: torch.device) -> Tensor:
+        """Of each of n samples, the index of its group's first one, [n]."""
+        return torch.arange(n, device=device) // self.group_size * self.group_size
 
     def group_advantage(self, ranks: Ranks, rewards: Tensor) -> Tensor:
         """Advantages of rewards [..., N] of this rank, normalised over the groups of all ranks. -> [..., N]"""

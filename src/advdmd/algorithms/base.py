@@ -20,16 +20,18 @@ class Trainable(Protocol):
     """A trainable network with its optimizers (training.learner.Learner).
 
     Called with x [N, ...], t [N] and conditions it predicts [N, ...]; `update` takes one optimizer step on the mean of losses
-    [n].
+    [n], at `lr_scale` times the learning rate.
     """
 
     net: nn.Module
 
     def __call__(self, x: Tensor, t: Tensor, /, *conditions: object) -> Tensor: ...
     @overload
-    def update(self, losses: Iterable[Tensor], optimizer: str = "main") -> Metrics: ...
+    def update(self, losses: Iterable[Tensor], optimizer: str = "main", lr_scale: float = 1.0) -> Metrics: ...
     @overload
-    def update(self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main") -> tuple[Metrics, Aux]: ...
+    def update(
+        self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
+    ) -> tuple[Metrics, Aux]: ...
 
 
 class TargetTimeVelocity(Protocol):

@@ -28,7 +28,8 @@ class DMD2(Algorithm[DistillationModels]):
     shift: float = 3.0  # time shift of the student's grid
     group_size: int = 8  # samples per prompt
     fake_score_updates: int = 5  # optimizer steps of fake score and discriminator per rollout (two time-scale update rule)
-    dm_updates: int = 1  # optimizer steps of the student per rollout
+    dm_every: int = 1  # iterations per rollout with student updates; DMD2's own schedule is 5 here, fake_score_updates = 1
+    dm_updates: int = 1  # optimizer steps of the student per rollout, where they are due
     micro_batch_size: int = 64  # samples per forward-backward pass
     gan_loss_weight: float = 5e-3  # of the generator's GAN loss
     renoise_range: tuple[float, float] = (0.02, 0.98)  # noise levels of all losses
@@ -37,7 +38,7 @@ class DMD2(Algorithm[DistillationModels]):
     name: ClassVar[str] = "dmd2"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "group_size", "fake_score_updates", "dm_updates", "micro_batch_size"):
+        for name in ("steps", "group_size", "fake_score_updates", "dm_every", "dm_updates", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DMD2({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
@@ -52,7 +53,7 @@ class DMD2(Algorithm[DistillationModels]):
     def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
         """One DMD2 iteration (arXiv 2405.14867).
 
-        One rollout (backward simulation), then updates of fake score and discriminator, and of the student.
+        One rollout (backward simulation), then updates of fake score and discriminator and, where due, of the student.
         """
         _, *shape = batch.real_latents.shape
         noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
@@ -76,6 +77,8 @@ class DMD2(Algorithm[DistillationModels]):
             for k in range(1, self.steps + 1):  # all entries move alike: DMD2's discriminator sees all levels at once
                 metrics["discriminator/auc"] = update_auc(models, real, fake, k, self.auc_decay)
             metrics["discriminator/logit_gap"] = (real.mean() - fake.mean()).item()
+        if not self.updates_student(iteration):
+            return metrics
         # 2. Distribution matching and GAN through one step of the trajectory, both at the same noise level.
         return metrics | update_student(
             models,
@@ -88,6 +91,10 @@ class DMD2(Algorithm[DistillationModels]):
             gan_loss_weight=self.gan_loss_weight,
             gan_levels=lambda name, k, u: u,
         )
+
+    def updates_student(self, iteration: int) -> bool:
+        """Whether iteration 0, 1, ... ends with updates of the student: every `dm_every`-th, the last of each `dm_every`."""
+        return (iteration + 1) % self.dm_every == 0
 
     def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> DiscriminatorInputs:
         """What the discriminator is shown.
@@ -127,12 +134,12 @@ class DMD2(Algorithm[DistillationModels]):
         return min(self.micro_batch_size, samples)
 
     def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
-        """Forward passes per sample of any iteration by part, in units of one without gradient."""
+        """Forward passes per sample of an iteration by part, in units of one without gradient."""
         grad, gan, depth = 1 + costs.backward, bool(self.gan_loss_weight), costs.discriminator_depth
         return {
             "rollout": self.steps,
             "fake score": grad,
             "discriminator": gan * 2 * depth * (1 + costs.backward * costs.discriminator_trunk),
             # The GAN goes forward through the trunk, and back to x but not to its weights.
-            "distribution matching": self.dm_updates * (grad + 2 + 1 + gan * 2 * depth),
+            "distribution matching": self.updates_student(iteration) * self.dm_updates * (grad + 2 + 1 + gan * 2 * depth),
         }

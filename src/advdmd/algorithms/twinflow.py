@@ -5,7 +5,7 @@ At positive t the network follows the trajectory of data, at negative t the traj
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from advdmd import flow, losses
 from advdmd.algorithms.base import Algorithm, Costs, ModelBuilder, TargetTimeVelocity, Trainable
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
+from advdmd.rollout import Velocity
 from advdmd.types import Batch, Cond, Metrics
 
 EPS = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
@@ -21,10 +22,11 @@ QUARTERS = ("one_step", "near", "any_step", "fake_trajectory")
 
 
 class TwinFlowModels(NamedTuple):
-    """The student F(x, t, r, cond), the same with EMA weights, and the empty prompt [1]."""
+    """The student F(x, t, r, cond), the same with EMA weights, the teacher without guidance, and the empty prompt [1]."""
 
     student: Trainable
     ema: TargetTimeVelocity
+    teacher: Velocity
     null: Cond
 
 
@@ -38,7 +40,8 @@ def guidance_strength(scale: float) -> float:
     """The strength w of the enhanced target that amounts to guidance of `scale`: 1 - 1 / scale; 5 gives the paper's .8.
 
     The target v + w (F - F_null) is made with the network that learns it. At its fixed point F = v + w (F - F_null), which is
-    v_null + (v - v_null) / (1 - w) if the empty prompt stays where it was. With w >= 1 there is no fixed point.
+    v_null + (v - v_null) / (1 - w) if the empty prompt stays where it was. With w >= 1 there is no fixed point. With the
+    teacher's (F - F_null) the target is plain guidance, and the strength is scale - 1.
     """
     return 1 - 1 / scale
 
@@ -50,6 +53,8 @@ class TwinFlow(Algorithm[TwinFlowModels]):
     steps: int = 2  # of the student's sampler
     last_time: float = 0.6  # of the student's grid before 0; .5 for 4 steps
     order: int = 2  # sub-steps of the integral
+    # What makes targets: the student's EMA; the student as it is; or for guidance the teacher and for the integral the student.
+    target_network: Literal["ema", "student", "teacher"] = "ema"
     guidance_strength: float = 0.8  # w of the enhanced target
     near_fraction: float = 0.05  # how far below t the targets of the second quarter are, at most, as a share of t
     rectification_weight: float = 0.5
@@ -67,10 +72,12 @@ class TwinFlow(Algorithm[TwinFlowModels]):
                 f"TwinFlow(last_time={self.last_time}, near_fraction={self.near_fraction}): last_time inside (0, .999), "
                 "near_fraction inside (0, 1]"
             )
-        if not 0 <= self.guidance_strength < 1:
+        if self.target_network not in ("ema", "student", "teacher"):
+            raise ValueError(f"TwinFlow(target_network={self.target_network!r}): ema, student or teacher")
+        if not 0 <= self.guidance_strength < (math.inf if self.target_network == "teacher" else 1):
             raise ValueError(
                 f"TwinFlow(guidance_strength={self.guidance_strength}): lies in [0, 1), 1 - 1 / s for a guidance scale s; "
-                "from 1 on the target diverges"
+                "from 1 on the target diverges; with target_network=teacher at least 0, s - 1"
             )
         if self.rectification_weight < 0:
             raise ValueError(f"TwinFlow(rectification_weight={self.rectification_weight}): a weight cannot be negative")
@@ -105,7 +112,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         # 3. Rectification of the first quarter's images.
         if self.rectification_weight:
             rectification = self.rectification_weight * self.rectification_loss(models, x, t, F, cond, first, rng)
-            loss = loss.index_add(0, first, rectification)
+            loss = loss.index_add(0, first, len(QUARTERS) * rectification)  # a mean over its quarter, as in TwinFlow's code
             metrics["twinflow/rectification_loss"] = rectification.detach().mean().item()
         return metrics | models.student.update([loss])
 
@@ -131,15 +138,15 @@ class TwinFlow(Algorithm[TwinFlowModels]):
 
         The average velocity from r to t.
 
-        (EPS v + integral from t - EPS to r) / (t - r): one short step along v [N, ...], the EMA network for the rest. Clipped
-        to +-1 around F. The student's own samples and r = t keep v itself. Raises FloatingPointError if a target is not
-        finite.
+        (EPS v + integral from t - EPS to r) / (t - r): one short step along v [N, ...], the target network for the rest.
+        Clipped to +-1 around F. The student's own samples have v itself, without a clip. Raises FloatingPointError if a target
+        is not finite.
         """
         guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
         if self.guidance_strength and len(guided):
             twice = guided.repeat(2)
             both = Cond.cat([cond[guided], models.null.repeated(len(guided))])
-            conditional, null = models.ema(x[twice], t[twice], t[twice], both).chunk(2)
+            conditional, null = self.instantaneous_velocity(models, x[twice], t[twice], both).chunk(2)
             v = v.index_add(0, guided, self.guidance_strength * (conditional - null))
         data = (quarter < 3).nonzero()[:, 0]
         integral = torch.zeros_like(x)
@@ -150,13 +157,23 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         error = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
         if not error.isfinite().all():  # which clipping would hide
             raise FloatingPointError("student: a target is not finite")
-        return F - error.clamp(-1, 1)
+        return torch.where(flow.bcast(quarter == 3, x), v, F - error.clamp(-1, 1))
+
+    def instantaneous_velocity(self, models: TwinFlowModels, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The velocity at x [N, ...] and t [N] by which targets are guided. -> [N, ...]"""
+        if self.target_network == "teacher":
+            return models.teacher(x, t, cond)
+        return self.average_velocity(models, x, t, t, cond)
+
+    def average_velocity(self, models: TwinFlowModels, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
+        """The average velocity from r [N] to t [N] of which integrals are made. -> [N, ...]"""
+        return models.ema(x, t, r, cond) if self.target_network == "ema" else models.student(x, t, r, cond)
 
     def integrate(self, models: TwinFlowModels, x: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
-        """The EMA network's displacement [N, ...] from t [N] down to r [N], in `order` sub-steps of equal length."""
+        """The target network's displacement [N, ...] from t [N] down to r [N], in `order` sub-steps of equal length."""
         dt, total = (t - r) / self.order, torch.zeros_like(x)
         for _ in range(self.order):
-            move = flow.bcast(dt, x) * models.ema(x, t, t - dt, cond)
+            move = flow.bcast(dt, x) * self.average_velocity(models, x, t, t - dt, cond)
             x, total, t = x - move, total + move, t - dt
         return total
 
@@ -174,9 +191,9 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         return barron_loss(F[i] - (F[i].detach() - g))
 
     def build(self, builder: ModelBuilder) -> TwinFlowModels:
-        """A student that takes a target time, and its EMA."""
+        """A student that takes a target time, its EMA, and the teacher."""
         student, ema = builder.target_time_student()
-        return TwinFlowModels(student, ema, builder.null)
+        return TwinFlowModels(student, ema, builder.teacher(), builder.null)
 
     def sampler(self) -> SamplerConfig:
         """TwinFlow's own grid; full re-noising."""

@@ -14,7 +14,7 @@ from advdmd.models.images import to_uint8
 from advdmd.models.quantization import import_bitsandbytes, quantize
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import decode
-from advdmd.models.target_time import TargetTime
+from advdmd.models.target_time import TIME_EMBEDDING_LAYERS, TargetTime
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import load_scorer, parse_reward
 from advdmd.training import distributed
@@ -110,11 +110,11 @@ class Builder:
     def target_time_student(self) -> tuple[Learner, Callable[..., Tensor]]:
         """A student (x, t, r, cond) that also takes a target time r [N], trained by "main"; and the same with EMA weights.
 
-        With adapters there is no second time embedding: the one time that the network takes is t - r / 2 (2512.05150, its
-        LoRA code).
+        With adapters there is no second time embedding: the one time that the network takes is t - r / 2, and the adapters
+        reach the layers of its embedding too (2512.05150, its LoRA code).
         """
         r, backbone = self.recipe, self.backbone
-        (net,), ema_net = self._copies("student")
+        (net,), ema_net = self._copies("student", more_targets=TIME_EMBEDDING_LAYERS)
         if ema_net is not None:
 
             def adapter(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
@@ -133,11 +133,16 @@ class Builder:
         ema_copy = student.ema_copy(target_net)
         return student, torch.no_grad()(lambda *args: whole(ema_copy, *args))
 
-    def _copies(self, *names: str) -> tuple[list[nn.Module], nn.Module | None]:
-        """A trainable network for each name; with adapters also one that holds the EMA of the first."""
+    def _copies(self, *names: str, more_targets: Sequence[str] = ()) -> tuple[list[nn.Module], nn.Module | None]:
+        """A trainable network for each name; with adapters also one that holds the EMA of the first.
+
+        more_targets: layers that adapters reach beside the backbone's.
+        """
         r = self.recipe
         every = [*names, "ema"] if r.lora_rank else names
-        nets = networks.trainable_copies(self.backbone, every, r.lora_rank, r.seed, r.gradient_checkpointing)
+        nets = networks.trainable_copies(
+            self.backbone, every, r.lora_rank, r.seed, r.gradient_checkpointing, (*self.backbone.lora_targets, *more_targets)
+        )
         return (nets[:-1], nets[-1]) if r.lora_rank else (nets, None)
 
     def _student(

@@ -41,7 +41,7 @@ def export_student(
 
     parts, target_embedding, adapter = dict(backbone.pipe.components), None, None
     if isinstance(net, TargetTime):
-        target_embedding, net = net.zero_target_embedding(), net.net
+        target_embedding, net = net.zero_target_state_dict(), net.net
     if isinstance(net, LoraModel):
         adapter, net = net.lora_state_dict(), _fused(net)
     parts["transformer"], dtype = net, next(net.parameters()).dtype
@@ -67,7 +67,7 @@ def export_student(
         if samples:
             shutil.copyfile(samples, making / SAMPLES_FILE)
         if target_embedding is not None:
-            save_file({"standing": target_embedding}, making / TARGET_TIME)
+            save_file({k: v.cpu().contiguous() for k, v in target_embedding.items()}, making / TARGET_TIME)
         (making / "README.md").write_text(model_card(making, folder.name, sampler, backbone, record, dtype))
 
     write_folder(folder, write)

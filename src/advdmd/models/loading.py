@@ -19,7 +19,7 @@ from advdmd.models.backbone import Backbone, Pipeline
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.sd3 import SD3
-from advdmd.models.target_time import attach_zero_target
+from advdmd.models.target_time import ZERO_TARGET_TIME, attach_zero_target
 from advdmd.models.z_image import ZImage
 from advdmd.types import Json
 
@@ -262,8 +262,9 @@ def load(
         metadata = metadata | {"side": resolution // scale}
     backbone = backbone_from_pipeline(pipe, metadata)
     if (path / TARGET_TIME).is_file():
-        embedding = read_tensors(path / TARGET_TIME, "standing", hint=EXPORT_AGAIN)["standing"]
-        attach_zero_target(backbone.net, embedding, backbone.time_scale)
+        attach_zero_target(
+            backbone.net, read_tensors(path / TARGET_TIME, ZERO_TARGET_TIME, hint=EXPORT_AGAIN), backbone.time_scale
+        )
     backbone.net.requires_grad_(False).eval()
     sampler = default_sampling(path)
     if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in metadata:

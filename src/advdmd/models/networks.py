@@ -102,17 +102,22 @@ def no_param_grad(net: nn.Module) -> Iterator[None]:
 
 
 def trainable_copies(
-    backbone: Backbone, names: Sequence[str], lora_rank: int, seed: int, gradient_checkpointing: bool
+    backbone: Backbone,
+    names: Sequence[str],
+    lora_rank: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    lora_targets: Sequence[str] | None = None,
 ) -> list[nn.Module]:
     """A trainable network for each name, equal to the teacher at first.
 
-    A whole copy or, with a rank, an adapter on the teacher.
+    A whole copy or, with a rank, an adapter on the teacher's `lora_targets`, by default the backbone's.
 
     The teacher itself stays as it is and is frozen either way.
     """
     backbone.net.requires_grad_(False).eval()
     if lora_rank:
-        shared = SharedBase(backbone.net, names, lora_rank, backbone.lora_targets, seed)
+        shared = SharedBase(backbone.net, names, lora_rank, lora_targets or backbone.lora_targets, seed)
         if gradient_checkpointing:
             shared.checkpoint(backbone.blocks(backbone.net))
         return [LoraModel(shared, name) for name in names]

@@ -84,13 +84,17 @@ class Learner:
         return self._call(*args)
 
     @overload
-    def update(self, losses: Iterable[Tensor], optimizer: str = "main") -> Metrics: ...
+    def update(self, losses: Iterable[Tensor], optimizer: str = "main", lr_scale: float = 1.0) -> Metrics: ...
     @overload
-    def update(self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main") -> tuple[Metrics, Aux]: ...
     def update(
-        self, losses: Iterable[Tensor] | Iterable[tuple[Tensor, Aux]], optimizer: str = "main"
+        self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
+    ) -> tuple[Metrics, Aux]: ...
+    def update(
+        self, losses: Iterable[Tensor] | Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
     ) -> Metrics | tuple[Metrics, Aux]:
         """One optimizer step on the mean over samples of `losses`, each [n] or ([n], aux), back-propagated as they arrive.
+
+        lr_scale >= 0 multiplies the learning rate of this step: a factor of the losses would be divided out by Adam.
 
         Clips the gradient, steps, moves the EMA. Returns the mean loss and the gradient norm; with aux also the auxiliary
         values of all samples, concatenated. Raises FloatingPointError, before anything has moved, if the loss or the gradient
@@ -114,7 +118,7 @@ class Learner:
         if local := [distributed.local_shard(g) for g in grads]:  # all in one call: on a GPU each call costs a launch
             torch._foreach_mul_(local, min(1.0, o.config.max_grad_norm / (norm + 1e-6)) / count)
         for setting, scale in zip(o.adam.param_groups, o.lr_scales, strict=True):
-            setting["lr"] = o.config.learning_rate(o.updates) * scale
+            setting["lr"] = o.config.learning_rate(o.updates) * scale * lr_scale
         o.adam.step()
         o.adam.zero_grad(set_to_none=True)
         o.updates += 1
