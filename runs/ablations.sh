@@ -23,12 +23,13 @@ declare -A change=(
   [no_wrong_captions]="algorithm.mismatched_caption_weight=0"
   [discriminator_on_the_teacher]="discriminator.trunk=teacher"
   [action_sample]="algorithm.action=sample"
+  [own_starts]="algorithm.shared_start=false"
   [steps_1]="algorithm.steps=1"
   [steps_2]="algorithm.steps=2"
   [steps_8]="algorithm.steps=8"
 )
 order="recipe final_reward_only step_reward_only frozen_discriminator no_gate no_dm_only eta_.9 no_policy policy_without_gan
-  no_wrong_captions discriminator_on_the_teacher action_sample steps_1 steps_2 steps_8"
+  no_wrong_captions discriminator_on_the_teacher action_sample own_starts steps_1 steps_2 steps_8"
 names="recipe ${ONLY:-${order#recipe }}" # every change is compared to the recipe
 suites=(mini-geneval-test mini-dpg-test)
 complete() { # RUN: whether both suites are scored

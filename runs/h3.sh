@@ -4,5 +4,5 @@
 steps=${STEPS:-2} teacher=${TEACHER:-mini-qwen} name=h3
 [ "$teacher" = mini-qwen ] || name=$name-$teacher
 [ "$steps" = 2 ] || name=$name-$steps-step
-export METHODS=${METHODS:-advdmd twinflow dmd2} STEPS=$steps ITERATIONS=${ITERATIONS:-180}
+export METHODS=${METHODS:-advdmd twinflow dmd2 dmd2_paper} STEPS=$steps ITERATIONS=${ITERATIONS:-180}
 exec "$(dirname "$0")/run_claim.sh" "$name" "$teacher"

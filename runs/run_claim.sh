@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # One claim of the miniature: students of a teacher over training seeds, scored beside it, compared pair by pair.
 #   runs/run_claim.sh NAME TEACHER
-# Everything is resumable: what results/claims/NAME has is not done again; a stopped run continues in runs/NAME. DMD2, DMD (the
-# same without its GAN), TwinFlow and AdvDMD without policy updates get as many iterations as cost AdvDMD's forwards.
+# Everything is resumable: what results/claims/NAME has is not done again; a stopped run continues in runs/NAME. DMD2 (two updates
+# of the student on a trajectory; dmd2_paper: its paper's five updates of the fake score to one), DMD (DMD2 without its GAN),
+# TwinFlow and AdvDMD without policy updates get as many iterations as cost AdvDMD's forwards.
 # SEEDS, METHODS, STEPS, ITERATIONS (of AdvDMD) and BIN (where advdmd is installed) may be set. RUNS_ONLY=1 leaves out the teacher
 # and the comparisons, so that several processes can work on one claim.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 teacher=$2
-seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd} iterations=${ITERATIONS:-700} steps=${STEPS:-4}
+seeds=${SEEDS:-0 1 2} methods=${METHODS:-advdmd dmd2 dmd2_paper} iterations=${ITERATIONS:-700} steps=${STEPS:-4}
 bin=${BIN:-.venv/bin} work=runs/$name kept=results/claims/$name commit=${COMMIT:-$(git rev-parse --short HEAD)}
 suites=(mini-geneval-test mini-dpg-test mini-dpg-pairs)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
@@ -34,10 +35,11 @@ for seed in $seeds; do
     case $method in
       advdmd) what=("$teacher-advdmd-long") ;;
       dmd2) what=("$teacher-dmd2-long") ;;
+      dmd2_paper) what=("$teacher-dmd2-paper-long") ;;
       dmd) what=("$teacher-dmd2-long" algorithm.gan_loss_weight=0) ;;
       no_policy) what=("$teacher-advdmd-long" algorithm.dm_only_iterations=99999) ;;
       twinflow) what=("$teacher-twinflow" "algorithm.last_time=$([ "$steps" = 4 ] && echo .5 || echo .6)") ;;
-      *) echo "METHODS: advdmd, dmd2, dmd, twinflow, no_policy; not $method" >&2 && exit 2 ;;
+      *) echo "METHODS: advdmd, dmd2, dmd2_paper, dmd, twinflow, no_policy; not $method" >&2 && exit 2 ;;
     esac
     what+=("algorithm.steps=$steps")
     n=$("$bin/python" runs/match_budget.py "$teacher-advdmd-long" "algorithm.steps=$steps" "iterations=$iterations" -- "${what[@]}")
