@@ -94,7 +94,7 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
     torch.set_num_threads(threads)
     backbone, data, _ = setup(r, r.data.open(r.teacher))
     batch, _ = data.batch_fn(0)
-    shift = r.algorithm.sampler().shift
+    shift = 1.0 if (given := r.algorithm.sampler().shift) is None else given
     student, fake = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
     times = SampleTimestepConfig(t_list=flow.grid(4, shift).tolist(), shift=shift)
     config = DMDConfig(

@@ -18,12 +18,9 @@ Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 def sampler_of(model: str, steps: int | None, guidance: float | None) -> "SamplerConfig":
     """How a model is sampled by its metadata, with what the user has changed."""
-    from dataclasses import replace
-
     from advdmd.models import loading
 
-    changes = {k: v for k, v in {"steps": steps, "guidance_scale": guidance}.items() if v is not None}
-    return replace(loading.default_sampling(loading.pipeline_folder(model)), **changes)
+    return loading.default_sampling(loading.pipeline_folder(model)).changed(steps, guidance)
 
 
 SuiteName = Annotated[str, typer.Argument(help="mini-geneval, mini-dpg, geneval or dpg")]

@@ -78,6 +78,8 @@ def encode(
         bool, typer.Option("--aspect-buckets", help="Landscape and portrait images keep about their aspect ratio.")
     ] = False,
     worker: Annotated[str | None, typer.Option(help="I/N: this is process I of N, from 0; by default torchrun's rank.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts or images at a time.")] = 8,
     threads: Threads = 2,
@@ -92,7 +94,12 @@ def encode(
     torch.set_num_threads(threads)
     part = worker_of(worker) if worker else distributed.rank_and_world_size()
     place = distributed.local_device(resolve_device(device))
-    done = run(source, teacher, out, resolution, real_images, per_prompt, part, place, batch, by_aspect=aspect_buckets)
+    done = run(
+        *(source, teacher, out, resolution, real_images, per_prompt, part, place, batch),
+        by_aspect=aspect_buckets,
+        steps=steps,
+        guidance=guidance,
+    )
     print(f"cache: {out}" if done else f"{out}: the shards of process {part[0]} of {part[1]} are done, others are missing")
 
 

@@ -113,7 +113,7 @@ def _train_flow(plan: PretrainingStage, folder: Path, source: Path, device: str)
     sampler = SamplerConfig(steps=20, guidance_scale=GUIDANCE_SCALE)
 
     def save_samples(backbone: Backbone, iteration: int) -> None:
-        cond, null = (encode_prompts(backbone, p, backbone.device) for p in (SAMPLE_PROMPTS, [""]))
+        cond, null = (encode_prompts(backbone, p, backbone.device) for p in (SAMPLE_PROMPTS, [backbone.null_prompt]))
         save_sample_grid(backbone, backbone.net, sampler, cond, null, folder, iteration)
 
     return train_flow(plan, folder, pipe, device, save_samples)

@@ -39,6 +39,7 @@ def export_student(
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    assert sampler.shift is not None  # only a teacher follows its pipeline's scheduler
     parts, target_embedding, adapter = dict(backbone.pipe.components), None, None
     if isinstance(net, TargetTime):
         target_embedding, net = net.zero_target_state_dict(), net.net

@@ -26,7 +26,7 @@ from advdmd.training.optimizer import OptimizerConfig, ParamGroup
 from advdmd.training.trainer import Trainer
 from advdmd.types import Columns, Json, Metrics
 
-METADATA: Json = {"t5_length": 0, "side": pipelines.LATENT}  # what a backbone must know beside the pipeline
+METADATA: Json = {"t5_length": 0, "side": pipelines.LATENT, "null_prompt": ""}  # what a backbone must know beside the pipeline
 GUIDANCE_SCALE = 5.0  # the teachers' best at 40 steps (docs/log.md)
 
 

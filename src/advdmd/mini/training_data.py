@@ -86,7 +86,7 @@ class MiniSource:
             return latents[p, k % latents.shape[1]]
 
         with torch.no_grad():
-            null, shown = (backbone.encode_text(backbone.tokenize(p)) for p in ([""], list(SAMPLE_PROMPTS)))
+            null, shown = (backbone.encode_text(backbone.tokenize(p)) for p in ([backbone.null_prompt], list(SAMPLE_PROMPTS)))
         return TrainingData(make_batch_fn(len(ids), config, cond, real), dataset.prompts, null, shown)
 
     def validation(self, images: int) -> Validation | None:

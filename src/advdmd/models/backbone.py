@@ -64,6 +64,26 @@ def kl_decode(vae: Module, latents: Tensor) -> Tensor:
     return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
 
 
+def scheduler_grid(pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[float] | None = None) -> Tensor:
+    """Times [steps + 1] from noise to data of a pipeline's own scheduler, with its own time shift.
+
+    tokens: of the image, by which some schedulers shift. sigmas: times before the shift, where the pipeline has some of its
+    own. Steps are Euler's, whatever solver the pipeline was saved with.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    c, more = scheduler.config, {}
+    if c.use_dynamic_shifting:
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        more["mu"] = c.base_shift + slope * (tokens - c.base_image_seq_len)
+    if sigmas is None:
+        scheduler.set_timesteps(steps, **more)
+    else:
+        scheduler.set_timesteps(sigmas=list(sigmas), **more)
+    return scheduler.sigmas
+
+
 class Backbone(Protocol):
     """One family of flow models, read from a diffusers pipeline folder. A new one is one file.
 
@@ -78,6 +98,7 @@ class Backbone(Protocol):
     hidden_size: int  # of the image tokens that blocks return
     time_scale: float  # what times are multiplied by before the transformer takes them
     lora_targets: tuple[str, ...]  # endings of the names of the linear layers that adapters are put on
+    null_prompt: str  # the negative prompt of guidance, by the model's card
     metadata: Json  # what must be known beside the pipeline to read it again (loading.backbone_from_pipeline)
     pipeline_load_kwargs: Json  # what the stock pipeline needs as arguments when it is loaded
 
@@ -93,6 +114,10 @@ class Backbone(Protocol):
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
         """What the stock pipeline needs as arguments when it is called: a student's grid, guidance off."""
+        ...
+
+    def scheduler_grid(self, steps: int) -> Tensor:
+        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:

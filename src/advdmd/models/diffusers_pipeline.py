@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from advdmd.models.backbone import Pipeline
-from advdmd.models.loading import UnfitWeights, load_parts, read_index, read_metadata, silence_libraries, verify_weights
+from advdmd.models.loading import (
+    KNOWN_PIPELINES,
+    UnfitWeights,
+    load_parts,
+    read_index,
+    read_metadata,
+    silence_libraries,
+    verify_weights,
+)
+from advdmd.models.model_cards import card_sampling
 from advdmd.rng import generator
 from advdmd.types import Json
 
@@ -18,7 +27,8 @@ GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")  # as pipelines name it; Q
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersSampling:
-    """Arguments of a pipeline's call; None leaves one to the pipeline's default, or to the folder's metadata.
+    """Arguments of a pipeline's call; None leaves one to the folder's metadata, to the model's card (`model_cards`) or, where
+    there is neither, to the pipeline's default.
 
     steps, height, width >= 1, the latter in pixels. Raises ValueError on values out of range.
     """
@@ -37,16 +47,19 @@ class DiffusersSampling:
     def call_kwargs(self, pipe: Pipeline, metadata: Json) -> Json:
         """Keyword arguments of the pipeline's call. Raises ValueError if the pipeline has no such argument."""
         known = inspect.signature(pipe.__call__).parameters
-        kwargs = dict(metadata.get("stock_call", {}))
-        if self.steps is not None:
+        kwargs, steps, guidance = dict(metadata.get("stock_call", {})), self.steps, self.guidance_scale
+        if not metadata and type(pipe).__name__ in KNOWN_PIPELINES:  # the pipelines' own defaults are not the models'
+            card = card_sampling(type(pipe).__name__, pipe.transformer.config)
+            steps, guidance = steps or card.steps, card.guidance if guidance is None else guidance
+        if steps is not None:
             kwargs.pop("sigmas", None)
-            kwargs["num_inference_steps"] = self.steps
-        if self.guidance_scale is not None:
+            kwargs["num_inference_steps"] = steps
+        if guidance is not None:
             name = next((n for n in GUIDANCE_NAMES if n in known), None)
             if name is None:
-                raise ValueError(f"guidance={self.guidance_scale}: {type(pipe).__name__} takes no guidance scale")
-            kwargs[name] = self.guidance_scale
-            if name == "true_cfg_scale" and self.guidance_scale > 1:
+                raise ValueError(f"guidance={guidance}: {type(pipe).__name__} takes no guidance scale")
+            kwargs[name] = guidance
+            if name == "true_cfg_scale" and guidance > 1:
                 kwargs.setdefault("negative_prompt", " ")  # without one this pipeline leaves guidance off
         kwargs |= {k: v for k, v in (("height", self.height), ("width", self.width)) if v is not None}
         if unknown := sorted(set(kwargs) - set(known)):

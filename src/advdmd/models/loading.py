@@ -3,10 +3,8 @@
 import importlib
 import json
 import logging
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import nn
 from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone, Pipeline
+from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.sd3 import SD3
@@ -218,21 +217,27 @@ def save_pipeline(pipe: Pipeline, path: Path, metadata: Json) -> None:
 
 
 def default_sampling(path: Path) -> SamplerConfig:
-    """How a folder's metadata say that it is sampled; without metadata 40 steps at guidance 4.
+    """How a folder's metadata say that it is sampled; without them as its model card does, on its scheduler's grid.
 
     Raises ValueError if they are bad.
     """
     try:
-        return SamplerConfig.from_json(read_metadata(path).get("sampling", {"steps": 40, "guidance": 4.0}))
+        if sampling := read_metadata(path).get("sampling"):
+            return SamplerConfig.from_json(sampling)
     except ValueError as e:
         raise ValueError(f"{path / METADATA_FILE}: {e}") from None
+    kind = read_index(path)["_class_name"]
+    card = card_sampling(kind, read_object(path / "transformer" / "config.json", hint=EXPORT_AGAIN))
+    guidance = card.guidance + (kind == "ZImagePipeline")  # which counts from no guidance at 0
+    return SamplerConfig(steps=card.steps, shift=None, guidance_scale=guidance)
 
 
 def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
-    """The backbone of a pipeline; its metadata may hold `t5_length` (SD3) and the latents' `side`."""
+    """The backbone of a pipeline; its metadata may hold `t5_length` (SD3), the latents' `side` and a `null_prompt` (Qwen)."""
     kind = type(pipe).__name__
     if kind == "QwenImagePipeline":
-        return QwenImage(pipe, side=metadata.get("side", pipe.default_sample_size))
+        null = {"null_prompt": metadata["null_prompt"]} if "null_prompt" in metadata else {}
+        return QwenImage(pipe, side=metadata.get("side", pipe.default_sample_size), **null)
     if kind == "ZImagePipeline":
         return ZImage(pipe, side=metadata.get("side", 128))
     return SD3(pipe, t5_length=metadata.get("t5_length", 256), side=metadata.get("side"))
@@ -266,10 +271,7 @@ def load(
             backbone.net, read_tensors(path / TARGET_TIME, ZERO_TARGET_TIME, hint=EXPORT_AGAIN), backbone.time_scale
         )
     backbone.net.requires_grad_(False).eval()
-    sampler = default_sampling(path)
-    if pipe.scheduler.config.get("use_dynamic_shifting") and "sampling" not in metadata:
-        sampler = replace(sampler, shift=dynamic_shift(pipe.scheduler.config, backbone.latent_shape[-1]))
-    return backbone, sampler
+    return backbone, default_sampling(path)
 
 
 def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Backbone, SamplerConfig]:
@@ -291,17 +293,6 @@ def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> t
     for module in (*backbone.encoders, backbone.net, backbone.vae):
         module.to(device)
     return backbone, sampler
-
-
-def dynamic_shift(config: Json, side: int) -> float:
-    """The time shift e^mu of a scheduler that shifts by image size, mu linear in the number of tokens; `side` of the latents.
-
-    As in Qwen-Image's pipeline, two latents on a side of a token. Its `shift_terminal`, which moves the last step slightly, is
-    left out.
-    """
-    tokens = (side // 2) ** 2
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    return math.exp(config["base_shift"] + slope * (tokens - config["base_image_seq_len"]))
 
 
 def resolve_device(device: str) -> str:

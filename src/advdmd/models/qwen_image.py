@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs
+from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, scheduler_grid
 from advdmd.types import Cond, Json
 
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
+CARD_NULL_PROMPT = " "
 TEMPLATE_TOKENS = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
 
 
@@ -52,11 +53,12 @@ def use_2d_convs(vae: Module) -> Any:
 class QwenImage:
     """A QwenImagePipeline as a backbone, for latents of side `side`.
 
-    Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder. Raises
-    ValueError if the side is odd, or if the tokenizer does not fit the pipeline's prompt template.
+    Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder. null_prompt:
+    the negative prompt of guidance, by default the model card's. Raises ValueError if the side is odd, or if the tokenizer does
+    not fit the pipeline's prompt template.
     """
 
-    def __init__(self, pipe: Pipeline, side: int = 128):
+    def __init__(self, pipe: Pipeline, side: int = 128, null_prompt: str = CARD_NULL_PROMPT):
         head = pipe.prompt_template_encode.partition("{}")[0]
         if (found := len(pipe.tokenizer(head).input_ids)) != TEMPLATE_TOKENS:
             raise ValueError(
@@ -65,6 +67,9 @@ class QwenImage:
         if side < 2 or side % 2:
             raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
         self.pipe, self.vae, self.metadata = pipe, use_2d_convs(pipe.vae), {"side": side}
+        self.null_prompt = null_prompt
+        if null_prompt != CARD_NULL_PROMPT:
+            self.metadata |= {"null_prompt": null_prompt}
         self.net: Module = pipe.transformer
         self.dtype = self.net.dtype  # asked once: with adapters of another type the library's answer would change
         self.pipeline_load_kwargs: Json = {}
@@ -82,6 +87,11 @@ class QwenImage:
             "width": side,
             "max_sequence_length": self.pipe.tokenizer_max_length,
         }
+
+    def scheduler_grid(self, steps: int) -> Tensor:
+        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
+        equal = torch.linspace(1.0, 1 / steps, steps).tolist()
+        return scheduler_grid(self.pipe, steps, (self.latent_shape[-1] // 2) ** 2, equal)
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """Prompts to images with any network of a backbone: a teacher's guided ODE, or a student's few stochastic steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,23 @@ class SamplerConfig:
     """How a model is sampled: `eta` None is the ODE (a teacher, with `guidance_scale`), else the noise share of a student's
     steps.
 
-    steps in [1, 1000]; shift > 0; guidance_scale >= 1, 1 turns guidance off; eta in [0, 1]; last_time in (0, .999): TwinFlow's
-    grid instead of the shifted one. Raises ValueError on values out of range, and on guidance for a student.
+    steps in [1, 1000]; shift > 0, or None for a teacher on the grid of its pipeline's scheduler; guidance_scale >= 1, 1 turns
+    guidance off; eta in [0, 1]; last_time in (0, .999): TwinFlow's grid instead of the shifted one. Raises ValueError on values
+    out of range, and on guidance for a student.
     """
 
     steps: int
-    shift: float = 3.0
+    shift: float | None = 3.0
     guidance_scale: float = 1.0
     eta: float | None = None
     last_time: float | None = None
 
     def __post_init__(self) -> None:
-        self.grid()
+        if self.shift is None and (self.eta is not None or self.last_time is not None):
+            raise ValueError("shift=None: a student has a grid of its own, with its time shift")
+        if self.last_time is not None:
+            flow.twinflow_grid(self.steps, self.last_time)
+        flow.grid(self.steps, 1.0 if self.shift is None else self.shift)
         if self.eta is not None:
             cps(self.eta)
         if self.guidance_scale < 1:
@@ -41,11 +46,13 @@ class SamplerConfig:
                 f"guidance_scale={self.guidance_scale}: a few-step student has its guidance built in; leave it at 1"
             )
 
-    def grid(self, device: torch.device | str = "cpu") -> Tensor:
+    def grid(self, backbone: Backbone, device: torch.device | str = "cpu") -> Tensor:
         """Times [steps + 1] from noise to data."""
-        if self.last_time is None:
-            return flow.grid(self.steps, self.shift, device)
-        return flow.twinflow_grid(self.steps, self.last_time, device)
+        if self.last_time is not None:
+            return flow.twinflow_grid(self.steps, self.last_time, device)
+        if self.shift is None:
+            return backbone.scheduler_grid(self.steps).to(device)
+        return flow.grid(self.steps, self.shift, device)
 
     @property
     def nfe(self) -> int:
@@ -56,6 +63,11 @@ class SamplerConfig:
     def stock(self) -> bool:
         """Whether stock schedulers can sample so: they re-noise fully, on the shifted grid."""
         return self.eta == 1 and self.last_time is None
+
+    def changed(self, steps: int | None, guidance_scale: float | None) -> "SamplerConfig":
+        """The same with other steps or guidance where they are not None. Raises ValueError on values out of range."""
+        changes = {"steps": steps, "guidance_scale": guidance_scale}
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
 
     def to_json(self) -> Json:
         """As it is written beside pipelines and images: a file format, whose keys do not change."""
@@ -101,7 +113,7 @@ def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, n
 
     null [1]: the empty prompt, for guidance.
     """
-    velocity, grid = Teacher(backbone, sampler.guidance_scale, null, net), sampler.grid(noise.device)
+    velocity, grid = Teacher(backbone, sampler.guidance_scale, null, net), sampler.grid(backbone, noise.device)
     if sampler.eta is None:
         return sample_euler(velocity, cond, noise[0], grid)
     return rollout(velocity, cond, noise, grid, cps(sampler.eta)).x[-1]
@@ -123,7 +135,7 @@ def sample(
 
     batch: prompts per pass. progress is called with the number of images that are done.
     """
-    out, null = [], encode_prompts(backbone, [""], noise.device)
+    out, null = [], encode_prompts(backbone, [backbone.null_prompt], noise.device)
     for i in micro_batches(len(prompts), batch):
         cond = encode_prompts(backbone, [prompts[int(k)] for k in i], noise.device)
         out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], sampler)))

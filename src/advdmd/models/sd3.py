@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, kl_decode, kl_encode
+from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, kl_decode, kl_encode, scheduler_grid
 from advdmd.types import Cond, Json
 
 MLP = ("net.0.proj", "net.2")
@@ -30,6 +30,7 @@ class SD3:
         self.tokenizers = [t for t in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if t is not None]
         self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1000.0
         self.lora_targets: tuple[str, ...] = ATTENTION + MLP
+        self.null_prompt = ""
         patch = pipe.transformer.config.patch_size
         side = int(side or pipe.transformer.config.sample_size)
         if side % patch or side // patch > pipe.transformer.config.pos_embed_max_size:
@@ -50,6 +51,11 @@ class SD3:
             "width": side,
             "max_sequence_length": self.t5_length,
         }
+
+    def scheduler_grid(self, steps: int) -> Tensor:
+        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
+        side = self.latent_shape[-1] // self.pipe.transformer.config.patch_size
+        return scheduler_grid(self.pipe, steps, side**2)
 
     @property
     def device(self) -> torch.device:

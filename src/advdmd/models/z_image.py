@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import Module, Pipeline, block_outputs, kl_decode, kl_encode
+from advdmd.models.backbone import Module, Pipeline, block_outputs, kl_decode, kl_encode, scheduler_grid
 from advdmd.types import Cond, Json
 
 TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
@@ -28,6 +28,7 @@ class ZImage:
         self.pipeline_load_kwargs: Json = {}
         self.hidden_size, self.time_scale = self.net.config.dim, 1.0
         self.lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+        self.null_prompt = ""
         self.latent_shape = (self.net.config.in_channels, side, side)
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
@@ -37,6 +38,11 @@ class ZImage:
         """
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {"num_inference_steps": steps, "guidance_scale": 0.0, "height": side, "width": side}
+
+    def scheduler_grid(self, steps: int) -> Tensor:
+        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
+        equal = torch.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
+        return scheduler_grid(self.pipe, steps, (self.latent_shape[-1] // 2) ** 2, equal)
 
     @property
     def device(self) -> torch.device:

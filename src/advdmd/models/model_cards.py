@@ -1,0 +1,27 @@
+"""How published models are sampled: what their model cards say, which their files do not."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class CardSampling(NamedTuple):
+    """Steps and guidance of a model card; the guidance as the stock pipeline counts it."""
+
+    steps: int
+    guidance: float
+
+
+def card_sampling(pipeline: str, transformer: Mapping[str, Any]) -> CardSampling:
+    """The card of the published model that a pipeline class and its transformer's configuration are of.
+
+    Finetuned models of the same architecture are sampled like it. Raises ValueError on another pipeline.
+    """
+    if pipeline == "StableDiffusion3Pipeline":
+        if not transformer.get("qk_norm"):
+            return CardSampling(28, 7.0)  # SD3 Medium
+        medium = bool(transformer.get("dual_attention_layers"))
+        return CardSampling(40, 4.5) if medium else CardSampling(28, 3.5)  # SD3.5 Medium and Large
+    cards = {"QwenImagePipeline": CardSampling(50, 4.0), "ZImagePipeline": CardSampling(50, 4.0)}
+    if pipeline not in cards:
+        raise ValueError(f"{pipeline}: no model card is known, name steps and guidance")
+    return cards[pipeline]
