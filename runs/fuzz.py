@@ -30,7 +30,8 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from advdmd.data import embedding_cache
-from advdmd.data.captioned_images import CaptionedImage, load_image, read_captioned_images
+from advdmd.data.captioned_images import CaptionedImage, load_image
+from advdmd.data.sources import read_captioned_images
 from advdmd.distillation import validation
 from advdmd.evaluation import dpg, judging, results
 from advdmd.mini.suites import item_of

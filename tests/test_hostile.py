@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from advdmd.data.captioned_images import read_captioned_images
+from advdmd.data.sources import read_captioned_images
 from advdmd.evaluation import dpg, judging, results
 from advdmd.files import object_hash
 from advdmd.mini.world import caption
@@ -62,7 +62,7 @@ def test_an_override_is_taken_or_refused(key, value):
 
 def resolve_text(text):
     tree = read_yaml(text)
-    return resolve(tree.pop("recipe"), [f"{k}={json.dumps(v)}" for k, v in flatten(tree).items()])[1]
+    return resolve(tree.pop("recipe"), [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in flatten(tree).items()])[1]
 
 
 @often

@@ -56,6 +56,14 @@ def _sync(path: Path) -> None:
             raise
 
 
+def _readable(path: Path) -> None:
+    """Give a new file or folder the usual rights: safetensors makes files that others cannot read."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    with suppress(OSError):  # a file system without rights
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def _sweep(path: Path) -> None:
     """Remove what killed processes of this machine left of their attempts to write `path`, when it is STALE."""
     processes = Path("/proc")
@@ -78,6 +86,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         with name_file_in_errors(path):
             write(temporary)
+            _readable(temporary)
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
@@ -101,6 +110,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(making)
             for file in (*making.rglob("*"), making):
+                _readable(file)
                 _sync(file)
         except BaseException:
             shutil.rmtree(making, ignore_errors=True)

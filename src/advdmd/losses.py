@@ -77,6 +77,15 @@ def auc_gate(auc: Tensor, low: float = 0.55, width: float = 0.10) -> Tensor:
     return ((auc - low) / width).clamp(0, 1)
 
 
+def gated_advantage(by_step: Tensor, final: Tensor, gate: Tensor, share: float) -> tuple[Tensor, float]:
+    """Advantages of steps [K - 1, N] and of final images [1, N] under the gates of K levels [K], and the mean gate.
+
+    share in [0, 1]: of the final image in a step's credit.
+    """
+    advantage = (1 - share) * by_step * gate[:-1, None] + share * final * gate[-1]
+    return advantage, ((1 - share) * gate[:-1].mean() + share * gate[-1]).item()
+
+
 def ppo_clip(neg_mse: Tensor, neg_mse_old: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
     """PPO's clipped surrogate (Schulman et al. 2017, Eq. 7) on transitions.Gaussian.neg_mse, all [N] -> [N]. clip_range > 0."""
     ratio = (neg_mse.float() - neg_mse_old.float()).exp()

@@ -19,8 +19,10 @@ from advdmd.cli import main
 from advdmd.commands import train
 from advdmd.commands.encode import encode
 from advdmd.data import aspect_buckets, embedding_cache
-from advdmd.data.captioned_images import CaptionedImage, _rows, group_by_prompt, load_image, read_captioned_images
+from advdmd.data.captioned_images import CaptionedImage, group_by_prompt, load_image
 from advdmd.data.loader import BatchConfig, make_batch_fn
+from advdmd.data.sources import read_captioned_images
+from advdmd.data.tables import saved_dataset
 from advdmd.distillation import memory
 from advdmd.distillation.build import setup
 from advdmd.distillation.sample_grids import save_sample_grid
@@ -123,29 +125,35 @@ def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, en
     with pytest.raises(ValueError, match="not finished: run advdmd encode again"):
         embedding_cache.EmbeddingCache(parts)
     assert encode(photos, str(teacher), parts, worker=(1, 2))
-    for k in range(3):
-        a, b = (load_file(embedding_cache.shard_path(f, k)) for f in (whole, parts))
+    shards = sorted(f.name for f in whole.glob("shard-*.safetensors"))
+    assert shards == sorted(f.name for f in parts.glob("shard-*.safetensors"))
+    assert len(shards) > 1
+    for name in shards:
+        a, b = (load_file(f / name) for f in (whole, parts))
         assert all(torch.equal(a[x], b[x]) for x in a)
-    before = embedding_cache.shard_path(whole, 0).stat().st_mtime_ns
-    embedding_cache.shard_path(whole, 1).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"shard-000001.*damaged"):
-        embedding_cache.EmbeddingCache(whole).cond([2])
+    before = (whole / shards[0]).stat().st_mtime_ns
+    (whole / shards[1]).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"{shards[1]}.*damaged"):
+        embedding_cache.EmbeddingCache(whole).cond(range(5))
     assert encode(photos, str(teacher), whole)
-    assert embedding_cache.EmbeddingCache(whole).cond([2]).embeds.shape[0] == 1
-    assert embedding_cache.shard_path(whole, 0).stat().st_mtime_ns == before
+    assert embedding_cache.EmbeddingCache(whole).cond(range(5)).embeds.shape[0] == 5
+    assert (whole / shards[0]).stat().st_mtime_ns == before
 
 
-def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, photos, tmp_path, monkeypatch):
+def test_broken_images_are_listed_and_a_repaired_one_costs_its_shard(teacher, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_cache, "PROMPTS_PER_SHARD", 2)
     mine = shutil.copytree(photos, tmp_path / "photos")
-    good = (mine / "2.png").read_bytes()
-    (mine / "2.png").write_bytes(good[:50])
-    with pytest.raises(ValueError, match=r"2\.png cannot be read"):
+    good = {name: (mine / name).read_bytes() for name in ("2.png", "3.png")}
+    for name, data in good.items():
+        (mine / name).write_bytes(data[:50])
+    with pytest.raises(ValueError, match=r"2 images cannot be used(?s:.*)2\.png cannot be read(?s:.*)3\.png cannot be read"):
         encode(mine, str(teacher), tmp_path / "c")
-    first = embedding_cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns
-    (mine / "2.png").write_bytes(good)
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "c").glob("shard-*.safetensors")}
+    assert before, "what has no broken image is encoded"
+    for name, data in good.items():
+        (mine / name).write_bytes(data)
     assert encode(mine, str(teacher), tmp_path / "c")
-    assert embedding_cache.shard_path(tmp_path / "c", 0).stat().st_mtime_ns == first
+    assert all((tmp_path / "c" / name).stat().st_mtime_ns == t for name, t in before.items())
 
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
     r = resolve(
@@ -156,9 +164,10 @@ def test_a_repaired_image_costs_its_shard_and_a_changed_cache_its_run(teacher, p
     shutil.rmtree(tmp_path / "run/student")
     shutil.rmtree(tmp_path / "c")
     lines = (mine / "metadata.jsonl").read_text().splitlines()
-    (mine / "metadata.jsonl").write_text("\n".join(lines[1:-1]))
+    (mine / "metadata.jsonl").write_text("\n".join(s.replace('"text": "', '"text": "not ') for s in lines))
     assert encode(mine, str(teacher), tmp_path / "c")
-    with pytest.raises(ValueError, match="checkpoint of another recipe"):
+    (tmp_path / "run/checkpoints/step-0000003.json").unlink()  # else the run is over and looks at nothing
+    with pytest.raises(ValueError, match="held 5 prompts, now they are others"):
         train.train(*r, tmp_path / "run")
 
 
@@ -205,7 +214,7 @@ def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, t
         found.check_teacher(fingerprints.encoder_fingerprint(other))
     prompts = tmp_path / "p.txt"
     prompts.write_text("a picture of a red circle\n")
-    with pytest.raises(ValueError, match=r"cache of something else \(content, reals differ\)"):
+    with pytest.raises(ValueError, match=r"cache of something else \(reals differ\)"):
         encode(prompts, str(teacher), encoded, real_images="teacher")
 
 
@@ -216,7 +225,8 @@ def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
         encode(prompts, str(teacher), tmp_path / "c")
     assert encode(prompts, str(teacher), tmp_path / "c", real_images="teacher", per_prompt=2)
     found = embedding_cache.EmbeddingCache(tmp_path / "c")
-    assert found.manifest == {"format": 1, "prompts": 3, "images": 6, "prompts_without_image": 0}
+    del found.manifest["content"]
+    assert found.manifest == {"format": 2, "prompts": 3, "images": 6, "prompts_without_image": 0, "shards": [3]}
     assert not torch.equal(found.real(0, 0), found.real(0, 1))
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
     capsys.readouterr()
@@ -324,7 +334,7 @@ def test_processes_that_torchrun_starts_share_the_work(teacher, encoded, photos,
 
 
 def test_a_folder_that_another_process_claims_meanwhile_is_gone_on_in(tmp_path, monkeypatch):
-    plan, there = {"format": 1}, Path.is_file
+    plan, there = {"format": 2}, Path.is_file
 
     def late(path):  # what another process writes between two looks
         found = there(path)
@@ -337,7 +347,7 @@ def test_a_folder_that_another_process_claims_meanwhile_is_gone_on_in(tmp_path, 
     embedding_cache.create_or_resume(tmp_path / "c", plan)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cache of something else"):
-        embedding_cache.create_or_resume(tmp_path / "c", plan | {"format": 2})
+        embedding_cache.create_or_resume(tmp_path / "c", plan | {"format": 3})
 
 
 @pytest.fixture(scope="module")
@@ -378,13 +388,18 @@ def test_large_pictures_are_few(qwen, tmp_path, shown, size):
         assert sheet.size == size
 
 
-def test_a_cache_of_before_may_be_gone_on_with(qwen, photos, tmp_path):
-    shutil.copytree(qwen / "c", tmp_path / "c")
-    plan = json.loads((tmp_path / "c/plan.json").read_text())
-    tokens = plan.pop("tokens")
+def test_a_cache_of_before_is_trained_on_and_not_added_to(teacher, encoded, photos, tmp_path):
+    """The first format: shards in the order of the source, and encoders known by the bytes of their files."""
+    shutil.copytree(encoded, tmp_path / "c")
+    plan, manifest = (json.loads((tmp_path / "c" / f).read_text()) for f in ("plan.json", "manifest.json"))
+    plan |= {"format": 1, "teacher": fingerprints.file_fingerprint(teacher), "content": "0123"}
+    del plan["shards"], manifest["shards"], manifest["content"]
     (tmp_path / "c/plan.json").write_text(json.dumps(plan))
-    assert encode(photos, str(qwen / "t"), tmp_path / "c")
-    assert json.loads((tmp_path / "c/plan.json").read_text())["tokens"] == tokens
+    (tmp_path / "c/manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
+    train.train(*resolve("sd35-medium-advdmd-2step-24gb", words), tmp_path / "run")
+    with pytest.raises(ValueError, match="of an earlier version, which cannot be added to"):
+        encode(photos, str(teacher), tmp_path / "c")
 
 
 def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(teacher, encoded, tmp_path, monkeypatch):
@@ -496,7 +511,7 @@ def test_sources_of_every_form_say_the_same(tmp_path):
     )
 
 
-def test_a_saved_dataset_says_the_same_as_its_files(tmp_path):
+def test_asaved_dataset_says_the_same_as_its_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     for n, color in enumerate(("red", "blue")):
         (tmp_path / f"{n}.png").write_bytes(png(color=color))
@@ -520,7 +535,7 @@ def test_a_saved_dataset_says_the_same_as_its_files(tmp_path):
     assert read_captioned_images(tmp_path / "splits/train") == [CaptionedImage("a")]
     (tmp_path / "saved/state.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as a dataset"):
-        _rows.__wrapped__(tmp_path / "saved")
+        saved_dataset.__wrapped__(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -528,7 +543,9 @@ def test_a_saved_dataset_says_the_same_as_its_files(tmp_path):
     [
         ("{", "line 1"),
         ("[1]", "needs an object"),
-        ('{"text": ""}', "needs an object"),
+        ('{"text": ""}', "holds no prompts"),
+        ('{"text": 3}', "is no text"),
+        ('{"title": "a"}', "needs an object with the caption under text or prompt or caption or en_caption; it has title"),
         ("[" * 100_000, "line 1"),
         (r'{"text": "\ud800"}', "half a character"),
         ('{"text": "a", "file_name": "loop"}', "loop"),
@@ -601,9 +618,11 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
 def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     cond = Cond(torch.randn(2, 5, 4), mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]))
     embedding_cache.create_or_resume(tmp_path, {"resolution": 16, "teacher": {}})
-    embedding_cache.write_shard(tmp_path, 0, cond, [torch.zeros(1, 1, 2, 2)] * 2)
+    content = embedding_cache.ShardContent(["a", "b"], "")
+    rows = [embedding_cache.Encoded(cond[torch.tensor([n])], torch.zeros(1, 1, 2, 2), [""]) for n in (0, 1)]
+    embedding_cache.write_shard(tmp_path, 0, content, rows)
     embedding_cache.write_null(tmp_path, cond[:1])
-    assert embedding_cache.finalize(tmp_path, ["a", "b"])
+    assert embedding_cache.finalize(tmp_path, [content])
     found = embedding_cache.EmbeddingCache(tmp_path)
     assert found.cond([0]).embeds.shape == (1, 2, 4)
     assert found.cond([0, 1]).mask.tolist() == [[1, 1, 0], [1, 1, 1]]

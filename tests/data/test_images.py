@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from advdmd.data.captioned_images import load_image, read_captioned_images
+from advdmd.data.captioned_images import load_image
+from advdmd.data.sources import read_captioned_images
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -40,7 +41,7 @@ def test_an_srgb_profile_changes_nothing(tmp_path):
     assert (load_image(folder_with(tmp_path, "b.png", noise, icc_profile=SRGB), 16, 16) == plain).all()
 
 
-@pytest.mark.parametrize("profile", [b"not a profile", SRGB[:100], b""])
+@pytest.mark.parametrize("profile", [b"not a profile", SRGB[:100], b""], ids=["text", "cut", "empty"])
 def test_a_damaged_profile_is_ignored(tmp_path, profile):
     red = Image.new("RGB", (32, 32), (220, 40, 40))
     assert color(folder_with(tmp_path, "a.png", red, icc_profile=profile)) == [220, 40, 40]
@@ -105,7 +106,8 @@ def test_captions_beside_their_images_are_found_and_what_has_none_is_counted(tmp
         ("three lamps", "c.bmp"),
         ("two lamps", "b.PNG"),
     ]
-    assert "2 of 5 images have no caption and are skipped" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "passed over: empty captions: 1, files of the operating system: 4, images without a caption: 1" in said
     assert all(color(e) == pytest.approx([220, 40, 40], abs=3) for e in found)
 
 

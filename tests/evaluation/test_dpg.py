@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from advdmd.evaluation import judging
 from advdmd.evaluation.benchmark import ExcludedItem
 from advdmd.evaluation.dpg import DPG, Question, apply_dependencies, read_csv
+from advdmd.evaluation.generate import image_jobs, image_path
 from advdmd.evaluation.judges import vqa
 from tests.evaluation import tiny
 
@@ -233,3 +235,54 @@ def test_an_endpoint_is_asked_as_openai_is_and_its_key_is_written_nowhere(server
         vqa.endpoint("http://127.0.0.1:9/v1", "m").answer(picture, "?")
     with pytest.raises(ValueError, match="an address such as"):
         vqa.endpoint("localhost:8000", "m")
+
+
+def test_official_arithmetic_drops_a_first_prompt_that_had_one_question(tmp_path):
+    """The script loses the only row, does not know the prompt, and leaves it out."""
+    rows = [("a", "A.", 1, "0", "entity - whole (x)", "x?"), ("b", "B.", 1, "0", "entity - whole (z)", "z?")]
+    suite = DPG(str(tiny.save_dpg(tmp_path / "d.csv", rows)), 1, "official")
+    first, second = suite.items()
+    with pytest.raises(ExcludedItem):
+        suite.verdict(first, said(q1=1))
+    assert suite.verdict(second, said(q1=1)).official == 1
+
+
+def test_official_arithmetic_does_not_look_for_a_lost_parent_behind_a_failed_one(tmp_path):
+    """Parents are looked up in their order until one has failed; also those of a question that was answered no."""
+    kinds = "entity - whole (x)"
+    rows = [("a", "A.", n, parents, kinds, f"{n}?") for n, parents in ((1, "0"), (2, "0"), (3, "2,1"), (4, "1,2"))]
+    suite = DPG(str(tiny.save_dpg(tmp_path / "d.csv", rows[:3])), 1, "official")
+    (item,) = suite.items()
+    assert suite.verdict(item, said(q1=1, q2=0, q3=1)).official == 0
+    for answers in (said(q1=1, q2=1, q3=1), said(q1=1, q2=1, q3=0)):
+        with pytest.raises(ExcludedItem):
+            suite.verdict(item, answers)
+    other = DPG(str(tiny.save_dpg(tmp_path / "e.csv", [*rows[:2], rows[3]])), 1, "official")
+    with pytest.raises(ExcludedItem):
+        other.verdict(other.items()[0], said(q1=1, q2=0, q4=1))
+
+
+def test_a_prompt_that_fails_at_one_image_is_left_out_with_all_of_them(tmp_path):
+    """The published script gives a prompt up at the first image that fails."""
+    kinds = "entity - whole (x)"
+    rows = [("a", "A.", n, parents, kinds, f"{n}?") for n, parents in ((1, "0"), (2, "0"), (3, "2,1"))]
+    rows += [("b", "B.", 1, "0", kinds, "b?")]
+    suite = DPG(str(tiny.save_dpg(tmp_path / "d.csv", rows)), 2, "official")
+
+    class Says:
+        name, fingerprint, batch = "says", "1", 1
+
+        def self_test(self):
+            pass
+
+        def judge(self, items, images):
+            dark = images[0].max() == 0
+            return [{"answers": {"1": 1.0, "2": float(dark), "3": 1.0}} for _ in items]
+
+    for item, k in image_jobs(suite):
+        path = image_path(tmp_path, item, k)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "black" if k else "white").save(path)
+    judging.run_judge(suite, tmp_path, Says())
+    found = judging.compute_verdicts(suite, tmp_path, Says(), 0)
+    assert ([(r["item"], r["k"]) for r in found.rows], found.excluded) == ([("b", 0), ("b", 1)], 2)

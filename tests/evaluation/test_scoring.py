@@ -129,7 +129,7 @@ class Moody(CheckerJudge):
 def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(drawn):
     with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was judged before is kept"):
         evaluate.score(SUITE, drawn, Moody())
-    with pytest.raises(ValueError, match=r"only 42/48.*0 images missing, 6 failed.*out of memory"):
+    with pytest.raises(ValueError, match=r"only 42/48.*0 images missing; 6 failed.*out of memory"):
         evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True))
     assert not (drawn / "table.md").exists()
     summary = evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))

@@ -91,20 +91,21 @@ def test_a_gradient_that_is_none_stops_the_run_too(tiny_folder, tmp_path, monkey
 
 def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_path):
     good = Cond(torch.ones(2, 3, 4), pooled=torch.ones(2, 4))
-    latents = [torch.ones(1, 4, 8, 8), torch.ones(1, 4, 8, 8)]
+    content, z = embedding_cache.ShardContent(["a circle", "a square"], ""), torch.ones(1, 4, 8, 8)
+    rows = [embedding_cache.Encoded(good[torch.tensor([n])], z, [""]) for n in (0, 1)]
     with pytest.raises(FloatingPointError, match="latents of these prompts are not finite"):
-        embedding_cache.write_shard(tmp_path, 0, good, [latents[0], latents[1] / 0])
+        embedding_cache.write_shard(tmp_path, 0, content, [rows[0], rows[1]._replace(latents=z / 0)])
     assert not list(tmp_path.iterdir())
     with pytest.raises(FloatingPointError, match=r"null.safetensors: pooled of the empty prompt are not finite"):
         embedding_cache.write_null(tmp_path, Cond(good.embeds[:1], pooled=good.pooled[:1] / 0))
     assert not list(tmp_path.iterdir())
     embedding_cache.write_null(tmp_path, good[:1])
-    embedding_cache.write_shard(tmp_path, 0, good, latents)
+    embedding_cache.write_shard(tmp_path, 0, content, rows)
     tensors = load_file(embedding_cache.shard_path(tmp_path, 0))
     tensors["latents"][1, 0, 0, 0] = float("nan")
-    embedding_cache._write(embedding_cache.shard_path(tmp_path, 0), tensors, images=[1, 1])
+    embedding_cache._write(embedding_cache.shard_path(tmp_path, 0), tensors, entries=[["a", [""]], ["b", [""]]], sources="")
     embedding_cache.write_text(tmp_path / "plan.json", '{"resolution": 32, "teacher": {}}')
-    assert embedding_cache.finalize(tmp_path, ["a circle", "a square"])
+    assert embedding_cache.finalize(tmp_path, [content])
     kept = embedding_cache.EmbeddingCache(tmp_path)
     assert kept.real(0, 0).isfinite().all()
     with pytest.raises(FloatingPointError, match=r"shard-000000.safetensors: what is kept of prompt 1 \('a square'\)"):

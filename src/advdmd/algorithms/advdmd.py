@@ -18,6 +18,7 @@ from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import cps
 from advdmd.types import Batch, Metrics, Ranks, micro_batches
 
+CREDIT = {"step": 0.0, "final": 1.0, "both": 0.5}  # the final reward's share of a step's credit
 FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the discriminator is shown final images
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means that the trajectory is not the policy's own
 
@@ -88,7 +89,7 @@ class AdvDMD(Algorithm[DistillationModels]):
                 f"gan_loss_weight={self.gan_loss_weight}, auc_decay={self.auc_decay}): needs clip_range > 0, both weights "
                 "at least 0, auc_decay in [0, 1)"
             )
-        if self.action not in ("sample", "projected") or self.credit not in ("step", "final", "both"):
+        if self.action not in ("sample", "projected") or self.credit not in CREDIT:
             raise ValueError(
                 f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action is sample or projected; "
                 "credit is step, final or both"
@@ -98,11 +99,9 @@ class AdvDMD(Algorithm[DistillationModels]):
                 "AdvDMD(discriminator_online=false, dm_only_iterations=0): a discriminator frozen at once has learned nothing; "
                 "set dm_only_iterations"
             )
-        if self.dm_only_iterations < 0 or self.policy_ramp_iterations < 0:
-            raise ValueError(
-                f"AdvDMD(dm_only_iterations={self.dm_only_iterations}, policy_ramp_iterations={self.policy_ramp_iterations}): "
-                "counts of iterations cannot be negative"
-            )
+        for name in ("dm_only_iterations", "policy_ramp_iterations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"AdvDMD({name}={getattr(self, name)}): a count of iterations cannot be negative")
         if not self.final_noise_levels or not all(0 < u < 1 for u in self.final_noise_levels):
             raise ValueError(f"AdvDMD(final_noise_levels={self.final_noise_levels}): noise levels inside (0, 1), at least one")
         low, high = self.renoise_range
@@ -113,10 +112,8 @@ class AdvDMD(Algorithm[DistillationModels]):
         """One AdvDMD iteration (arXiv 2604.28126).
 
         One rollout, then updates of fake score and discriminator, of the policy, and of distribution matching, as the schedule
-        says.
-
-        The rollout is used three times: its states train the discriminator, its stochastic steps are the policy's actions, and
-        distribution matching starts from its states.
+        says. The rollout is used three times: its states train the discriminator, its stochastic steps are the policy's
+        actions, and distribution matching starts from its states.
         """
         updates = self.updates_at(iteration)
         trajectory = self.rollout(models, batch, rng, shared_start=self.shared_start and updates.policy)
@@ -144,10 +141,8 @@ class AdvDMD(Algorithm[DistillationModels]):
         return Updates(policy=True, distribution_matching=since % self.dm_every == 0)
 
     def rollout(self, models: DistillationModels, batch: Batch, rng: Rng, shared_start: bool = False) -> Trajectory:
-        """The student's trajectory of the batch's N samples; with `shared_start` a group has the start of its first sample.
-
-        Samples that differ by the noise of their steps alone have advantages that pay for nothing else.
-        """
+        """The student's trajectory of N samples; with `shared_start`, of a group's first start: then rewards that the start
+        alone decides have no advantage."""
         n, *shape = batch.real_latents.shape
         if n % self.group_size:
             raise ValueError(f"AdvDMD(group_size={self.group_size}): {n} samples per rank are not a multiple of it")
@@ -239,13 +234,12 @@ class AdvDMD(Algorithm[DistillationModels]):
     ) -> tuple[Tensor, float, Metrics]:
         """Advantages [K - 1, N] of the stochastic steps, the mean gate in [0, 1], and metrics.
 
-        The gates of the discriminator's AUC at each level trust its rewards more or less. Differences between levels scale the
-        advantages. The mean gate is a common factor, which Adam would divide out again: it is for the learning rate.
-
-        Further rewards of a recipe are of final images and count for all steps: A = A_D + sum_i w_i A_i, each normalised over
-        its groups first and with a gate of 1. Raises FloatingPointError if a reward is not finite.
+        Differences between the gates of levels scale the advantages. The mean gate is a common factor, which Adam would divide
+        out again: it is for the learning rate. Further rewards of a recipe are of final images and count for all steps:
+        A = A_D + sum_i w_i A_i, each normalised over its groups first, with a gate of 1. Raises FloatingPointError if a reward
+        is not finite.
         """
-        n, k = len(batch), self.steps
+        n = len(batch)
         e = rng.normal("reward.e", trajectory.x.shape[2:])[self.first_of_group(n, trajectory.x.device)]  # one for the group
         by_step, final = discriminator_rewards(
             models, trajectory, batch.cond, self.final_noise_levels, e, self.micro_batch_size
@@ -254,15 +248,11 @@ class AdvDMD(Algorithm[DistillationModels]):
             raise FloatingPointError("policy: a reward is not finite")
         auc = models.discriminator_auc
         gate = losses.auc_gate(auc) if self.auc_gating else torch.ones_like(auc)
-        a_step = self.group_advantage(models.ranks, by_step) * gate[: k - 1, None]
-        a_final = self.group_advantage(models.ranks, final[None]) * gate[k - 1]
-        own = {"step": 0.0, "final": 1.0, "both": 0.5}[self.credit]  # the final reward's share of the credit
-        advantage = (1 - own) * a_step + own * a_final
-        trusted, total = ((1 - own) * gate[: k - 1].mean() + own * gate[k - 1]).item(), 1.0
+        a_step, a_final = (self.group_advantage(models.ranks, r) for r in (by_step, final[None]))
+        (advantage, trusted), total = losses.gated_advantage(a_step, a_final, gate, CREDIT[self.credit]), 1.0
         rewards = {"final": final} | {str(i + 1): r for i, r in enumerate(by_step)}
-        for name, (weight, r) in (
-            models.extra_rewards(trajectory.x[-1], batch.prompt_index) if models.extra_rewards else {}
-        ).items():
+        more = models.extra_rewards(trajectory.x[-1], batch.prompt_index) if models.extra_rewards else {}
+        for name, (weight, r) in more.items():
             advantage = advantage + weight * self.group_advantage(models.ranks, r[None])
             trusted, total = trusted + weight, total + weight
             rewards[name] = r

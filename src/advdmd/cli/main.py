@@ -78,6 +78,8 @@ def encode(
         bool, typer.Option("--aspect-buckets", help="Landscape and portrait images keep about their aspect ratio.")
     ] = False,
     worker: Annotated[str | None, typer.Option(help="I/N: this is process I of N, from 0; by default torchrun's rank.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Key or column of captions, where it has another name.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Key or column of images, where it has another name.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -88,6 +90,7 @@ def encode(
     import torch
 
     from advdmd.commands.encode import encode as run
+    from advdmd.data.sources import Columns
     from advdmd.models.loading import resolve_device
     from advdmd.training import distributed
 
@@ -99,6 +102,7 @@ def encode(
         by_aspect=aspect_buckets,
         steps=steps,
         guidance=guidance,
+        columns=Columns(caption_column, image_column),
     )
     print(f"cache: {out}" if done else f"{out}: the shards of process {part[0]} of {part[1]} are done, others are missing")
 
@@ -184,11 +188,11 @@ def sample(
 
 
 @app.command()
-def export(run: Path, out: Out, overwrite: Overwrite = False) -> None:
-    """Write the student of a training run as a stock diffusers folder."""
+def export(run: Path, out: Out, changes: Changes = None, overwrite: Overwrite = False) -> None:
+    """Write the student of a training run as a stock diffusers folder; data.folder=... where its cache has moved."""
     from advdmd.commands.export import export
 
-    print(export(run, out, overwrite))
+    print(export(run, out, overwrite, changes or []))
 
 
 @app.command()

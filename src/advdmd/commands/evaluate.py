@@ -15,7 +15,7 @@ import torch
 from advdmd.evaluation import failure_gallery, results, statistics, tables
 from advdmd.evaluation.benchmark import Benchmark, Judge, Verdict, suite_hash
 from advdmd.evaluation.dpg import DPG
-from advdmd.evaluation.generate import GENERATE_AGAIN, Worker, generate, image_jobs
+from advdmd.evaluation.generate import GENERATE_AGAIN, LAYOUTS, Worker, generate, image_jobs
 from advdmd.evaluation.geneval import GenEval
 from advdmd.evaluation.judges import geneval_detector, vqa
 from advdmd.evaluation.judging import compute_verdicts, run_judge
@@ -230,7 +230,9 @@ def score(suite: Benchmark, folder: Path, judge: Judge, options: ScoringOptions 
     found, total = compute_verdicts(suite, folder, judge, seed), len(image_jobs(suite))
     short = total - found.excluded - len(found.rows)
     if short and not options.allow_partial:
-        what = f"{found.missing} images missing, {len(found.errors)} failed" + (f" ({found.errors[0]})" if found.errors else "")
+        first = f", the first {found.missing[0]}" if found.missing else ""
+        what = f"{len(found.missing)} images missing{first}; {len(found.errors)} failed"
+        what += f" ({found.errors[0]})" if found.errors else f"; {LAYOUTS}" if first and not found.rows else ""
         others = options.worker != (0, 1)
         hint = "the other workers, then score again" if others else "it again; --allow-partial gives a partial figure"
         raise ValueError(f"{folder}: only {len(found.rows)}/{total} images have a verdict ({what}): run {hint}")

@@ -1,5 +1,6 @@
 """The command export: a run's student as a stock diffusers folder."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from advdmd.training.learner import Learner
 from advdmd.types import ONE_RANK, Json, Ranks
 
 
-def export(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
+def export(run: str | Path, out: str | Path, overwrite: bool = False, changes: Sequence[str] = ()) -> Path:
     """Write the EMA student of a run into the folder `out`; returns it. `overwrite` may replace an export.
+
+    changes: "key=value" of what may change in a run (run_folder.CHANGEABLE), such as where its cache is now.
 
     The student is that of the newest checkpoint or, with validation, that of the best validation score.
 
@@ -33,14 +36,14 @@ def export(run: str | Path, out: str | Path, overwrite: bool = False) -> Path:
         export = (out / loading.METADATA_FILE).is_file() and (out / "model_index.json").is_file()
         if not (overwrite and export):
             raise ValueError(f"{out} is not empty: choose another --out" + (", or --overwrite" if export else ""))
-    name, r = registry.resolve(str(record))
+    name, r = registry.resolve(str(record), changes)
     if (eta := r.algorithm.sampler().eta) != 1:
         raise ValueError(f"eta={eta}: stock schedulers only know 1; train with algorithm.eta=1")
     source = r.data.open(r.teacher)
     # Whether there is a GPU or not: what was trained on one can be exported without it.
     backbone, _, models = setup(replace(r, device="cpu"), source)
     learners = {k: m for k, m in models._asdict().items() if isinstance(m, Learner)}
-    fingerprint = run_fingerprint(record.read_text(), source.plan)
+    fingerprint = run_fingerprint(r, source.plan)
     if not checkpoint.resume(run / "checkpoints", learners, r.algorithm.extra_state(models), fingerprint):
         raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
     return export_ema_student(r, name, backbone, models.student, run, out)

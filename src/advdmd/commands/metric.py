@@ -1,6 +1,7 @@
 """Metrics of images that are already generated: scorers per prompt, diversity within prompts, distance to another folder."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from advdmd.commands.evaluate import read_manifest, trained_on_metric
+from advdmd.data.image_files import image_suffixes, is_system_file
 from advdmd.evaluation import statistics, tables
 from advdmd.evaluation.benchmark import Benchmark, SuiteItem, suite_hash
-from advdmd.evaluation.generate import image_jobs, image_path
+from advdmd.evaluation.generate import LAYOUTS, image_jobs, image_path
 from advdmd.evaluation.judging import read_image
 from advdmd.evaluation.metrics import distances
 from advdmd.evaluation.metrics.inception import load_inception
@@ -32,7 +34,6 @@ SET_METRICS = (
 )  # one figure for all images, in features; the last two Inception's
 DISTANCES = {"frechet": distances.frechet, "kernel": distances.kernel, "fid": distances.frechet, "kid": distances.kernel}
 METRICS = (*SCORERS, *SET_METRICS)
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 BATCH = 16
 
 
@@ -56,7 +57,7 @@ def compute_metric(
     wanted = image_jobs(suite)
     paths = [image_path(folder, item, k) for item, k in wanted]
     if lost := [p for p in paths if not p.exists()]:
-        raise ValueError(f"{folder}: {len(lost)} of {len(paths)} images are missing, the first {lost[0]}")
+        raise ValueError(f"{folder}: {len(lost)} of {len(paths)} images are missing, the first {lost[0]}; {LAYOUTS}")
     taught = trained_on_metric(read_manifest(folder).get("model") or {}, metric, allow_training_reward)
     about = {"suite": suite.name, "suite_hash": suite_hash(suite.items()), "images": len(paths)}
     if metric in SCORERS:
@@ -99,8 +100,11 @@ def _set_metric(
     name = metric if metric in ("fid", "kid") else f"{metric}[{network.name.partition('[')[2]}"
     if reference is None:
         return {"name": name, "weights": network.fingerprint, "mean": distances.within_prompts(features(paths), prompts)}
-    theirs = sorted(p for p in reference.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(p for p in reference.rglob("*") if p.suffix.lower() in image_suffixes())
+    theirs = [p for p in found if not is_system_file(p.relative_to(reference))]
     if not theirs:
-        raise ValueError(f"{reference} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"{reference} holds no images")
+    if len(theirs) < len(found):
+        print(f"{reference}: passed over: files of the operating system: {len(found) - len(theirs)}", file=sys.stderr)
     value = DISTANCES[metric](features(paths), features(theirs))
     return {"name": name, "weights": network.fingerprint, "mean": value, "reference_images": len(theirs)}

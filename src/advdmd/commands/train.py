@@ -10,7 +10,7 @@ from advdmd.commands.export import export_ema_student
 from advdmd.data.loader import BatchFn
 from advdmd.distillation import memory
 from advdmd.distillation.build import setup
-from advdmd.distillation.run_folder import create_or_resume, recipe_difference, recipe_text, run_fingerprint
+from advdmd.distillation.run_folder import create_or_resume, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
 from advdmd.distillation.validation import should_stop_early, validate
 from advdmd.models import loading
@@ -49,9 +49,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     main, student_folder = not ranks.rank, folder / "student"
     source = r.data.open(r.teacher)  # quick to fail, and a teacher may have to be fetched
     loading.pipeline_folder(r.teacher)
-    text = recipe_text(name, r, folder)
     if main:
-        create_or_resume(folder, text, overwrite, lambda: recipe_difference(r, folder))
+        create_or_resume(folder, name, r, overwrite)
     distributed.barrier()
     if _has_ended(r, folder) and (student_folder / loading.METADATA_FILE).is_file():
         return student_folder
@@ -83,7 +82,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
         device=backbone.device,
         ranks=ranks,
         extra_state=r.algorithm.extra_state(models),
-        fingerprint=run_fingerprint(text, source.plan),
+        fingerprint=run_fingerprint(r, source.plan),
+        data_contents=source.contents,
         sample_every=r.sample_every,
         save_samples=save_samples,
         eval_every=r.eval_every,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from advdmd.data.embedding_cache import TEACHER_IMAGES_WARNING, EmbeddingCache, bucket_names
+from advdmd.data.embedding_cache import OLD_FORMAT, SKETCH, TEACHER_IMAGES_WARNING, EmbeddingCache, bucket_names, hash_of
 from advdmd.data.loader import BatchConfig, BatchFn, TrainingData, Validation, make_batch_fn
 from advdmd.models.backbone import Backbone
-from advdmd.models.fingerprints import encoder_fingerprint, tokenization_fingerprint
+from advdmd.models.fingerprints import encoder_fingerprint, file_fingerprint, tokenization_fingerprint
 from advdmd.models.loading import pipeline_folder
 from advdmd.rng import generator
 from advdmd.types import Batch, Cond, Json
@@ -56,8 +56,8 @@ class CachedData:
 
     def open(self, teacher: str) -> "BucketedCache":
         """Raises ValueError if the cache is missing, not finished, damaged, without images or made by another teacher."""
-        cache = BucketedCache(Path(self.folder))
-        cache.check_teacher(encoder_fingerprint(pipeline_folder(teacher)))
+        cache = BucketedCache(Path(self.folder).expanduser())
+        cache.check_teacher(pipeline_folder(teacher))
         cache.check_has_images()
         return cache
 
@@ -72,13 +72,21 @@ class BucketedCache:
         self.parts = [EmbeddingCache(folder / k) for k in named] if named else [EmbeddingCache(folder)]
         self.prompts = [p for part in self.parts for p in part.prompts]
         self.resolution: int | None = self.parts[0].resolution  # the same for all: the side of the square
-        plans: list[Json] = [p.plan for p in self.parts]
-        self.plan: object = plans[0] if len(plans) == 1 else plans
+        first: Json = self.parts[0].plan
+        self.plan: object = {k: first.get(k) for k in ("teacher", "tokens", "resolution", "reals")}
+        hashes = sorted({hash_of([p]) for p in self.prompts})
+        self.contents: Json | None = {
+            "content": hash_of(p.content for p in self.parts),
+            "prompts": len(self.prompts),
+            "sketch": hashes[:SKETCH],
+        }
 
-    def check_teacher(self, teacher: Json) -> None:
-        """Raises ValueError if another teacher's encoders made a part (models.fingerprints.encoder_fingerprint)."""
+    def check_teacher(self, teacher: Path) -> None:
+        """Raises ValueError if another teacher's encoders made a part."""
+        old = self.parts[0].manifest["format"] == OLD_FORMAT
+        fingerprint = file_fingerprint(teacher) if old else encoder_fingerprint(teacher)
         for part in self.parts:
-            part.check_teacher(teacher)
+            part.check_teacher(fingerprint)
 
     def check_has_images(self) -> None:
         """Raises ValueError if a prompt has no image."""
@@ -115,7 +123,7 @@ class BucketedCache:
         """
         self.check_tokenization(tokenization_fingerprint(backbone))
         first, *others = self.parts
-        batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real, bool(others)) for p in self.parts]
+        batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real) for p in self.parts]
         sizes = [len(p.prompts) for p in self.parts]
         batch_fn = mix_buckets(batch_fns, sizes, config.seed) if others else batch_fns[0]
         shown = range(min(SAMPLE_PROMPTS, len(first.prompts)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import ImageSampler
 from advdmd.rng import generator
-from advdmd.types import ONE_RANK, Batch, Cond, Metrics, Ranks
+from advdmd.types import ONE_RANK, Batch, Cond, Json, Metrics, Ranks
 
 BatchFn = Callable[[int], tuple[Batch, list[int]]]  # step -> (this rank's batch, ids of its samples); pure
 Validation = Callable[[ImageSampler], Metrics]  # scores of a model by name; "strict" is the one that selects checkpoints
@@ -43,7 +43,8 @@ class DataSource(Protocol):
 
     resolution: int | None  # side of the images in pixels; None: the teacher's own
     needs_encoders: bool  # whether prompts are encoded while training
-    plan: object  # what identifies the data, for the run's fingerprint; None: the recipe does
+    plan: object  # how the data were made, for the run's fingerprint; None: the recipe says so
+    contents: Json | None  # a hash "content" of the data themselves, their number of "prompts" and a "sketch" of the prompts
     warning: str  # printed when training starts, unless empty
 
     def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
@@ -84,17 +85,14 @@ def make_batch_fn(
     config: BatchConfig,
     cond: Callable[[Sequence[int]], Cond],
     real: Callable[[int, int], Tensor],
-    allow_repeats: bool = False,
 ) -> BatchFn:
     """The batch function over n prompts, pure in the step.
 
     A step takes config.prompts of the n prompts, without repeats within an epoch, and config.group_size samples of each; every
     rank gets an equal, contiguous share. cond(indices) -> conditions; real(p, k) -> the k-th latent [C, H, W] of an image of
     prompt p, modulo the number it has, so every epoch shows the next ones. Batches are on the CPU.
-    Raises ValueError if n < config.prompts, unless prompts may repeat within a step.
+    Fewer prompts than a step takes repeat within it, with other images of theirs where they have some.
     """
-    if n < config.prompts and not allow_repeats:
-        raise ValueError(f"the data hold {n} prompts, an iteration takes prompts_per_step={config.prompts}")
     group, ranks = config.group_size, config.ranks
 
     def batch_fn(step: int) -> tuple[Batch, list[int]]:

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 
 from advdmd.files import write_text
 from advdmd.recipes import registry
-from advdmd.recipes.overrides import diff, dump
+from advdmd.recipes.overrides import diff, dump, flatten
 from advdmd.recipes.recipe import Recipe
 
 # What a run writes, and --overwrite may remove.
@@ -27,10 +29,17 @@ RUN_FILES = (
 )
 
 
-def create_or_resume(folder: Path, recipe_text: str, overwrite: bool, difference: Callable[[], str]) -> None:
-    """Make `folder` this run's: resume a run with the same recipe, refuse another run's unless it is to be overwritten.
+# What a run may go on with: where things are, how long the run is, how often it saves and looks.
+CHANGEABLE = ("iterations", "data.folder", "threads", "device", "save_every", "sample_every", "eval_every", "patience")
+# What a recipe fits to its iterations: these may change together with them.
+SCHEDULE = ("*.dm_only_iterations", "*.policy_ramp_iterations", "*.decay_steps")
 
-    difference() says in words how the recipe that is there differs. Raises ValueError if the folder holds something else.
+
+def create_or_resume(folder: Path, name: str, r: Recipe, overwrite: bool) -> None:
+    """Make `folder` this run's: resume a run of the same recipe, refuse another run's unless it is to be overwritten.
+
+    A run goes on with changes in CHANGEABLE, and with more iterations in SCHEDULE; they are printed. Raises ValueError if the
+    folder holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out")
@@ -41,28 +50,29 @@ def create_or_resume(folder: Path, recipe_text: str, overwrite: bool, difference
         raise ValueError(f"{folder} holds what no run of advdmd wrote ({others[0]}): choose another --out")
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if record.exists() and record.read_text() != recipe_text:
-        raise ValueError(f"{folder} holds another run ({difference()}): choose another --out, or --overwrite to lose it")
+    if record.exists():
+        there, old = registry.resolve(str(record))
+        changed = _changed(old, r)
+        if there != name or any(not _may_change(k, changed) for k in changed):
+            difference = "; ".join(diff(old, r)) or f"recipe: {there} -> {name}"
+            raise ValueError(f"{folder} holds another run ({difference}): choose another --out, or --overwrite to lose it")
+        if not changed:
+            return  # an older version may have written other keys
+        print(f"{folder} goes on with changes: {'; '.join(diff(old, r))}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(record, recipe_text)
+    write_text(record, dump(name, r))
 
 
-def recipe_text(name: str, r: Recipe, folder: Path) -> str:
-    """The recipe as text: as the folder has it if that is the same recipe (an older version may have other keys), or new."""
-    record = folder / "recipe.yaml"
-    try:
-        if record.is_file() and registry.resolve(str(record)) == (name, r):
-            return record.read_text()
-    except ValueError:
-        pass  # not a run of this package, or not readable any more: `create_or_resume` refuses it
-    return dump(name, r)
+def _changed(old: Recipe, new: Recipe) -> list[str]:
+    before, after = flatten(asdict(old)), flatten(asdict(new))
+    return [k for k in before | after if before.get(k) != after.get(k)]
 
 
-def recipe_difference(r: Recipe, folder: Path) -> str:
-    """How the recipe in a run's folder differs from `r`, in words."""
-    return "; ".join(diff(registry.resolve(str(folder / "recipe.yaml"))[1], r)) or "another recipe"
+def _may_change(key: str, changed: Sequence[str]) -> bool:
+    return key in CHANGEABLE or ("iterations" in changed and any(fnmatch(key, pattern) for pattern in SCHEDULE))
 
 
-def run_fingerprint(recipe: str, plan: object) -> str:
-    """Hash of a run's recipe and, where it has one, of its cache's plan."""
-    return hashlib.sha256((recipe + (json.dumps(plan) if plan is not None else "")).encode()).hexdigest()
+def run_fingerprint(r: Recipe, plan: object) -> str:
+    """Hash of what may not change in a run: its recipe without CHANGEABLE and SCHEDULE, and how its data were made."""
+    kept = {k: v for k, v in flatten(asdict(r)).items() if not _may_change(k, ["iterations"])}
+    return hashlib.sha256(json.dumps([kept, plan], sort_keys=True).encode()).hexdigest()

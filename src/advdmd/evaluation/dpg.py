@@ -140,14 +140,7 @@ class DPG:
         """
         asked, answers = self._asked(item), {int(k): v for k, v in judgement["answers"].items()}
         yes = {q.id: answers[q.id] >= YES for q in asked}
-        if self.mode == "fixed":
-            holds = apply_dependencies(asked, yes)
-        else:  # in the file's order: a parent that stands later is looked at before its own parents are
-            if any(p not in yes for q in asked for p in q.parents):
-                raise ExcludedItem(item.id)
-            holds = dict(yes)
-            for q in asked:
-                holds[q.id] = holds[q.id] and all(holds[p] for p in q.parents)
+        holds = apply_dependencies(asked, yes) if self.mode == "fixed" else self._official_rule(item, asked, yes)
         failed = [q.text for q in asked if not holds[q.id]]
         score = sum(holds.values()) / len(holds) if holds else 0.0
         counted = holds if self.mode == "fixed" else yes
@@ -157,6 +150,23 @@ class DPG:
                 kinds.setdefault(kind, []).append(float(counted[q.id]))
         details: Json = {"answers": judgement["answers"], "kinds": kinds}
         return Verdict(score, float(not failed), "\n".join(failed), details)
+
+    def _official_rule(self, item: SuiteItem, asked: Sequence[Question], yes: Mapping[int, bool]) -> dict[int, bool]:
+        """In the file's order: a parent that stands later is looked at before its own parents are.
+
+        The script fails, and leaves the prompt out, without any question, and when it looks up a parent that is lost; behind
+        a failed parent it looks up no other.
+        """
+        holds = dict(yes)
+        try:
+            for q in asked:
+                failed = any(not holds[p] for p in q.parents)
+                holds[q.id] = holds[q.id] and not failed
+        except KeyError:
+            raise ExcludedItem(item.id) from None
+        if not holds:
+            raise ExcludedItem(item.id)
+        return holds
 
     def breakdown(self, items: Sequence[SuiteItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
         """Mean over questions of each category, broad and narrow."""

@@ -2,24 +2,49 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 from PIL import Image
 
+from advdmd.data.image_files import image_suffixes
 from advdmd.evaluation.benchmark import Benchmark, SuiteItem
 from advdmd.files import read_object, write_image, write_text
 from advdmd.models.images import ImageSampler
 
 Worker = tuple[int, int]  # (i, n): process i of n
+LAYOUTS = (
+    "images are looked for as images/ITEM/K.png, as ITEM/samples/* (GenEval), as ITEM/* and as ITEM.png or ITEM_K.png, in any "
+    "format; with fewer images of a prompt give --images N"
+)
 GENERATE_AGAIN = "delete the folder's manifest.json and images, and generate them again"
 
 
 def image_path(folder: Path, item: SuiteItem, k: int) -> Path:
-    """Where image k of an item is: this package's layout, or GenEval's (ITEM/samples/0000K.png) where a folder has that."""
-    theirs = folder / item.id / "samples"
-    return theirs / f"{k:05d}.png" if theirs.is_dir() else folder / "images" / item.id / f"{k}.png"
+    """Where image k of an item is, or would be: in this package's layout, or in one of LAYOUTS where a folder has that."""
+    ours, theirs = folder / "images" / item.id, folder / item.id
+    if ours.is_dir():
+        return ours / f"{k}.png"
+    for place in (theirs / "samples", theirs):  # GenEval's, whose images have any names in their order
+        if place.is_dir() and (found := _images_in(place)):
+            return found[k] if k < len(found) else place / f"{k:05d}.png"
+    names = [item.id] * (k == 0) + [f"{item.id}{dash}{number}" for dash in "_-" for number in (str(k), f"{k:05d}")]
+    return next((f for n in names for f in _flat(folder).get(n, ())), ours / f"{k}.png")
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in image_suffixes() and not f.name.startswith("."))
+
+
+@lru_cache(maxsize=8)
+def _flat(folder: Path) -> dict[str, list[Path]]:
+    """Images directly in a folder, by their names without the suffix."""
+    found: dict[str, list[Path]] = {}
+    for f in _images_in(folder) if folder.is_dir() else ():
+        found.setdefault(f.stem, []).append(f)
+    return found
 
 
 def image_jobs(benchmark: Benchmark, worker: Worker = (0, 1)) -> list[tuple[SuiteItem, int]]:
@@ -67,5 +92,7 @@ def read_images(benchmark: Benchmark, folder: Path) -> np.ndarray:
     missing = [str(image_path(folder, item, k)) for item, k in jobs if not image_path(folder, item, k).exists()]
     if missing:
         done = len(jobs) - len(missing)
-        raise ValueError(f"{folder}: only {done}/{len(jobs)} images are there (first missing: {missing[0]}); run it again")
+        raise ValueError(
+            f"{folder}: only {done}/{len(jobs)} images are there (first missing: {missing[0]}); run it again, or {LAYOUTS}"
+        )
     return np.stack([np.asarray(Image.open(image_path(folder, item, k)).convert("RGB")) for item, k in jobs])

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from advdmd.data.image_files import decode
 from advdmd.evaluation.benchmark import Benchmark, ExcludedItem, Judge, SuiteItem
 from advdmd.evaluation.generate import Worker, image_jobs, image_path
 from advdmd.files import file_hash, name_file_in_errors, object_hash, read_lines
@@ -25,17 +25,16 @@ class JudgedImages(NamedTuple):
     """A row for each image that has a verdict; how many have none, and why."""
 
     rows: list[Json]
-    missing: int  # not generated, or not judged
+    missing: list[Path]  # not generated, or not judged
     errors: list[str]  # the judge failed on them
     excluded: int  # left out by the suite's own arithmetic
 
 
 def read_image(path: Path) -> np.ndarray:
-    """[H, W, 3] uint8, upright. Raises ValueError if it is no image."""
+    """[H, W, 3] uint8, upright, in sRGB. Raises ValueError if it is no image."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        return np.asarray(decode(path.read_bytes()))
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read as an image ({e}): delete it and generate it again") from None
 
 
@@ -118,22 +117,23 @@ def _judge(judge: Judge, items: Sequence[SuiteItem], paths: Sequence[Path]) -> t
 
 def compute_verdicts(suite: Benchmark, folder: Path, judge: Judge, seed: int) -> JudgedImages:
     """Verdicts on everything that the judge has judged, of all workers. No model runs. seed: of the images, for the rows."""
-    known, rows, errors, missing, excluded = _known(folder, judge), list[Json](), list[str](), 0, 0
+    known, rows, errors, missing, excluded = _known(folder, judge), list[Json](), list[str](), list[Path](), set[str]()
     for item, k in image_jobs(suite):
         path = image_path(folder, item, k)
         image = file_hash(path) if path.exists() else ""
         found = known.get((item.id, k, image))
         if found is None:
-            missing += 1
+            missing.append(path)
         elif "error" in found:
             errors.append(f"{item.id}/{k}: {found['error']}")
         else:
             try:
                 verdict = suite.verdict(item, found["seen"])
             except ExcludedItem:
-                excluded += 1
+                excluded.add(item.id)  # with all of its images
                 continue
             about = {"item": item.id, "k": k, "task": item.task, "prompt": item.prompt, "seed": seed}
             by = {"image": image, "judge": judge.name, "judge_hash": judge.fingerprint}
             rows.append(about | by | verdict.to_json())
-    return JudgedImages(rows, missing, errors, excluded)
+    kept = [r for r in rows if r["item"] not in excluded]
+    return JudgedImages(kept, missing, errors, sum(item.id in excluded for item, _ in image_jobs(suite)))

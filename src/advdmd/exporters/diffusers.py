@@ -14,7 +14,18 @@ from advdmd.exporters.comfyui import workflow
 from advdmd.exporters.model_card import LORA_FILE, SAMPLES_FILE, model_card
 from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
-from advdmd.models.loading import ENCODERS, TARGET_TIME, read_index, read_metadata, save_pipeline, stored_dtype
+from advdmd.models.hub import DTYPE_VARIANTS, id_of_snapshot
+from advdmd.models.loading import (
+    ENCODERS,
+    TARGET_TIME,
+    TEXT_ENCODERS,
+    absent_parts,
+    read_index,
+    read_metadata,
+    save_pipeline,
+    stored_dtype,
+    weight_files,
+)
 from advdmd.models.lora import LoraModel
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.target_time import TargetTime
@@ -53,7 +64,7 @@ def export_student(
     if sampler.last_time:
         sampling |= {"gap": sampler.last_time}
     stock = {"stock_load": backbone.pipeline_load_kwargs, "stock_call": backbone.pipeline_call_kwargs(sampler.steps)}
-    base = read_metadata(teacher).get("name", teacher.name)
+    base = read_metadata(teacher).get("name") or id_of_snapshot(teacher) or teacher.name
     record = {"sampling": sampling, **backbone.metadata, **stock, "base_model": base, **metadata}
 
     def write(making: Path) -> None:
@@ -85,10 +96,38 @@ def _fused(adapter: LoraModel) -> nn.Module:
 
 
 def _copy_encoders(folder: Path, teacher: Path) -> None:
-    """Copy text encoders that stayed on disk during a run from the teacher's folder."""
+    """Copy the teacher's text encoders, whose weights may have stayed on disk during a run, and its tokenizers, file by file.
+
+    Older libraries read a tokenizer from vocab.json and merges.txt: where the teacher lacks them they are written beside its
+    tokenizer.json.
+    """
     index, ours = (read_index(f) for f in (teacher, folder))
+    absent = absent_parts(teacher, index)
     for part, kind in index.items():
-        if part in ENCODERS and kind[0] and ours.get(part, [None])[0] is None:
-            shutil.copytree(teacher / part, folder / part)
-            ours[part] = kind
+        if part not in ENCODERS or part == "vae" or not kind[0] or part in absent:
+            continue
+        variants = {f.name for f in (teacher / part).iterdir() if any(f.match(v) for v in DTYPE_VARIANTS)}
+        if part in TEXT_ENCODERS and {f.name for f in weight_files(teacher / part)} <= variants:
+            if ours.get(part, [None])[0] is not None:
+                continue  # the pipeline has written its weights under the plain name
+            variants = set[str]()
+        shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / part).mkdir()
+        for file in (teacher / part).iterdir():
+            if file.is_file() and not file.name.startswith(".") and file.name not in variants:
+                shutil.copyfile(file, folder / part / file.name)
+        if part not in TEXT_ENCODERS:
+            _write_bpe_files(folder / part)
+        ours[part] = kind
     (folder / "model_index.json").write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def _write_bpe_files(tokenizer: Path) -> None:
+    """vocab.json and merges.txt of a byte-pair tokenizer that has its tokenizer.json alone."""
+    file = tokenizer / "tokenizer.json"
+    model = json.loads(file.read_text(encoding="utf-8")).get("model", {}) if file.is_file() else {}
+    if model.get("type") != "BPE" or (tokenizer / "vocab.json").exists():
+        return
+    merges = (m if isinstance(m, str) else " ".join(m) for m in model["merges"])
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), encoding="utf-8")

@@ -20,7 +20,7 @@ from advdmd.mini.world.scene import TASKS, WORLDS
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import ImageSampler
 from advdmd.progress import Progress
-from advdmd.types import Cond, Metrics
+from advdmd.types import Cond, Json, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class MiniSource:
     resolution: int | None = None
     needs_encoders = True
     plan: object = None
+    contents: Json | None = None
     warning = ""
 
     def __init__(self, data: MiniData, teacher: str):

@@ -124,6 +124,16 @@ class Backbone(Protocol):
         """Token ids of N prompts [N, ...]."""
         ...
 
+    max_text_length: int  # tokens of a prompt that the model reads
+
+    def text_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt has, to compare with `max_text_length`: what is longer is cut."""
+        ...
+
+    def check_latent_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the transformer cannot take latents of this size."""
+        ...
+
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids [N, ...] -> conditions [N]."""
         ...

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from advdmd.models.backbone import Pipeline
+from advdmd.models.hub import hub_error
 from advdmd.models.loading import (
     KNOWN_PIPELINES,
     UnfitWeights,
+    absent_parts,
     load_parts,
     read_index,
     read_metadata,
@@ -70,7 +72,8 @@ class DiffusersSampling:
 def _absent(folder: Path) -> dict[str, None]:
     """Parts that a pipeline was saved without, which must be given as None when it is loaded (SD3 without T5)."""
     parts = read_index(folder) if (folder / "model_index.json").is_file() else {}
-    return {k: None for k, v in parts.items() if isinstance(v, list) and v and v[0] is None}
+    absent = [k for k, v in parts.items() if isinstance(v, list) and v and v[0] is None]
+    return dict.fromkeys([*absent, *absent_parts(folder, parts)])
 
 
 class DiffusersModel:
@@ -98,7 +101,7 @@ class DiffusersModel:
             revision = revision or named or None
         kind: torch.dtype = getattr(torch, dtype)
         try:
-            parts = load_parts(folder, read_index(folder), {"default": kind}) if folder.is_dir() else {}
+            parts = load_parts(folder, read_index(folder), {"default": kind}, _absent(folder)) if folder.is_dir() else {}
             self.pipe: Pipeline = DiffusionPipeline.from_pretrained(
                 model,
                 revision=revision,
@@ -112,7 +115,7 @@ class DiffusersModel:
         except UnfitWeights:
             raise
         except Exception as e:  # whatever a broken folder or an unreachable hub makes the library raise
-            raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {str(e).splitlines()[0]}") from None
+            raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {hub_error(model, e)}") from None
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call_kwargs = sampling.call_kwargs(self.pipe, metadata)

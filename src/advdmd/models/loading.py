@@ -47,8 +47,8 @@ def shipped() -> dict[str, Path]:
 
 
 def shipped_or_path(name: str | Path) -> Path:
-    """The folder of a shipped teacher, or a path as it is."""
-    return shipped().get(str(name), Path(name))
+    """The folder of a shipped teacher, or a path, in which ~ is the home folder."""
+    return shipped().get(str(name), Path(name).expanduser())
 
 
 def pipeline_folder(name: str, which: Sequence[str] = PIPELINE_FILES) -> Path:
@@ -60,11 +60,35 @@ def pipeline_folder(name: str, which: Sequence[str] = PIPELINE_FILES) -> Path:
     if not path.exists() and hub.HUB_ID.fullmatch(name):
         path = hub.download(name, which)
     if not (path / "model_index.json").is_file():
-        raise ValueError(
-            f"{name!r} is neither a shipped model ({', '.join(shipped())}) nor a diffusers pipeline folder (no "
-            "model_index.json); advdmd pretrain makes teachers of the miniature"
-        )
+        raise ValueError(_no_pipeline(name, path))
     return path
+
+
+def _no_pipeline(name: str, path: Path) -> str:
+    """What a path is instead of a pipeline, and the way to one."""
+    convert = "load it in diffusers with from_single_file({!r}), call save_pretrained, and name that folder"
+    if path.suffix == ".gguf":
+        return f"{name} is a GGUF file, whose rounded weights cannot be trained: name the pipeline that it was made from"
+    if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return f"{name} is a single file, not a pipeline folder: {convert.format(path.name)}"
+    if (path / "recipe.yaml").is_file():
+        return f"{name} is the folder of a training run: its student is {path / 'student'}"
+    if list(path.glob("*lora*.safetensors")) or (path / "adapter_config.json").is_file():
+        return (
+            f"{name} holds a LoRA, not a pipeline: load its base in diffusers, call load_lora_weights, fuse_lora, "
+            "unload_lora_weights and save_pretrained, and name that folder"
+        )
+    if singles := [f for f in sorted(path.glob("*.safetensors")) if f.name[:1] != "." and not (path / "config.json").is_file()]:
+        return f"{name} holds {singles[0].name} and no model_index.json: {convert.format(singles[0].name)}"
+    if (path / "config.json").is_file() or (path / "transformer").is_dir():
+        return (
+            f"{name} holds a part of a pipeline (no model_index.json): name the folder of the whole one, with text encoders, "
+            "autoencoder and scheduler"
+        )
+    return (
+        f"{name!r} is neither a shipped model ({', '.join(shipped())}) nor a diffusers pipeline folder (no "
+        "model_index.json); advdmd pretrain makes teachers of the miniature"
+    )
 
 
 def weights_file(folder: Path) -> Path:
@@ -77,7 +101,7 @@ def weights_file(folder: Path) -> Path:
 
 def weights_hash(path: Path) -> str:
     """The hash by which a pipeline's transformer is known: of its file, or of its shards. Raises ValueError without any."""
-    sharded = len(list((path / "transformer").glob("*.safetensors"))) > 1
+    sharded = len(weight_files(path / "transformer")) > 1
     return _weights_hash(path) if sharded else file_hash(weights_file(path))
 
 
@@ -85,7 +109,7 @@ def stored_dtype(path: Path, part: str = "transformer") -> torch.dtype:
     """The type of the numbers in a part of a pipeline; float32 where the file has others, such as integers, or is missing."""
     from safetensors import safe_open
 
-    for file in sorted((path / part).glob("*.safetensors")):
+    for file in weight_files(path / part):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                 return _STORED.get(tensors.get_slice(name).get_dtype(), torch.float32)
@@ -105,7 +129,7 @@ def _metadata(path: Path) -> Json:
 
 
 def _weights_hash(path: Path) -> str:
-    return folder_hash({f.name: file_hash(f) for f in (path / "transformer").glob("*.safetensors")})
+    return folder_hash({f.name: file_hash(f) for f in weight_files(path / "transformer")})
 
 
 def verify_weights(path: Path) -> None:
@@ -151,10 +175,7 @@ def load_pipeline(
     index = read_index(path)
     if index["_class_name"] not in KNOWN_PIPELINES:
         raise ValueError(f"{path} holds a {index['_class_name']}: {', '.join(KNOWN_PIPELINES)} are supported")
-    # A pipeline without its third encoder must be given None for it and for its tokenizer when it is loaded.
-    third = ("text_encoder_3", "tokenizer_3")
-    without = any(index.get(k, [True])[0] is None for k in third)
-    absent = {k: None for k in third if k in index and without}
+    absent: dict[str, None] = dict.fromkeys(absent_parts(path, index))
     if not encoders:
         absent |= {k: None for k in TEXT_ENCODERS if k in index}
     dtypes = {"transformer": dtype, "default": torch.float32} | {k: text_dtype for k in TEXT_ENCODERS if k in index}
@@ -171,6 +192,22 @@ def load_pipeline(
     return pipe
 
 
+def absent_parts(path: Path, index: Json) -> list[str]:
+    """Parts that a pipeline must be given as None when it is loaded.
+
+    SD3 has no third encoder where the index says so of the encoder or of its tokenizer, or where either was deleted.
+    """
+    third = [k for k in ("text_encoder_3", "tokenizer_3") if k in index]
+    return third if any(index[k][0] is None or not (path / k).is_dir() for k in third) else []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model's folder: of several types those in the plain one, without what an operating system left."""
+    files = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("."))
+    plain = [f for f in files if not any(f.match(v) for v in hub.DTYPE_VARIANTS)]
+    return plain or files
+
+
 class UnfitWeights(ValueError):
     """Weights that are not those of their class."""
 
@@ -183,12 +220,12 @@ def load_parts(path: Path, index: Json, dtypes: Mapping[str, torch.dtype], skip:
     Raises UnfitWeights that names keys which are missing, left over or of another shape.
     """
     names = [k for k, kind in index.items() if isinstance(kind, list) and kind[0] in ("diffusers", "transformers")]
-    names = [k for k in names if k not in skip and any((path / k).glob("*.safetensors"))]
+    names = [k for k in names if k not in skip and weight_files(path / k)]
     return {k: _load_part(path / k, index[k], dtypes.get(k, dtypes["default"])) for k in names}
 
 
 def _load_part(folder: Path, kind: Sequence[str], dtype: torch.dtype) -> nn.Module:
-    files = [f.name for f in folder.glob("*.safetensors")]
+    files = [f.name for f in weight_files(folder)]
     variant = next((v for v in ("bf16", "fp16") if all(f".{v}" in name for name in files)), None)
     cls = getattr(importlib.import_module(kind[0]), kind[1])
     key = "torch_dtype" if kind[0] == "diffusers" else "dtype"

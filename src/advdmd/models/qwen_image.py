@@ -64,8 +64,6 @@ class QwenImage:
             raise ValueError(
                 f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {TEMPLATE_TOKENS}"
             )
-        if side < 2 or side % 2:
-            raise ValueError(f"side={side}: Qwen-Image packs latents two by two, so their side must be even")
         self.pipe, self.vae, self.metadata = pipe, use_2d_convs(pipe.vae), {"side": side}
         self.null_prompt = null_prompt
         if null_prompt != CARD_NULL_PROMPT:
@@ -75,7 +73,9 @@ class QwenImage:
         self.pipeline_load_kwargs: Json = {}
         self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1.0
         self.lora_targets: tuple[str, ...] = ATTENTION + MLP
+        self.check_latent_size(side, side)
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
+        self.max_text_length = pipe.tokenizer_max_length
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
         """`steps` steps and no guidance; the pipeline's own grid is the student's: equal steps before a static shift."""
@@ -87,6 +87,16 @@ class QwenImage:
             "width": side,
             "max_sequence_length": self.pipe.tokenizer_max_length,
         }
+
+    def check_latent_size(self, height: int, width: int) -> None:
+        """Raises ValueError if latents of this size cannot be packed."""
+        if min(height, width) < 2 or height % 2 or width % 2:
+            raise ValueError(f"latents of {height} x {width}: Qwen-Image packs latents two by two, so their sides must be even")
+
+    def text_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt in the pipeline's template, after its head."""
+        texts = [self.pipe.prompt_template_encode.format(p) for p in prompts]
+        return [len(ids) - TEMPLATE_TOKENS for ids in self.pipe.tokenizer(texts).input_ids]
 
     def scheduler_grid(self, steps: int) -> Tensor:
         """Times [steps + 1] from noise to data at which the stock pipeline samples."""

@@ -31,12 +31,10 @@ class SD3:
         self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1000.0
         self.lora_targets: tuple[str, ...] = ATTENTION + MLP
         self.null_prompt = ""
-        patch = pipe.transformer.config.patch_size
         side = int(side or pipe.transformer.config.sample_size)
-        if side % patch or side // patch > pipe.transformer.config.pos_embed_max_size:
-            limit = patch * pipe.transformer.config.pos_embed_max_size
-            raise ValueError(f"side={side}: latents of this transformer have a multiple of {patch} up to {limit} on a side")
+        self.check_latent_size(side, side)
         self.latent_shape = (pipe.transformer.config.in_channels, side, side)
+        self.max_text_length = self._lengths[-1]
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
         """A student's grid of `steps` steps and no guidance.
@@ -51,6 +49,16 @@ class SD3:
             "width": side,
             "max_sequence_length": self.t5_length,
         }
+
+    def check_latent_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the transformer cannot take latents of this size: its positions are learned up to a limit."""
+        config, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor
+        patch, limit = config.patch_size, config.patch_size * config.pos_embed_max_size
+        if height % patch or width % patch or max(height, width) > limit:
+            raise ValueError(
+                f"{scale * height} x {scale * width} pixels: this transformer takes images with sides of a multiple of "
+                f"{scale * patch} up to {scale * limit}"
+            )
 
     def scheduler_grid(self, steps: int) -> Tensor:
         """Times [steps + 1] from noise to data at which the stock pipeline samples."""
@@ -77,6 +85,10 @@ class SD3:
             for t, n in zip(self.tokenizers, self._lengths, strict=True)
         ]
         return torch.stack([nn.functional.pad(i, (0, max(self._lengths) - i.shape[1])) for i in ids], 1)
+
+    def text_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt by T5, or by CLIP where the pipeline has no T5."""
+        return [len(ids) for ids in self.tokenizers[-1](list(prompts)).input_ids]
 
     @property
     def _lengths(self) -> list[int]:

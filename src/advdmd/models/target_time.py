@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+Arguments = tuple[Any, ...]  # of a time embedding, times first
 EMBEDDING = "time_text_embed"  # diffusers' name, in SD3 and in Qwen-Image
 TIME_EMBEDDING_LAYERS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")  # which TwinFlow's adapters reach too
 ZERO_TARGET_TIME = "standing"  # key of a file: the part of emb2(0) that is the same for all texts
 
 
-def _on_time_embedding(net: nn.Module, change: Callable[[tuple[Any, ...], Tensor], Tensor]) -> RemovableHandle:
+def _on_time_embedding(net: nn.Module, change: Callable[[Arguments, Tensor], Tensor]) -> RemovableHandle:
     """Replace the embedding of the times by change(its arguments, embedding) in every pass until the handle is removed."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: Arguments, out: Tensor) -> Tensor:
         return change(args, out)
 
     return net.get_submodule(EMBEDDING).register_forward_hook(hook)
@@ -58,7 +59,7 @@ class TargetTime(nn.Module):
     def forward(self, **inputs: object) -> object:
         r = self._r
 
-        def change(args: tuple[Any, ...], embedding: Tensor) -> Tensor:
+        def change(args: Arguments, embedding: Tensor) -> Tensor:
             t = args[0] / self.scale
             target = torch.zeros_like(t) if r is None else r
             return embedding + self.embed_target(target * self.scale, *args[1:]) * (t - target)[:, None].to(embedding.dtype)
@@ -92,7 +93,7 @@ def attach_zero_target(net: nn.Module, state: Mapping[str, Tensor], scale: float
         except RuntimeError as e:
             raise ValueError(f"the second time embedding does not fit the transformer: {e}") from None
 
-    def change(args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def change(args: Arguments, out: Tensor) -> Tensor:
         added = times.to(out) if text is None else times.to(out) + text.to(out)(args[1])
         return out + (args[0] / scale)[:, None].to(out.dtype) * added
 

@@ -20,8 +20,6 @@ class ZImage:
     """
 
     def __init__(self, pipe: Pipeline, side: int = 128):
-        if side < 2 or side % 2:
-            raise ValueError(f"side={side}: Z-Image reads latents two by two, so their side must be even")
         self.pipe, self.vae, self.metadata = pipe, pipe.vae, {"side": side}
         self.net: Module = pipe.transformer
         self.dtype = self.net.dtype
@@ -29,6 +27,8 @@ class ZImage:
         self.hidden_size, self.time_scale = self.net.config.dim, 1.0
         self.lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
         self.null_prompt = ""
+        self.check_latent_size(side, side)
+        self.max_text_length = TEXT_LENGTH
         self.latent_shape = (self.net.config.in_channels, side, side)
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
@@ -38,6 +38,15 @@ class ZImage:
         """
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {"num_inference_steps": steps, "guidance_scale": 0.0, "height": side, "width": side}
+
+    def check_latent_size(self, height: int, width: int) -> None:
+        """Raises ValueError if latents of this size cannot be read two by two."""
+        if min(height, width) < 2 or height % 2 or width % 2:
+            raise ValueError(f"latents of {height} x {width}: Z-Image reads latents two by two, so their sides must be even")
+
+    def text_lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt as a user's message."""
+        return [len(ids) for ids in self.pipe.tokenizer(self._messages(prompts)).input_ids]
 
     def scheduler_grid(self, steps: int) -> Tensor:
         """Times [steps + 1] from noise to data at which the stock pipeline samples."""
@@ -56,10 +65,13 @@ class ZImage:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2, L] token ids of the prompts as a user's message, and their mask; padded to the longest."""
-        tokenizer, how = self.pipe.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
+        texts, tokenizer = self._messages(prompts), self.pipe.tokenizer
         out = tokenizer(texts, max_length=TEXT_LENGTH, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
+
+    def _messages(self, prompts: Sequence[str]) -> list[str]:
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        return [self.pipe.tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
 
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids and masks [N, 2, L] -> the second to last hidden states [N, L, D], zero and masked after the prompt."""

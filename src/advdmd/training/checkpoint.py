@@ -10,6 +10,7 @@ can resume from either.
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,10 +31,11 @@ def save(
     extra_state: Mapping[str, Tensor],
     fingerprint: str = "",
     ranks: Ranks = ONE_RANK,
+    data: Json | None = None,
 ) -> None:
     """Write `folder`/step-N.safetensors and its record, then remove all but the newest KEEP.
 
-    `fingerprint` tells runs apart.
+    `fingerprint` tells runs apart; data: what the run's data hold, for `check_data`.
 
     extra_state: tensors [...] beside the learners. All ranks call this. The main process writes; where networks are sharded
     every rank writes its shards.
@@ -63,7 +65,7 @@ def save(
         digest = file_hash(path)
     if ranks.rank:
         return
-    record = {"step": iteration, "sha256": digest, "run": fingerprint, "counters": counters}
+    record = {"step": iteration, "sha256": digest, "run": fingerprint, "data": data, "counters": counters}
     write_text(path.with_suffix(".json"), json.dumps(record))
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
@@ -94,14 +96,40 @@ def latest(folder: Path, warn: Callable[[str], object] = print) -> tuple[Path, J
     return None
 
 
+def check_data(path: Path, then: Json | None, now: Json | None) -> None:
+    """Say if a run's data have changed since a checkpoint, as by an image more.
+
+    Raises ValueError if they hold less than half of the prompts that they held then, as far as their sketches tell.
+    """
+    if then is None or now is None or then["content"] == now["content"]:
+        return
+    whole = len(now["sketch"]) == now["prompts"]  # else it ends at its largest hash
+    known = [h for h in then["sketch"] if whole or h <= now["sketch"][-1]]
+    if 2 * sum(h in now["sketch"] for h in known) < len(known):
+        raise ValueError(
+            f"{path}: the run's data held {then['prompts']} prompts, now they are others ({now['prompts']}): choose another "
+            "--out, or name the cache of this run"
+        )
+    if distributed.is_main_process():
+        print(
+            f"the data have changed since {path.stem}: {then['prompts']} prompts then, {now['prompts']} now; the run goes on "
+            "with them, in another order",
+            file=sys.stderr,
+        )
+
+
 def resume(
-    folder: Path, learners: Mapping[str, Learner], extra_state: Mapping[str, Tensor], fingerprint: str | None = None
+    folder: Path,
+    learners: Mapping[str, Learner],
+    extra_state: Mapping[str, Tensor],
+    fingerprint: str | None = None,
+    data: Json | None = None,
 ) -> int:
     """Load the newest good checkpoint into the learners and the tensors [...] of `extra_state`, in place.
 
     Returns its iteration (0: none).
 
-    Raises ValueError if there are checkpoints but none is good, or if they are of another run.
+    Raises ValueError if there are checkpoints but none is good, or if they are of another run or of other data.
     """
     from safetensors.torch import load_file
 
@@ -113,7 +141,8 @@ def resume(
         return 0
     path, record = found
     if fingerprint is not None and record["run"] != fingerprint:
-        raise ValueError(f"{path} is a checkpoint of another recipe: choose another --out")
+        raise ValueError(f"{path} is a checkpoint of another recipe, or of a cache of other encoders: choose another --out")
+    check_data(path, record.get("data"), data)
     if set(record["counters"]) != set(learners):
         raise ValueError(
             f"{path}: holds {sorted(record['counters'])}, this run needs {sorted(learners)}; a checkpoint of an earlier "

@@ -17,7 +17,7 @@ from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.learner import Learner
 from advdmd.training.logger import MetricsLogger
-from advdmd.types import ONE_RANK, Columns, Metrics, Ranks
+from advdmd.types import ONE_RANK, Columns, Json, Metrics, Ranks
 
 
 class TakesTrainSteps(Protocol):
@@ -57,7 +57,8 @@ class Trainer:
     batch_fn(iteration) -> (batch, sample ids), pure; the batch is moved to `device`. validate(n) and save_samples(n) are called
     after n iterations, every so many and at the end, by all ranks; the scores that `validate` returns are logged with the
     iteration's metrics, and `should_stop` says after it whether the run ends early. extra_state: tensors that belong to the
-    run's state and are changed in place. fingerprint names the recipe: a checkpoint of another one is refused. efficiency
+    run's state and are changed in place. fingerprint names the recipe: a checkpoint of another one is refused. data_contents:
+    what the run's data hold now (training.checkpoint.check_data). efficiency
     measures what an iteration costs. console_keys: metrics of the console line. health: one line about the run, printed every
     tenth of it (10 or more iterations) after its first quarter. trackers: training.trackers.
     """
@@ -73,6 +74,7 @@ class Trainer:
     ranks: Ranks = ONE_RANK
     extra_state: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     fingerprint: str = ""
+    data_contents: Json | None = None
     sample_every: int = 0
     save_samples: Callable[[int], object] | None = None
     eval_every: int = 0
@@ -96,7 +98,7 @@ class Trainer:
         SystemExit, after a checkpoint, on SIGTERM.
         """
         folder, total, main = self.folder, self.iterations, not self.ranks.rank
-        start = checkpoint.resume(folder / "checkpoints", self.learners, self.extra_state, self.fingerprint)
+        start = checkpoint.resume(folder / "checkpoints", self.learners, self.extra_state, self.fingerprint, self.data_contents)
         if start > total:
             raise ValueError(
                 f"{folder} has already run {start} iterations, more than the {total} asked for: choose another --out"
@@ -124,7 +126,8 @@ class Trainer:
                     self.save_samples(done)
                 stopped = sigterm()
                 if last or stopped or is_due(done, self.save_every, total):
-                    checkpoint.save(folder / "checkpoints", done, self.learners, self.extra_state, self.fingerprint, self.ranks)
+                    about = (self.extra_state, self.fingerprint, self.ranks, self.data_contents)
+                    checkpoint.save(folder / "checkpoints", done, self.learners, *about)
                 if last or done == total:
                     return
                 if stopped:

@@ -1,0 +1,122 @@
+"""Model folders in every published layout; what is no pipeline is named, with the way to one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from advdmd.models import hub, loading
+from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
+from tests.tiny_t5 import sd3_with_t5
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "pipe"
+    sd3_with_t5().save_pretrained(folder)
+    (folder / "advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
+    return folder
+
+
+def weights(path, **tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"x": torch.zeros(1), **tensors}, path)
+
+
+def test_what_is_no_pipeline_is_named_with_the_way_to_one(pipeline, tmp_path):
+    weights(tmp_path / "sd3.5_medium.safetensors")
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF\3\0\0\0")
+    weights(tmp_path / "lora/pytorch_lora_weights.safetensors")
+    weights(tmp_path / "single/sd3_medium.safetensors")
+    (tmp_path / "run/student").mkdir(parents=True)
+    (tmp_path / "run/recipe.yaml").write_text("recipe: mini-sd35-advdmd\n")
+    (tmp_path / "part").mkdir()
+    shutil.copytree(pipeline / "transformer", tmp_path / "part/transformer")
+    says = {
+        "sd3.5_medium.safetensors": r"is a single file.*from_single_file\('sd3.5_medium.safetensors'\)",
+        "model-Q4_K_M.gguf": "is a GGUF file, whose rounded weights cannot be trained",
+        "lora": "holds a LoRA.*fuse_lora, unload_lora_weights",
+        "single": r"holds sd3_medium.safetensors.*from_single_file\('sd3_medium.safetensors'\)",
+        "run": "is the folder of a training run: its student is .*run/student",
+        "part": "holds a part of a pipeline",
+        "part/transformer": "holds a part of a pipeline",
+        "nothing": "is neither a shipped model",
+    }
+    for name, said in says.items():
+        with pytest.raises(ValueError, match=said):
+            loading.pipeline_folder(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("way", ["deleted", "null", "encoder only", "tokenizer only"])
+def test_t5_may_be_absent_in_any_way(pipeline, tmp_path, way):
+    """Deleted to save 9 GB with the index as it was, said in the index, or one half of it."""
+    folder = shutil.copytree(pipeline, tmp_path / "p")
+    index = json.loads((folder / "model_index.json").read_text())
+    gone = {"encoder only": ["text_encoder_3"], "tokenizer only": ["tokenizer_3"]}.get(way, ["text_encoder_3", "tokenizer_3"])
+    for part in gone:
+        shutil.rmtree(folder / part)
+        index[part] = index[part] if way == "deleted" else [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    backbone = loading.load(str(folder))[0]
+    assert len(backbone.encoders) == 2
+    (folder / "advdmd.json").unlink()
+    stock = DiffusersModel(str(folder), DiffusersSampling(steps=1, guidance_scale=1.0, height=32, width=32))
+    assert stock.sample(["a star"], [0]).shape == (1, 32, 32, 3)
+
+
+def test_files_that_a_system_or_a_second_type_left_change_nothing(pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "p")
+    (folder / "text_encoder/.DS_Store").write_bytes(b"x")
+    (folder / "transformer/._diffusion_pytorch_model.safetensors").write_bytes(b"\0\5\x16\7")
+    shutil.copy(
+        folder / "transformer/diffusion_pytorch_model.safetensors",
+        folder / "transformer/diffusion_pytorch_model.fp16.safetensors",
+    )
+    assert loading.weights_hash(folder) == loading.weights_hash(pipeline)
+    a, b = (loading.load(str(f))[0].net.state_dict() for f in (pipeline, folder))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    (folder / "advdmd.json").unlink()
+    DiffusersModel(str(folder), DiffusersSampling())
+
+
+def test_half_precision_files_are_read(pipeline, tmp_path):
+    folder = tmp_path / "half"
+    sd3_with_t5().to(torch.float16).save_pretrained(folder)
+    shutil.copy(pipeline / "advdmd.json", folder)
+    assert loading.stored_dtype(folder) == torch.float16
+    assert loading.load(str(folder))[0].dtype == torch.float32
+
+
+def test_what_the_hub_refuses_is_said_with_the_way(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    class Response:
+        headers, status_code, request, url = {}, 401, None, "x"
+
+    def refusing(kind, text):
+        def download(*args, **more):
+            error = kind.__new__(kind)
+            Exception.__init__(error, text)
+            raise error
+
+        return download
+
+    cases = [
+        (errors.GatedRepoError, "401 Client Error", "someone/model, then run `hf auth login`"),
+        (errors.RepositoryNotFoundError, "401 Client Error", "no such repository, or it is private.*hf auth login"),
+        (errors.RevisionNotFoundError, "404", "no such revision"),
+        (OSError, "no network", "no network"),
+    ]
+    for kind, text, says in cases:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refusing(kind, text))
+        with pytest.raises(ValueError, match=says):
+            hub.download("someone/model")
+
+
+def test_the_id_of_a_snapshot(tmp_path):
+    path = tmp_path / "models--a--b-c/snapshots/01"
+    assert hub.id_of_snapshot(path) == "a/b-c"
+    assert hub.id_of_snapshot(tmp_path) is None
