@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from advdmd.data.aspect_buckets import CachedData
 from advdmd.distillation.build import setup
 from advdmd.distillation.run_folder import run_fingerprint
 from advdmd.distillation.validation import load_best
@@ -39,6 +40,8 @@ def export(run: str | Path, out: str | Path, overwrite: bool = False, changes: S
     name, r = registry.resolve(str(record), changes)
     if (eta := r.algorithm.sampler().eta) != 1:
         raise ValueError(f"eta={eta}: stock schedulers only know 1; train with algorithm.eta=1")
+    if isinstance(r.data, CachedData):
+        r = replace(r, data=r.data.beside(run))
     source = r.data.open(r.teacher)
     # Whether there is a GPU or not: what was trained on one can be exported without it.
     backbone, _, models = setup(replace(r, device="cpu"), source)

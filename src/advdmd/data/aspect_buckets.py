@@ -54,6 +54,12 @@ class CachedData:
         """There is no score on a user's own data while training."""
         return False
 
+    def beside(self, run: Path) -> "CachedData":
+        """The same, for a run's folder that was moved together with its cache, whose path is relative."""
+        moved = run.absolute().parent / self.folder
+        there = (Path(self.folder).expanduser() / "plan.json").is_file() or not (moved / "plan.json").is_file()
+        return self if there else CachedData(folder=str(moved))
+
     def open(self, teacher: str) -> "BucketedCache":
         """Raises ValueError if the cache is missing, not finished, damaged, without images or made by another teacher."""
         cache = BucketedCache(Path(self.folder).expanduser())

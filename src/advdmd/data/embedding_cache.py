@@ -212,7 +212,11 @@ class EmbeddingCache:
         self.folder = folder
         if not (folder / "manifest.json").is_file():
             unfinished = (folder / "plan.json").is_file()
-            why = "is not finished: run advdmd encode again" if unfinished else "is not a cache: make one with advdmd encode"
+            why = (
+                "is not finished: run advdmd encode again"
+                if unfinished
+                else "is not a cache: make one with advdmd encode, or name where it is now"
+            )
             raise ValueError(f"data.folder={str(folder)!r} {why}")
         self.manifest, self.plan = (read_object(folder / f, hint=ENCODE_AGAIN) for f in ("manifest.json", "plan.json"))
         try:

@@ -90,9 +90,9 @@ class DiffusersModel:
         device: str = "cpu",
         dtype: str = "float32",
     ):
+        silence_libraries()
         from diffusers import DiffusionPipeline
 
-        silence_libraries()
         folder = Path(model)
         metadata = read_metadata(folder)
         verify_weights(folder)

@@ -12,7 +12,7 @@ import torch
 from advdmd.files import file_hash, folder_hash
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone
-from advdmd.models.loading import ENCODERS, absent_parts, read_index, read_metadata, weight_files
+from advdmd.models.loading import ENCODERS, absent_parts, read_index, read_metadata, silence_libraries, weight_files
 from advdmd.models.pretrained import load_tokenizer
 from advdmd.types import Json
 
@@ -35,6 +35,7 @@ def encoder_fingerprint(path: Path, parts: Sequence[str] = ENCODERS) -> Json:
     pipeline that was saved again, in shards or by another version of the libraries, has the same fingerprint. parts: the
     sub-folders to read. Raises ValueError if a part cannot be read.
     """
+    silence_libraries()
     index, metadata = read_index(path), read_metadata(path)
     found: Json = {"family": index["_class_name"], "t5_length": metadata.get("t5_length", 256)}
     absent = absent_parts(path, index)

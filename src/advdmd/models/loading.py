@@ -220,7 +220,14 @@ def load_parts(path: Path, index: Json, dtypes: Mapping[str, torch.dtype], skip:
     Raises UnfitWeights that names keys which are missing, left over or of another shape.
     """
     names = [k for k, kind in index.items() if isinstance(kind, list) and kind[0] in ("diffusers", "transformers")]
-    names = [k for k in names if k not in skip and weight_files(path / k)]
+    names = [k for k in names if k not in skip]
+    for k in names:
+        if not weight_files(path / k) and (pickled := [*(path / k).glob("*.bin"), *(path / k).glob("*.pt")]):
+            raise UnfitWeights(
+                f"{pickled[0]} is a pickle, which could run code: load the pipeline where you trust it, call "
+                "save_pretrained(..., safe_serialization=True), and name that folder"
+            )
+    names = [k for k in names if weight_files(path / k)]
     return {k: _load_part(path / k, index[k], dtypes.get(k, dtypes["default"])) for k in names}
 
 
