@@ -212,11 +212,8 @@ class EmbeddingCache:
         self.folder = folder
         if not (folder / "manifest.json").is_file():
             unfinished = (folder / "plan.json").is_file()
-            why = (
-                "is not finished: run advdmd encode again"
-                if unfinished
-                else "is not a cache: make one with advdmd encode, or name where it is now"
-            )
+            missing = "is not a cache: make one with advdmd encode, or name where it is now"
+            why = "is not finished: run advdmd encode again" if unfinished else missing
             raise ValueError(f"data.folder={str(folder)!r} {why}")
         self.manifest, self.plan = (read_object(folder / f, hint=ENCODE_AGAIN) for f in ("manifest.json", "plan.json"))
         try:
