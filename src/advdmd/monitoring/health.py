@@ -100,6 +100,16 @@ DIAGNOSTICS = (
         high="prompts matter little: raise guidance_scale, or algorithm.dm_only_iterations",
     ),
     Diagnostic(
+        "student/within_group_std_shared_start",
+        "the same in iterations with a policy update, where a group starts from one noise",
+        low="steps change little: all actions of a group are alike; algorithm.shared_start=false compares other starts too",
+    ),
+    Diagnostic(
+        "policy/gate",
+        "mean AUC gate, which scales the policy's learning rate",
+        low="the discriminator cannot tell real from generated where it pays: see discriminator/auc",
+    ),
+    Diagnostic(
         "reward/final_std",
         "standard deviation of the reward within a prompt's group, final images",
         low="the discriminator sees no difference between a prompt's images: advantages are noise",

@@ -169,12 +169,21 @@ def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Re
 
 
 def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
-    """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code); whole networks of the miniature learn nothing
-    so (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a GPU has 16 samples, or 4
+    """With adapters TwinFlow integrates in one step (2512.05150, its LoRA code), and its targets are made without an EMA: by
+    the student itself or, for Qwen-Image, guided by the frozen teacher. Whole networks of the miniature learn nothing in one
+    step (docs/log.md), adapters were not tried: see algorithm.order. A batch goes in one piece, so a GPU has 16 samples, or 4
     where no more fit, and as many iterations cost one GPU a 9th, or a 35th, of AdvDMD's: to compare at equal cost ask for
     more. Many GPUs are as many replicas with the adapters of one."""
-    w, one = guidance_strength(MODELS[name].guidance), preset.rpartition("x")[2]
-    algorithm = TwinFlow(steps=steps, last_time=0.6 if steps == 2 else 0.5, order=1, guidance_strength=w, group_size=2)
+    scale, one = MODELS[name].guidance, preset.rpartition("x")[2]
+    target, w = ("teacher", scale - 1) if name == "qwen-image" else ("student", guidance_strength(scale))
+    algorithm = TwinFlow(
+        steps=steps,
+        last_time=0.6 if steps == 2 else 0.5,
+        order=1,
+        target_network=target,
+        guidance_strength=w,
+        group_size=2,
+    )
     prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].gpus
     return _recipe(name, one, algorithm, guidance_scale=1.0, iterations=iterations, prompts_per_step=prompts)
 
