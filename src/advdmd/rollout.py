@@ -51,9 +51,10 @@ class Trajectory:
 
         Step k adds white noise std_k e, but the next prediction responds only along
         J = (1 - t[k + 1]) std_k d x0[k + 1] / d x[k + 1]. So instead of x[k + 1] the policy loss scores
-        a_k = mean_k + (1 - t[k + 1]) (x0[k + 1] - x0[k]), about mean_k + J e. For samples with one initial noise the expected
-        gradient is J J^T times the reward's instead of J^T, with less variance. Bias: the change of the mean,
-        E[x0[k + 1]] - x0[k], is credited as well where it varies with the reward (measured, docs/log.md, 2026-11-25).
+        a_k = mean_k + (1 - t[k + 1]) (x0[k + 1] - x0[k]), about mean_k + J e. At the first step, from one start, the expected
+        gradient is J J^T times the reward's instead of J^T, with less variance. Elsewhere it is biased and no policy gradient:
+        the change of the mean, E[x0[k + 1]] - x0[k], is credited as well where it varies with the reward, as it does from
+        starts of their own and at every later step (measured, docs/log.md, 2026-11-27).
         """
         actions: list[Tensor] = []
         neg_mse: list[Tensor] = []

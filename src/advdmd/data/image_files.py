@@ -65,6 +65,15 @@ def decode(data: bytes) -> Image.Image:
     return _read(data, pixels)
 
 
+def fault_of(data: bytes) -> str:
+    """Why an image file cannot be read; empty if it can."""
+    try:
+        decode(data)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
 def _read(data: bytes, use: Callable[[Image.Image], T]) -> T:
     """use(the opened image). A PNG whose text is broken is opened once more without its text."""
     try:
