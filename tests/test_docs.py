@@ -35,7 +35,11 @@ REAL = [
     "discriminator.hidden_size=8",
     "save_every=2",
 ]  # of a published model's recipe
-SMALLER = {"mini": [*TINY, *POOL, "--images", "1"], "eval": ["--images", "2", "--prompts", "2", "--threads", "1"]}
+SMALLER = {
+    "audit": ["--prompts", "12", "--images", "2", "--batches", "1"],
+    "mini": [*TINY, *POOL, "--images", "1"],
+    "eval": ["--images", "2", "--prompts", "2", "--threads", "1"],
+}
 # What needs weights, GPUs or hours, and has tests of its own: parsed only.
 APART = ("demo", "pretrain", "score", "metric", "convert-detector", "convert-hps")
 

@@ -138,6 +138,25 @@ def doctor(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="Folder of an AdvDMD run.")],
+    changes: Changes = None,
+    prompts: Annotated[int, typer.Option(help="Prompts that the reward is judged on.")] = 48,
+    images: Annotated[int, typer.Option(help="Images of each prompt.")] = 8,
+    batches: Annotated[int, typer.Option(help="Iterations' samples in each half of a gradient.")] = 8,
+    step_size: Annotated[float, typer.Option(help="Length of a step, as a share of the weights' norm.")] = 0.003,
+    seed: int = 0,
+    scorer: Annotated[str | None, typer.Option(help="NAME:FOLDER of a metric; in the miniature its checker.")] = None,
+) -> None:
+    """Measure what a run's reward knows of a score, how much of its gradients is signal, and what a step along each does."""
+    from advdmd.commands.audit import AuditConfig, as_text
+    from advdmd.commands.audit import audit as run_audit
+
+    config = AuditConfig(images=images, batches=batches, step_size=step_size, seed=seed)
+    print(as_text(run_audit(run, config, prompts, scorer, changes or [])))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Training runs, or the main job's folder.")],
     scores: Annotated[

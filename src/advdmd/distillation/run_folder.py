@@ -23,6 +23,7 @@ RUN_FILES = (
     "samples",
     "student",
     "best.json",
+    "audit.json",
     "best*.safetensors",
     "tensorboard",
     "wandb",

@@ -14,6 +14,7 @@ from torch import nn
 from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone, Pipeline
+from advdmd.models.folder_kinds import no_pipeline
 from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import SamplerConfig
@@ -60,35 +61,8 @@ def pipeline_folder(name: str, which: Sequence[str] = PIPELINE_FILES) -> Path:
     if not path.exists() and hub.HUB_ID.fullmatch(name):
         path = hub.download(name, which)
     if not (path / "model_index.json").is_file():
-        raise ValueError(_no_pipeline(name, path))
+        raise ValueError(no_pipeline(name, path, list(shipped())))
     return path
-
-
-def _no_pipeline(name: str, path: Path) -> str:
-    """What a path is instead of a pipeline, and the way to one."""
-    convert = "load it in diffusers with from_single_file({!r}), call save_pretrained, and name that folder"
-    if path.suffix == ".gguf":
-        return f"{name} is a GGUF file, whose rounded weights cannot be trained: name the pipeline that it was made from"
-    if path.is_file() and path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        return f"{name} is a single file, not a pipeline folder: {convert.format(path.name)}"
-    if (path / "recipe.yaml").is_file():
-        return f"{name} is the folder of a training run: its student is {path / 'student'}"
-    if list(path.glob("*lora*.safetensors")) or (path / "adapter_config.json").is_file():
-        return (
-            f"{name} holds a LoRA, not a pipeline: load its base in diffusers, call load_lora_weights, fuse_lora, "
-            "unload_lora_weights and save_pretrained, and name that folder"
-        )
-    if singles := [f for f in sorted(path.glob("*.safetensors")) if f.name[:1] != "." and not (path / "config.json").is_file()]:
-        return f"{name} holds {singles[0].name} and no model_index.json: {convert.format(singles[0].name)}"
-    if (path / "config.json").is_file() or (path / "transformer").is_dir():
-        return (
-            f"{name} holds a part of a pipeline (no model_index.json): name the folder of the whole one, with text encoders, "
-            "autoencoder and scheduler"
-        )
-    return (
-        f"{name!r} is neither a shipped model ({', '.join(shipped())}) nor a diffusers pipeline folder (no "
-        "model_index.json); advdmd pretrain makes teachers of the miniature"
-    )
 
 
 def weights_file(folder: Path) -> Path:

@@ -98,6 +98,7 @@ def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> 
         _overview(runs),
         _validation(runs),
         _panels(runs),
+        _audits(runs),
         _samples(runs),
         _scores(found) or _tables(folders),
         _recipes(runs),
@@ -178,6 +179,34 @@ def _panels(runs: Sequence[RunRecord]) -> str:
     more = "".join(_card(k, "", [r.curve(k) for r in runs]) for k in others)
     folded = f'<details><summary>everything else that was logged</summary><div class="cards">{more}</div></details>'
     return _part("Diagnostics", f'<div class="cards">{"".join(cards)}</div>' + (folded if more else ""))
+
+
+def _audits(runs: Sequence[RunRecord]) -> str:
+    """What `advdmd audit` has measured of the runs that it was called on."""
+    out = ""
+    for i, r in enumerate(runs):
+        if not (r.folder / "audit.json").is_file():
+            continue
+        found = read_object(r.folder / "audit.json", "reward", "agreement", "effect", hint="run advdmd audit again")
+        knows = found["reward"]
+        rows = [["the discriminator asked about", "correlation within a prompt", f"best of {knows['images']} by its logit"]]
+        rows += [[k, _interval(v["correlation"]), _interval(v["best"])] for k, v in knows["levels"].items()]
+        steps = [["gradient of the student", "agreement of two halves", "a step's change of the reward", "of the score"]]
+        for kind, cosine in found["agreement"].items():
+            effect = found["effect"].get(kind, {})
+            steps.append([kind, f"{cosine:.3f}", *(_interval(effect[k]) if effect else "-" for k in ("reward", "score"))])
+        about = (
+            f"after {found['iteration']} iterations, scored by {found['scorer']}: mean {knows['random']:.3f}, the best of "
+            f"{knows['images']} images {knows['oracle']:.3f}"
+        )
+        out += f"<p>{_key(i, r.label)} {html.escape(about)}</p>{_table(rows)}{_table(steps)}"
+    return _part("Audit: what the reward knows, which way gradients point", out)
+
+
+def _interval(found: Json) -> str:
+    if found["mean"] is None:
+        return "not measured"
+    return f"{found['mean']:+.3f} [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
 
 
 def _samples(runs: Sequence[RunRecord]) -> str:

@@ -162,6 +162,17 @@ class Learner:
         torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - decay)
         self.ema_updates += 1
 
+    def second_moments(self, optimizer: str) -> Tensor | None:
+        """The root of Adam's second moments [D] of an optimizer, with its bias corrected, as Adam divides gradients by it.
+
+        None before its first update and with moments of 8 bits.
+        """
+        o = self._optimizers[optimizer]
+        if not o.updates or o.config.state_bits != 32:
+            return None
+        correction = 1 - o.config.betas[1] ** o.updates
+        return torch.cat([(o.adam.state[p]["exp_avg_sq"].flatten() / correction).sqrt() + 1e-8 for p in o.all_params])
+
     def ema_state_dict(self) -> dict[str, Tensor]:
         """The state dict with EMA weights, same shapes: buffers as they are, parameters averaged."""
         return {**self.net.state_dict(), **{k: v.data for k, v in self.ema.items()}}
