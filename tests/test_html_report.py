@@ -57,6 +57,24 @@ def test_the_main_jobs_folder_is_a_run_too(tmp_path):
     assert "580 of 580 iterations" in html_report.write_report([tmp_path / "job"], [], tmp_path / "b.html").read_text()
 
 
+def test_teacher_beside_student_comes_first_and_the_difference_is_the_students(tmp_path):
+    """In the main job's folder the evaluations lie in the order of their names, the student's before the teacher's."""
+    job = shutil.copytree(RESULTS / "main_job", tmp_path / "job")
+    shutil.copytree(RESULTS / "main_job", job / "run")
+    for name, of in (("AdvDMD-4-steps", "advdmd-0"), ("teacher-4-steps", "dmd2-0"), ("teacher-40-steps", "teacher")):
+        (job / name).mkdir()
+        (job / name / "scores.json").write_text(json.dumps({k: v for k, v in SCORES[of].items() if k != "run"}))
+    text = html_report.write_report([job], [], tmp_path / "a.html").read_text()
+    heads = re.findall(r'<h2 class="part">([^<]*)', text)
+    assert heads[0] == "Teacher beside student"
+    assert heads.index("mini-geneval, test") < heads.index("Score and reward") < heads.index("Diagnostics")
+    ours, theirs = (SCORES[k]["strict"]["overall"]["mean"] for k in ("advdmd-0", "teacher"))
+    assert f"AdvDMD-4-steps - teacher-40-steps: {ours - theirs:+.3f} [" in text
+    assert re.search(
+        r"<th>teacher-40-steps</th>|<td>teacher-40-steps</td><td>teacher-4-steps</td><td>AdvDMD-4-steps</td>", text
+    )
+
+
 def test_runs_with_another_teacher_get_no_ranges(tmp_path):
     shutil.copytree(RUNS[0], tmp_path / "run")
     text = (tmp_path / "run/recipe.yaml").read_text()

@@ -1,5 +1,7 @@
 """A real StableDiffusion3Pipeline with all three text encoders, as small as it gets."""
 
+import json
+
 from advdmd.mini import pipelines
 from advdmd.mini.world.caption import VOCABULARY
 from tests.conftest import TINY
@@ -19,3 +21,10 @@ def sd3_with_t5():
     return StableDiffusion3Pipeline(
         **small.components | {"text_encoder_3": T5EncoderModel(config).eval(), "tokenizer_3": tokenizer}
     )
+
+
+def save_teacher(folder):
+    """The pipeline as a teacher's folder, with this package's metadata."""
+    sd3_with_t5().save_pretrained(folder)
+    (folder / "advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
+    return folder

@@ -34,7 +34,7 @@ from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
 from advdmd.types import Cond
 from tests.conftest import TINY
-from tests.tiny_t5 import sd3_with_t5
+from tests.tiny_t5 import save_teacher, sd3_with_t5
 
 CAPTIONS = ["a picture of a red circle", "a picture of two stars", "a blue square", "three green crosses", "a star"]
 WORDS = [
@@ -47,11 +47,7 @@ WORDS = [
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """SD3 with T5: the real families' layout, padding and all."""
-    folder = tmp_path_factory.mktemp("t5") / "sd3"
-    sd3_with_t5().save_pretrained(folder)
-    note = {"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}
-    (folder / "advdmd.json").write_text(json.dumps(note))
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("t5") / "sd3")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from advdmd.models import fingerprints, loading
 from advdmd.recipes.registry import resolve
 from tests.conftest import TINY
 from tests.data.test_cache import CAPTIONS, WORDS
-from tests.tiny_t5 import sd3_with_t5
+from tests.tiny_t5 import save_teacher, sd3_with_t5
 
 RECIPE = "sd35-medium-dmd2-2step-24gb"
 DMD2_WORDS = [w for w in WORDS if "dm_only" not in w and "ramp" not in w]
@@ -27,10 +27,7 @@ DMD2_WORDS = [w for w in WORDS if "dm_only" not in w and "ramp" not in w]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5") / "sd3"
-    sd3_with_t5().save_pretrained(folder)
-    (folder / "advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("t5") / "sd3")
 
 
 @pytest.fixture

@@ -9,15 +9,12 @@ from safetensors.torch import save_file
 
 from advdmd.models import hub, loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
-from tests.tiny_t5 import sd3_with_t5
+from tests.tiny_t5 import save_teacher, sd3_with_t5
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "pipe"
-    sd3_with_t5().save_pretrained(folder)
-    (folder / "advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("models") / "pipe")
 
 
 def weights(path, **tensors):

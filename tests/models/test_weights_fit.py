@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from advdmd.models import loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
-from tests.tiny_t5 import sd3_with_t5
+from tests.tiny_t5 import save_teacher
 
 FILES = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -20,9 +20,7 @@ FILES = {
 
 @pytest.fixture
 def pipeline(tmp_path):
-    sd3_with_t5().save_pretrained(tmp_path / "pipe")
-    (tmp_path / "pipe/advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
-    return tmp_path / "pipe"
+    return save_teacher(tmp_path / "pipe")
 
 
 def change(file, f):

@@ -14,11 +14,25 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Turn a text-to-image flow model into a 4- or 2-step student (AdvDMD, DMD2, TwinFlow).",
 )
 app.add_typer(evaluate.app)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that the folder holds.")]
 Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as algorithm.steps=2 or dm_optimizer.lr=3e-5.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"advdmd {version('advdmd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Turn a text-to-image flow model into a 4- or 2-step student (AdvDMD, DMD2, TwinFlow)."""
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The model card of a student: how it was made, and the lines that sample it with the stock pipeline."""
 
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guida
 {snippet(name, backbone, sampler.steps, dtype)}```
 
 Pass the arguments as they are: other values mean another grid or another function. With stochastic sampling the pipeline's
-`generator` seeds only the first noise: call `torch.manual_seed` to repeat an image.
+`generator` seeds only the first noise: call `torch.manual_seed` to repeat an image. The same seed draws other noise in
+`advdmd sample`. Written with diffusers {metadata.version("diffusers")} and transformers {metadata.version("transformers")}.
 The scheduler has shift {sampler.shift:g} and `stochastic_sampling`. The licence of the base model applies to this student.
 {more}"""

@@ -40,7 +40,7 @@ def line_chart(curves: Sequence[Curve], band: tuple[float, float] | None = None,
     (x0, x1), (y0, y1) = _range(xs, 0.0), _range(ys, 0.06)
     px = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     py = lambda y: TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
-    out = [f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">']
+    out = [f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {HEIGHT}"><title>{label}</title>']
     if band:
         low, high = (min(max(v, y0), y1) for v in band)
         size = f'width="{WIDTH - LEFT - RIGHT}" height="{py(low) - py(high):.1f}"'

@@ -1,6 +1,7 @@
 """Runs as one HTML page: health, recipe, curves, diagnostics with their ranges, samples over time, scores, failures."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ svg.chart { position: static; height: auto } .chart text { fill: currentColor; o
 .chart rect.band { fill: #2e9e5b; fill-opacity: .13; stroke: none } .chart path, .chart circle { fill: none; stroke-width: 1.6 }
 .grids { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem }
 .grids figure { flex: none; width: min(85vw, 420px) }
-.grids .wide { width: min(85vw, 900px) } .grids img { width: 100%; image-rendering: pixelated } .scroll { overflow-x: auto }
+.grids .wide { width: min(85vw, 900px) } .grids img { width: 100%; image-rendering: pixelated }
+.scroll { overflow-x: scroll; scrollbar-width: thin }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 pre { font-size: 12px; overflow-x: auto } summary { cursor: pointer } h2.part { font-size: 1.25rem; margin: 2rem 0 .6rem }
@@ -93,14 +95,15 @@ def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> 
     if len(folders) > len(COLORS):
         raise ValueError(f"{len(folders)} runs: at most {len(COLORS)} can be distinguished on one page")
     runs = [RunRecord.read(f, label) for f, label in zip(folders, labels(folders), strict=True)]
-    found = [*scores, *(p.parent for f in folders for p in sorted(f.glob("*/scores.json")))]
+    found = [*scores, *(p.parent for f in folders for p in sorted(f.glob("*/scores.json"), key=_teachers_first))]
     parts = [
         _overview(runs),
+        _comparisons(runs),
+        _scores(found) or _tables(folders),
         _validation(runs),
+        _samples(runs),
         _panels(runs),
         _audits(runs),
-        _samples(runs),
-        _scores(found) or _tables(folders),
         _recipes(runs),
     ]
     title = html.escape(" · ".join(r.label for r in runs))
@@ -111,6 +114,13 @@ def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, failure_gallery.html_document(title, "".join(parts), STYLE + "\n".join(colors)))
     return out
+
+
+def _teachers_first(scores: Path) -> tuple[bool, int, str]:
+    """The main job's evaluations in the order in which they are compared: the teacher, longest first, then the student."""
+    name = scores.parent.name
+    steps = [int(n) for n in re.findall(r"\d+", name)]
+    return not name.startswith("teacher"), -max(steps, default=0), name
 
 
 def _part(title: str, body: str) -> str:
@@ -150,20 +160,19 @@ def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Ra
 
 
 def _validation(runs: Sequence[RunRecord]) -> str:
-    """Score, diversity and reward against forwards: reward hacking shows as reward up, score down."""
+    """Score, diversity and reward by iteration: reward hacking shows as reward up, score down."""
     cards = [
-        _card(key, f"{text}, against forwards a sample", [r.curve(key, "eval/forwards_per_sample") for r in runs])
+        _card(key, text, [r.curve(key) for r in runs])
         for key, text in (
             ("eval/strict", "held-out score, strict, mean of both suites"),
             ("eval/mini-geneval", "mini-geneval of held-out noise"),
             ("eval/mini-dpg", "mini-dpg, prompts that training does not have"),
         )
     ]
-    cards.append(
-        _card("reward/final", "reward of the discriminator for final images, by step", [r.curve("reward/final") for r in runs])
-    )
+    cards.append(_card("reward/final", "reward of the discriminator for final images", [r.curve("reward/final") for r in runs]))
     hacked = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
-    note = f"<p>Reward hacking: {html.escape(', '.join(hacked))}.</p>" if hacked else ""
+    note = "<p>All curves are by iteration.</p>"
+    note += f"<p>Reward hacking: {html.escape(', '.join(hacked))}.</p>" if hacked else ""
     return _part("Score and reward", note + f'<div class="cards">{"".join(cards)}</div>' if any(cards) else "")
 
 
@@ -215,19 +224,25 @@ def _samples(runs: Sequence[RunRecord]) -> str:
         figures = []
         for grid in r.grids():
             url, _ = failure_gallery.data_url(grid, WIDEST, exact=WIDEST)
-            step = grid.stem.rpartition("-")[2].lstrip("0") if "-" in grid.stem else "the last"
-            figures.append(f'<figure><img alt="samples" src="{url}"><figcaption>{step}</figcaption></figure>')
+            when = f"iteration {int(grid.stem.rpartition('-')[2])}" if "-" in grid.stem else "the last iteration"
+            figures.append(f'<figure><img alt="samples, {when}" src="{url}"><figcaption>{when}</figcaption></figure>')
+        if figures:
+            out.append(f'<p>{_key(i, r.label)}</p><div class="grids">{"".join(figures)}</div>')
+    note = "<p>The same prompts and noise every time; the EMA student.</p>"
+    return _part("Samples over time", note + "".join(out) if out else "")
+
+
+def _comparisons(runs: Sequence[RunRecord]) -> str:
+    """The main job's picture: teacher and student on the same prompts and noise."""
+    out = []
+    for i, r in enumerate(runs):
         beside = next((f / "comparison.png" for f in (r.folder, r.folder.parent) if (f / "comparison.png").is_file()), None)
         if beside:
             url, _ = failure_gallery.data_url(beside, WIDEST, exact=WIDEST)
-            caption = "teacher at many steps, teacher at few, student: a row each"
-            figures.append(
-                f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{caption}</figcaption></figure>'
-            )
-        if figures:
-            out.append(f'<p>{_key(i, r.label)}</p><div class="grids">{"".join(figures)}</div>')
-    note = "<p>The same prompts and noise at every step; the EMA student.</p>"
-    return _part("Samples over time", note + "".join(out) if out else "")
+            caption = "a row each: the teacher at many steps, the teacher at few, the student; the same prompts and noise"
+            picture = f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{caption}</figcaption></figure>'
+            out.append(f'<p>{_key(i, r.label)}</p><div class="grids">{picture}</div>')
+    return _part("Teacher beside student", "".join(out))
 
 
 def _scores(found: Sequence[Path]) -> str:
@@ -244,7 +259,7 @@ def _scores(found: Sequence[Path]) -> str:
         for (path, _), name in zip(mine[1:], names[1:], strict=True):
             d = results.compare([path], [first])["difference"]["strict"]["overall"]
             differences.append(f"{name} - {names[0]}: {d['mean']:+.3f} [{d['interval'][0]:+.3f}, {d['interval'][1]:+.3f}]")
-        paired = f"<p>Paired by prompt and noise, strict: {html.escape('; '.join(differences))}</p>" if differences else ""
+        paired = f"<p>Strict, paired by prompt and noise: {html.escape('; '.join(differences))}</p>" if differences else ""
         out.append(_part(f"{html.escape(suite)}, {html.escape(split)}", _table(rows) + paired))
         columns = [
             (n, p, results.read_verdicts(p)) for n, (p, _) in zip(names, mine, strict=True) if (p / "verdicts.jsonl").is_file()
