@@ -315,6 +315,11 @@ torch.save(a, {str(tmp_path / "a.pt")!r})
     assert apart < 1e-5, "float32 sums in another order"
     assert moved > 10 * apart
     flow = json.loads((student / "comfyui_workflow.json").read_text())
+    assert flow["tokens"]["inputs"] == {"clip": ["clip", 0], "min_padding": 0, "min_length": 6}, "the text length of training"
+    assert flow["prompt"]["inputs"]["clip"] == flow["none"]["inputs"]["clip"] == ["tokens", 0]
+    config = json.loads((student / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+    assert "transformer_blocks.0.attn.to_q" in config["target_modules"]
     assert flow["sample"]["inputs"]["steps"] == r[1].algorithm.steps
     assert all(v[0] in flow for n in flow.values() for v in n["inputs"].values() if isinstance(v, list))
 

@@ -117,3 +117,21 @@ def test_the_id_of_a_snapshot(tmp_path):
     path = tmp_path / "models--a--b-c/snapshots/01"
     assert hub.id_of_snapshot(path) == "a/b-c"
     assert hub.id_of_snapshot(tmp_path) is None
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_a_comfyui_workflow_asks_for_the_encoders_that_the_student_has(with_t5):
+    from advdmd.exporters.comfyui import workflow
+    from advdmd.mini import pipelines
+    from advdmd.mini.world.caption import VOCABULARY
+    from advdmd.models.sampler import SamplerConfig
+    from tests.conftest import TINY
+
+    pipe = sd3_with_t5() if with_t5 else pipelines.sd3(VOCABULARY, TINY, sd35=True)
+    nodes = workflow(loading.backbone_from_pipeline(pipe, {"t5_length": 6}), SamplerConfig(steps=4, shift=3.0, eta=1.0))
+    loader = nodes["clip"]
+    assert loader["class_type"] == ("TripleCLIPLoader" if with_t5 else "DualCLIPLoader")
+    assert ("clip_name3" in loader["inputs"]) == ("tokens" in nodes) == with_t5
+    names = set(nodes)
+    for node in nodes.values():
+        assert {v[0] for v in node["inputs"].values() if isinstance(v, list)} <= names, "every link leads somewhere"

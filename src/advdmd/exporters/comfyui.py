@@ -14,13 +14,15 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
 
     Names are to be filled in.
 
-    The sampler "lcm" re-noises fully and the scheduler "simple" takes equal steps before the shift: the student's grid.
+    The sampler "lcm" re-noises fully and the scheduler "simple" takes equal steps before the shift: the student's grid. SD3
+    attends to T5's padding, so prompts are padded to the length of training.
     """
     kind = type(backbone.pipe).__name__
     side = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
 
-    names = {f"clip_name{i}": f"{n}.safetensors" for i, n in enumerate(("clip_l", "clip_g", "t5xxl"), 1)}
-    text, shift = _node("TripleCLIPLoader", **names), "ModelSamplingSD3"
+    files, shift, with_t5 = ("clip_l", "clip_g", "t5xxl"), "ModelSamplingSD3", len(backbone.encoders) == 3
+    names = {f"clip_name{i}": f"{n}.safetensors" for i, n in enumerate(files[: len(backbone.encoders)], 1)}
+    text = _node("TripleCLIPLoader", **names) if with_t5 else _node("DualCLIPLoader", **names, type="sd3")
     if kind in (one := {"QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"), "ZImagePipeline": ("qwen_3_4b", "lumina2")}):
         text = _node("CLIPLoader", clip_name=f"{one[kind][0]}.safetensors", type=one[kind][1])
         shift = "ModelSamplingAuraFlow"
@@ -43,6 +45,10 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
         "image": _node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
         "save": _node("SaveImage", images=["image", 0], filename_prefix="advdmd"),
     }
+    if kind == "StableDiffusion3Pipeline" and with_t5:  # else ComfyUI pads T5 to another length than training did
+        nodes["tokens"] = _node("T5TokenizerOptions", clip=["clip", 0], min_padding=0, min_length=backbone.max_text_length)
+        for name in ("prompt", "none"):
+            nodes[name]["inputs"]["clip"] = ["tokens", 0]
     if lora:
         nodes["adapter"] = _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora, strength_model=1.0)
         nodes["shift"]["inputs"]["model"] = ["adapter", 0]

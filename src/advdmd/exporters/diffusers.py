@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def export_student(
         if adapter is not None:
             header = {"format": "pt", "advdmd": json.dumps(record)}
             save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA_FILE, header)
+            _write_adapter_config(making, adapter, base)
         if sampler.stock:
             nodes = workflow(backbone, sampler, LORA_FILE if adapter is not None else None)
             (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
@@ -84,6 +86,16 @@ def export_student(
 
     write_folder(folder, write)
     return folder
+
+
+def _write_adapter_config(folder: Path, adapter: Mapping[str, torch.Tensor], base: str) -> None:
+    """peft's adapter_config.json of an adapter's weights, whose scale is 1: alpha equals the rank."""
+    from peft import LoraConfig
+
+    rank = next(v.shape[0] for k, v in adapter.items() if k.endswith("lora_A.weight"))
+    targets = sorted({k.removeprefix("transformer.").rpartition(".lora_")[0] for k in adapter})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, base_model_name_or_path=base, inference_mode=True)
+    config.save_pretrained(str(folder))
 
 
 def _fused(adapter: LoraModel) -> nn.Module:
