@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What each part of AdvDMD is worth: the main job's recipe on mini-sd35 with one thing changed, at equal forwards; a change that
 # costs less runs longer, its schedule stretched with it. DMD and DMD2 are in the claims.
-# The results kept are of an earlier recipe, whose policy updates began after two thirds: move them away to begin anew.
-# Resumable: what results/ablations has is not done again. SEEDS, ONLY (names), ITERATIONS (of the recipe) and BIN may be set.
+# results/ablations is of an earlier recipe, whose policy updates began after two thirds of a run. Resumable: what KEPT has is not
+# done again. SEEDS, ONLY (names), ITERATIONS (of the recipe), KEPT (under results) and BIN may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seeds=${SEEDS:-0 1} iterations=${ITERATIONS:-300} bin=${BIN:-.venv/bin} recipe=mini-sd35-advdmd
-work=runs/ablations kept=results/ablations commit=${COMMIT:-$(git rev-parse --short HEAD)}
+work=runs/ablations kept=results/${KEPT:-ablations_policy} commit=${COMMIT:-$(git rev-parse --short HEAD)}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/comparisons" "$kept"
 "$bin/python" runs/archive_run.py unpack "$kept" "$work/scores"

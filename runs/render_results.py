@@ -37,11 +37,23 @@ LABELS = {
     "advdmd": "AdvDMD",
     "twinflow": "TwinFlow",
     "dmd2": "DMD2",
+    "dmd2_paper": "DMD2, its paper's schedule",
     "dmd": "DMD alone",
     "no_policy": "AdvDMD without policy updates",
     "teacher": "teacher",
 }
-COLORS = {"advdmd": "tab:red", "twinflow": "tab:green", "dmd2": "tab:blue", "dmd": "tab:gray", "no_policy": "tab:orange"}
+COLORS = {
+    "advdmd": "tab:red",
+    "twinflow": "tab:green",
+    "dmd2": "tab:blue",
+    "dmd2_paper": "tab:cyan",
+    "dmd": "tab:gray",
+    "no_policy": "tab:orange",
+}
+ABLATIONS = {
+    "ablations_policy": "Ablations of policy updates",
+    "ablations": "Ablations of an earlier recipe, whose policy updates began after two thirds of a run",
+}
 IN_README = ("h1", "h2", "h3", "h3-4-step")  # at most twelve rows
 Found = tuple[str, str, dict[str, Any]]  # ours, theirs, comparison
 
@@ -374,12 +386,12 @@ def main() -> None:
     ]
     for name in CLAIMS:
         lines += claim(name)
-    if (RESULTS / "ablations/comparisons.json").is_file():
-        text = "`runs/ablations.sh` changes the recipe in one place. Forwards are equal, scores are strict. The recipe of that"
-        lines += ["", "## Ablations", "", text, "day began its policy updates after two thirds of a run.", ""]
-        lines += [ablations(RESULTS / "ablations"), ""]
-        reading = RESULTS / "ablations" / "reading.md"
-        lines += [reading.read_text().strip()] if reading.is_file() else []
+    for folder, title in ABLATIONS.items():
+        if (RESULTS / folder / "comparisons.json").is_file():
+            text = "`runs/ablations.sh` changes the recipe in one place. Forwards are equal, scores are strict."
+            lines += ["", f"## {title}", "", text, "", ablations(RESULTS / folder), ""]
+            reading = RESULTS / folder / "reading.md"
+            lines += [reading.read_text().strip()] if reading.is_file() else []
     PAGE.write_text("\n".join(lines) + "\n")
     between(README, MARKS, summary())
     reliability()
