@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What each part of AdvDMD is worth: the main job's recipe on mini-sd35 with one thing changed, at equal forwards; a change that
-# costs less runs longer, its schedule stretched with it. DMD and DMD2 are in the claims.
+# costs less runs longer, its schedule stretched with it. DMD and DMD2 are in the claims. The last student is scored, not the best
+# of its validations: that may be from before the first policy update, and then tells nothing of what comes after it.
 # results/ablations is of an earlier recipe, whose policy updates began after two thirds of a run. Resumable: what KEPT has is not
 # done again. SEEDS, ONLY (names), ITERATIONS (of the recipe), KEPT (under results) and BIN may be set.
 set -euo pipefail
@@ -46,10 +47,11 @@ for seed in $seeds; do
       continue
     fi
     "$bin/advdmd" train "${what[@]}" --out "$run" >/dev/null
+    "$bin/advdmd" export "$run" --out "$run-last" --overwrite eval_every=0 >/dev/null
     for job in "mini-geneval 192 96" "mini-dpg 384 384"; do
       read -r suite images prompts <<<"$job"
       [ -f "$scores/$suite-test/scores.json" ] ||
-        "$bin/advdmd" eval "$run/student" "$suite" --images "$images" --prompts "$prompts" --out "$scores/$suite-test" --threads 1 >/dev/null
+        "$bin/advdmd" eval "$run-last" "$suite" --images "$images" --prompts "$prompts" --out "$scores/$suite-test" --threads 1 >/dev/null
     done
     "$bin/python" runs/archive_run.py run "$run" "$scores" "$kept/$name-$seed"
   done
