@@ -93,6 +93,8 @@ def test_the_student_of_a_run_with_validation_is_its_best(tiny_folder, trained, 
     assert all(torch.equal(kept[k], sent[k]) for k in kept)
     assert all(torch.equal(kept[k], last[k]) for k in kept) == (best["step"] == 4), "the last, only where it is the best"
     assert json.loads((student / "advdmd.json").read_text())["iterations"] == scores.index(max(scores)) + 1
+    newest = load_file(loading.weights_file(export(tmp_path / "a", tmp_path / "last", changes=["eval_every=0"])))
+    assert all(torch.equal(newest[k], last[k]) for k in newest), "without its validations the last student is exported"
 
     file = tmp_path / "a" / best["file"]
     good = file.read_bytes()
