@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,7 @@ from torch import Tensor
 from advdmd.types import Json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SHOWN = 20  # faults that are listed at once
 STALE = 600.0  # seconds after which a half-written file of a process that is gone is removed
 
 
@@ -209,3 +210,9 @@ def file_hash(path: Path) -> str:
         return folder_hash({f.name: file_hash(f) for f in path.iterdir() if f.is_file()})
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def listed(faults: Sequence[str]) -> str:
+    """Faults, a line each, the first SHOWN of them."""
+    more = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return "\n".join([*faults[:SHOWN], *more])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from advdmd.algorithms.audit import Auditor
 from advdmd.distillation.audit import AuditConfig, Scores, run_audit
-from advdmd.distillation.build import Setup, setup
-from advdmd.distillation.run_folder import run_fingerprint
+from advdmd.distillation.build import Setup, restore
+from advdmd.evaluation.reward_knowledge import with_interval
 from advdmd.files import write_text
 from advdmd.models.images import to_uint8
 from advdmd.models.sampler import decode, encode_prompts
@@ -21,8 +21,6 @@ from advdmd.progress import Progress
 from advdmd.recipes import registry
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import load_scorer
-from advdmd.training import checkpoint
-from advdmd.training.learner import Learner
 from advdmd.types import Batch, Json
 
 AUDIT_FILE = "audit.json"
@@ -51,15 +49,8 @@ def audit(
     if not r.algorithm.uses_extra_rewards:
         raise ValueError(f"{run} is a run of {r.algorithm.name}: audit is for AdvDMD, whose discriminator is the reward")
     torch.set_num_threads(r.threads)
-    source = r.data.open(r.teacher)
-    ready = setup(r, source)
+    ready, step = restore(folder, r)
     backbone, data, models = ready
-    learners = {k: m for k, m in models._asdict().items() if isinstance(m, Learner)}
-    step = checkpoint.resume(
-        folder / "checkpoints", learners, r.algorithm.extra_state(models), run_fingerprint(r, source.plan), source.contents
-    )
-    if not step:
-        raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
     auditor = Auditor(r.algorithm, models, config.images, config.seed)
     judged, scores = _judged(r, ready, prompts, config, scorer)
     batches = [data.batch_fn(r.iterations + i)[0].to(backbone.device) for i in range(2 * config.batches)]
@@ -126,12 +117,6 @@ def _judged_by_checker(ready: Setup, prompts: int, config: AuditConfig) -> tuple
 
 def as_text(found: Json) -> str:
     """An audit as lines of text."""
-
-    def with_interval(x: Json) -> str:
-        if x["mean"] is None:
-            return "not measured: all images of a prompt score alike"
-        return f"{x['mean']:+.3f} [{x['interval'][0]:+.3f}, {x['interval'][1]:+.3f}]"
-
     knows = found["reward"]
     lines = [
         f"{found['recipe']} after {found['iteration']} iterations; {knows['prompts']} prompts x {knows['images']} images, "

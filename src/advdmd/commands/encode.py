@@ -13,8 +13,9 @@ from torch import Tensor
 
 from advdmd.data import aspect_buckets, embedding_cache
 from advdmd.data.captioned_images import CaptionedImage, group_by_prompt, image_size, load_image
-from advdmd.data.sources import SHOWN, Columns, read_captioned_images
+from advdmd.data.sources import Columns, read_captioned_images
 from advdmd.evaluation.generate import Worker
+from advdmd.files import listed
 from advdmd.models import fingerprints, loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample_latents
@@ -122,9 +123,7 @@ def encode(
             done += len(shard)
             progress(done)
     if broken:
-        more = f"\n... and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        listed = "\n".join(broken[:SHOWN])
-        raise ValueError(f"{len(broken)} images cannot be used: repair or remove them and run again\n{listed}{more}")
+        raise ValueError(f"{len(broken)} images cannot be used: repair or remove them and run again\n{listed(broken)}")
     finished = [embedding_cache.finalize(part, own) for part, own in contents.items()]
     return all(finished)
 
@@ -203,7 +202,7 @@ def _by_aspect(members: Sequence[_Member], choices: Sequence[aspect_buckets.Size
                 continue
             found.setdefault(size, {}).setdefault(prompt, []).append(image)
     if broken:
-        raise ValueError("\n".join(broken[:SHOWN]))
+        raise ValueError(listed(broken))
     return {size: [_Member(p, tuple(own)) for p, own in rows.items()] for size, rows in sorted(found.items())}
 
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from advdmd.data.aspect_buckets import CachedData
-from advdmd.distillation.build import setup
-from advdmd.distillation.run_folder import run_fingerprint
+from advdmd.distillation.build import restore
 from advdmd.distillation.validation import load_best
 from advdmd.exporters.diffusers import export_student
 from advdmd.models import loading
@@ -14,7 +12,6 @@ from advdmd.models.backbone import Backbone
 from advdmd.recipes import registry
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import parse_reward
-from advdmd.training import checkpoint
 from advdmd.training.learner import Learner
 from advdmd.types import ONE_RANK, Json, Ranks
 
@@ -40,15 +37,8 @@ def export(run: str | Path, out: str | Path, overwrite: bool = False, changes: S
     name, r = registry.resolve(str(record), changes)
     if (eta := r.algorithm.sampler().eta) != 1:
         raise ValueError(f"eta={eta}: stock schedulers only know 1; train with algorithm.eta=1")
-    if isinstance(r.data, CachedData):
-        r = replace(r, data=r.data.beside(run))
-    source = r.data.open(r.teacher)
     # Whether there is a GPU or not: what was trained on one can be exported without it.
-    backbone, _, models = setup(replace(r, device="cpu"), source)
-    learners = {k: m for k, m in models._asdict().items() if isinstance(m, Learner)}
-    fingerprint = run_fingerprint(r, source.plan)
-    if not checkpoint.resume(run / "checkpoints", learners, r.algorithm.extra_state(models), fingerprint):
-        raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
+    (backbone, _, models), _ = restore(run, replace(r, device="cpu"))
     return export_ema_student(r, name, backbone, models.student, run, out)
 
 

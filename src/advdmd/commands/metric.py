@@ -11,14 +11,13 @@ import torch
 
 from advdmd.commands.evaluate import read_manifest, trained_on_metric
 from advdmd.data.image_files import fault_of, image_suffixes, is_system_file
-from advdmd.data.sources import SHOWN
 from advdmd.evaluation import statistics, tables
 from advdmd.evaluation.benchmark import Benchmark, SuiteItem, suite_hash
 from advdmd.evaluation.generate import LAYOUTS, image_jobs, image_path
 from advdmd.evaluation.judging import read_image
 from advdmd.evaluation.metrics import distances
 from advdmd.evaluation.metrics.inception import load_inception
-from advdmd.files import write_text
+from advdmd.files import listed, write_text
 from advdmd.models.hub import download
 from advdmd.progress import Progress
 from advdmd.rewards.base import Scorer
@@ -108,7 +107,6 @@ def _set_metric(
     if len(theirs) < len(found):
         print(f"{reference}: passed over: files of the operating system: {len(found) - len(theirs)}", file=sys.stderr)
     if broken := [f"{p}: {why}" for p in theirs if (why := fault_of(p.read_bytes()))]:
-        more = f"\n... and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        raise ValueError(f"{len(broken)} images cannot be read: repair or remove them\n" + "\n".join(broken[:SHOWN]) + more)
+        raise ValueError(f"{len(broken)} images cannot be read: repair or remove them\n{listed(broken)}")
     value = DISTANCES[metric](features(paths), features(theirs))
     return {"name": name, "weights": network.fingerprint, "mean": value, "reference_images": len(theirs)}

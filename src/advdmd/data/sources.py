@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from advdmd.data.captioned_images import CaptionedImage
 from advdmd.data.image_files import PHOTO_SUFFIXES, image_suffixes, is_system_file, same_name
 from advdmd.data.tables import parquet_file, saved_dataset
+from advdmd.files import listed
 from advdmd.types import Json
 
 Row = Any  # of a metadata file or a table: whatever it holds, checked where it is read
@@ -24,7 +25,6 @@ CAPTION_KEYS = ("text", "prompt", "caption", "en_caption")
 FILE_KEYS = ("file_name", "image", "image_path", "img")
 BYTES_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")  # columns of parquet files with an image in each row
 KOHYA_FOLDER = re.compile(r"\d+_(.+)")  # repeats and the caption of images without one
-SHOWN = 20  # faults of a source that are listed at once
 SUPPORTED_SOURCES = (
     "a .txt of prompts, a .jsonl, .json or .csv, a folder with metadata.jsonl, .csv or .parquet, a folder of images each with "
     "a .txt, .caption or .json of the same name, a webdataset .tar or a folder of them, a saved dataset, .parquet files"
@@ -57,8 +57,7 @@ class _Findings:
     def report(self, source: Path) -> None:
         """Print the counts. Raises ValueError with the faults, all in one go."""
         if self.faults:
-            more = f"\n... and {len(self.faults) - SHOWN} more" if len(self.faults) > SHOWN else ""
-            raise ValueError("\n".join(self.faults[:SHOWN]) + more)
+            raise ValueError(listed(self.faults))
         if self.skipped:
             counts = ", ".join(f"{what}: {n}" for what, n in sorted(self.skipped.items()))
             print(f"{source}: passed over: {counts}", file=sys.stderr)

@@ -1,13 +1,17 @@
 """From a recipe to a run: teacher, data, trainable networks with their optimizers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from advdmd.algorithms.base import DistillationModels, ExtraRewards
+from advdmd.data.aspect_buckets import CachedData
 from advdmd.data.loader import BatchConfig, DataSource, TrainingData
+from advdmd.distillation.run_folder import run_fingerprint
 from advdmd.models import loading, networks
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import to_uint8
@@ -17,7 +21,7 @@ from advdmd.models.sampler import decode
 from advdmd.models.target_time import TIME_EMBEDDING_LAYERS, TargetTime
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import load_scorer, parse_reward
-from advdmd.training import distributed
+from advdmd.training import checkpoint, distributed
 from advdmd.training.learner import Learner
 from advdmd.training.optimizer import OptimizerConfig, ParamGroup
 from advdmd.types import ONE_RANK, Cond, Ranks
@@ -48,6 +52,23 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
         backbone.net.to(device)
     data = data._replace(null=data.null.to(device), sample_cond=data.sample_cond.to(device))
     return Setup(backbone, data, build_models(r, backbone, data.null, data.prompts, ranks))
+
+
+def restore(run: Path, r: Recipe) -> tuple[Setup, int]:
+    """A run's setup in the state of its newest checkpoint, and after how many iterations that is.
+
+    The cache may have moved together with the run. Raises ValueError as `setup`, and if there is no checkpoint.
+    """
+    if isinstance(r.data, CachedData):
+        r = replace(r, data=r.data.beside(run))
+    source = r.data.open(r.teacher)
+    ready = setup(r, source)
+    learners = {k: m for k, m in ready.models._asdict().items() if isinstance(m, Learner)}
+    state = r.algorithm.extra_state(ready.models)
+    done = checkpoint.resume(run / "checkpoints", learners, state, run_fingerprint(r, source.plan), source.contents)
+    if not done:
+        raise ValueError(f"{run} holds no checkpoint yet: let advdmd train run on")
+    return ready, done
 
 
 def build_models(r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK) -> Any:

@@ -35,6 +35,13 @@ def best_of_n(reward: np.ndarray, score: np.ndarray) -> Json:
     return {"mean": float(best.mean()), "interval": interval(best[i].mean(1))}
 
 
+def with_interval(found: Json) -> str:
+    """A mean and its interval as text."""
+    if found["mean"] is None:
+        return "not measured: images of a prompt score alike"
+    return f"{found['mean']:+.3f} [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
+
+
 def paired_change(after: np.ndarray, before: np.ndarray) -> Json:
     """Mean of after - before, [P, N] each, of the same prompts and noise, with an interval over prompts."""
     change = (after.astype(float) - before.astype(float)).mean(1)

@@ -77,9 +77,9 @@ def _tensor_hashes(folder: Path) -> Iterator[str]:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                 value = tensors.get_tensor(name)
                 if value.is_floating_point():
-                    about = f"{value.dtype} {list(value.shape)}".encode()
-                    raw = value.contiguous().flatten().view(torch.uint8).numpy()
-                    yield hashlib.sha256(about + raw.tobytes()).hexdigest()
+                    digest = hashlib.sha256(f"{value.dtype} {list(value.shape)}".encode())
+                    digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+                    yield digest.hexdigest()
 
 
 def _tokenizer(folder: Path) -> str:

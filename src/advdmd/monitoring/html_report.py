@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advdmd.evaluation import failure_gallery, results, tables
+from advdmd.evaluation.reward_knowledge import with_interval
 from advdmd.files import read_object, write_text
 from advdmd.monitoring import charts, health
 from advdmd.monitoring.reward_hacking import reward_hacking_step
@@ -199,23 +200,17 @@ def _audits(runs: Sequence[RunRecord]) -> str:
         found = read_object(r.folder / "audit.json", "reward", "agreement", "effect", hint="run advdmd audit again")
         knows = found["reward"]
         rows = [["the discriminator asked about", "correlation within a prompt", f"best of {knows['images']} by its logit"]]
-        rows += [[k, _interval(v["correlation"]), _interval(v["best"])] for k, v in knows["levels"].items()]
+        rows += [[k, with_interval(v["correlation"]), with_interval(v["best"])] for k, v in knows["levels"].items()]
         steps = [["gradient of the student", "agreement of two halves", "a step's change of the reward", "of the score"]]
         for kind, cosine in found["agreement"].items():
             effect = found["effect"].get(kind, {})
-            steps.append([kind, f"{cosine:.3f}", *(_interval(effect[k]) if effect else "-" for k in ("reward", "score"))])
+            steps.append([kind, f"{cosine:.3f}", *(with_interval(effect[k]) if effect else "-" for k in ("reward", "score"))])
         about = (
             f"after {found['iteration']} iterations, scored by {found['scorer']}: mean {knows['random']:.3f}, the best of "
             f"{knows['images']} images {knows['oracle']:.3f}"
         )
         out += f"<p>{_key(i, r.label)} {html.escape(about)}</p>{_table(rows)}{_table(steps)}"
     return _part("Audit: what the reward knows, which way gradients point", out)
-
-
-def _interval(found: Json) -> str:
-    if found["mean"] is None:
-        return "not measured"
-    return f"{found['mean']:+.3f} [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
 
 
 def _samples(runs: Sequence[RunRecord]) -> str:
