@@ -61,9 +61,9 @@ def poison(monkeypatch, where, bad, calls):
 )
 def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
     """Whether a loss or a reward: step and player are named, and no player has moved since its last good step."""
-    from advdmd.algorithms import advdmd, updates
+    from advdmd.algorithms import policy, updates
 
-    poison(monkeypatch, (updates if name in ("fake_score_loss", "student_loss") else advdmd, name), bad, calls)
+    poison(monkeypatch, (updates if name in ("fake_score_loss", "student_loss") else policy, name), bad, calls)
     moved = []
     true = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: moved.append(self) or true(self, *a, **k))

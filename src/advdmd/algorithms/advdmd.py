@@ -3,24 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from advdmd import flow, losses
 from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, ModelBuilder
-from advdmd.algorithms.objectives import DiscriminatorInputs, discriminator_rewards, policy_loss
+from advdmd.algorithms.objectives import DiscriminatorInputs
+from advdmd.algorithms.policy import PolicyUpdates
 from advdmd.algorithms.updates import update_auc, update_fake_score, update_student
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import cps
-from advdmd.types import Batch, Metrics, Ranks, micro_batches
+from advdmd.types import Batch, Metrics
 
-CREDIT = {"step": 0.0, "final": 1.0, "both": 0.5}  # the final reward's share of a step's credit
 FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the discriminator is shown final images
-RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means that the trajectory is not the policy's own
 
 
 class Updates(NamedTuple):
@@ -31,35 +30,26 @@ class Updates(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvDMD(Algorithm[DistillationModels]):
-    """Hyperparameters of AdvDMD. docs/papers.md gives the source of each default.
+class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
+    """Hyperparameters of AdvDMD, with those of PolicyUpdates. docs/papers.md gives the source of each default.
 
     Schedule: for `dm_only_iterations` distribution matching alone; then policy updates every 8th and, at the end of
     `policy_ramp_iterations`, every 2nd iteration, with distribution matching in every iteration; from then on a policy update
-    every iteration and distribution matching every `dm_every`-th. With steps = 1 there are no policy updates. Raises
-    ValueError on values out of range.
+    every iteration and distribution matching every `dm_every`-th. A student of one step has policy updates
+    with policy=forward only. Raises ValueError on values out of range.
     """
 
-    steps: int = 4  # K
     shift: float = 3.0  # time shift of the student's grid
-    eta: float = 1.0  # noise share of a step; 1 runs in stock schedulers
-    group_size: int = 8  # samples per prompt; a group is never split between ranks
     fake_score_updates: int = 5  # optimizer steps of fake score and discriminator per rollout
-    micro_batch_size: int = 64  # samples per forward-backward pass
     dm_only_iterations: int = 60
     policy_ramp_iterations: int = 60
     dm_every: int = 2
     dm_updates: int = 1  # optimizer steps on distribution matching per rollout, where it is due
     discriminator_every_nth_sample: int = 1  # every n-th sample is shown to the discriminator
-    credit: Literal["step", "final", "both"] = "both"  # which reward a step gets: its own, the final image's, or half of each
-    final_noise_levels: tuple[float, ...] = (0.02, 0.1, 0.3)  # of the final image's reward
     mismatched_caption_weight: float = 0.0  # of real images under mismatched captions as further generated images
     gan_loss_weight: float = 0.0  # of GAN back-propagation beside distribution matching (DMD2); the paper's method has none
-    auc_gating: bool = True  # policy updates scaled by losses.auc_gate of the discriminator's AUC at each level
+    gan_fade: float = 0.0  # share of gan_loss_weight that is gone when policy_ramp_iterations are over
     discriminator_online: bool = True  # False: the discriminator is frozen after dm_only_iterations, an ablation
-    action: Literal["sample", "projected"] = "sample"  # of the policy: the next state, or Trajectory.projected_actions
-    shared_start: bool = True  # in iterations with a policy update the samples of a group start from the same noise
-    clip_range: float = 1e-5  # of the ratio at 65,536 latent dimensions D; scaled by sqrt(65536 / D)
     renoise_range: tuple[float, float] = (0.02, 0.98)  # noise levels of the fake score and of distribution matching
     auc_decay: float = 0.9  # of the running AUC
 
@@ -72,9 +62,8 @@ class AdvDMD(Algorithm[DistillationModels]):
         cps(self.eta)
         if self.eta == 0 and self.steps > 1:
             raise ValueError("AdvDMD(eta=0): without noise a step is no action to prefer; use 0 < eta <= 1")
-        if self.group_size < 2:
-            raise ValueError(f"AdvDMD(group_size={self.group_size}): an advantage compares at least two samples of a prompt")
-        for name in ("fake_score_updates", "micro_batch_size", "dm_every", "dm_updates", "discriminator_every_nth_sample"):
+        super().__post_init__()
+        for name in ("fake_score_updates", "dm_every", "dm_updates", "discriminator_every_nth_sample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
@@ -83,16 +72,12 @@ class AdvDMD(Algorithm[DistillationModels]):
                 f"AdvDMD(discriminator_every_nth_sample={self.discriminator_every_nth_sample}): must divide "
                 f"group_size={self.group_size}, so that no prompt is left out"
             )
-        if self.clip_range <= 0 or min(self.mismatched_caption_weight, self.gan_loss_weight) < 0 or not 0 <= self.auc_decay < 1:
+        for name in ("mismatched_caption_weight", "gan_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"AdvDMD({name}={getattr(self, name)}): a weight of at least 0")
+        if not 0 <= self.auc_decay < 1 or not 0 <= self.gan_fade <= 1:
             raise ValueError(
-                f"AdvDMD(clip_range={self.clip_range}, mismatched_caption_weight={self.mismatched_caption_weight}, "
-                f"gan_loss_weight={self.gan_loss_weight}, auc_decay={self.auc_decay}): needs clip_range > 0, both weights "
-                "at least 0, auc_decay in [0, 1)"
-            )
-        if self.action not in ("sample", "projected") or self.credit not in CREDIT:
-            raise ValueError(
-                f"AdvDMD(action={self.action!r}, credit={self.credit!r}): action is sample or projected; "
-                "credit is step, final or both"
+                f"AdvDMD(auc_decay={self.auc_decay}, gan_fade={self.gan_fade}): a decay in [0, 1) and a share in [0, 1]"
             )
         if not self.discriminator_online and self.dm_only_iterations == 0:
             raise ValueError(
@@ -102,8 +87,6 @@ class AdvDMD(Algorithm[DistillationModels]):
         for name in ("dm_only_iterations", "policy_ramp_iterations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): a count of iterations cannot be negative")
-        if not self.final_noise_levels or not all(0 < u < 1 for u in self.final_noise_levels):
-            raise ValueError(f"AdvDMD(final_noise_levels={self.final_noise_levels}): noise levels inside (0, 1), at least one")
         low, high = self.renoise_range
         if not 0 < low < high < 1:
             raise ValueError(f"AdvDMD(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
@@ -116,24 +99,25 @@ class AdvDMD(Algorithm[DistillationModels]):
         actions, and distribution matching starts from its states.
         """
         updates = self.updates_at(iteration)
-        trajectory = self.rollout(models, batch, rng, shared_start=self.shared_start and updates.policy)
+        shared_start = self.shares_start and updates.policy
+        trajectory = self.rollout(models, batch, rng, shared_start)
 
         # 1. Fake score and discriminator follow the student.
         metrics = self.update_fake_score_and_discriminator(models, trajectory, batch, iteration, rng)
         spread = losses.within_group_std(trajectory.x[-1], self.group_size).item()
-        metrics["student/within_group_std" + "_shared_start" * (self.shared_start and updates.policy)] = spread
+        metrics["student/within_group_std" + "_shared_start" * shared_start] = spread
         # 2. Policy gradient, before distribution matching moves the student: every ratio is 1.
         if updates.policy:
             metrics |= self.update_policy(models, trajectory, batch, rng)
         # 3. Distribution matching through one step of the same trajectory.
         if updates.distribution_matching:
-            metrics |= self.update_student(models, trajectory, batch, rng)
+            metrics |= self.update_student(models, trajectory, batch, rng, self.gan_weight_at(iteration))
         return metrics
 
     def updates_at(self, iteration: int) -> Updates:
         """The schedule of iteration 0, 1, ...: a function of the iteration alone, so that all ranks agree."""
         since = iteration - self.dm_only_iterations
-        if since < 0 or self.steps == 1:
+        if since < 0 or not self.has_policy_updates:
             return Updates(policy=False, distribution_matching=True)
         if since < self.policy_ramp_iterations:
             every = round(8 * (2 / 8) ** (since / self.policy_ramp_iterations))
@@ -209,73 +193,10 @@ class AdvDMD(Algorithm[DistillationModels]):
         )
         return inputs, level
 
-    def update_policy(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> Metrics:
-        """One optimizer step of the student on the policy gradient, at a learning rate scaled by the mean gate.
-
-        Raises FloatingPointError if a replayed ratio is not 1.
-        """
-        advantage, gate, metrics = self.advantages(models, trajectory, batch, rng)
-        clip_range = self.scaled_clip_range(trajectory.x.shape[2:])
-        parts = micro_batches(len(batch), self.micro_batch_size, advantage.device)
-        parts = ((trajectory[i], batch.cond[i], advantage[:, i]) for i in parts)
-        projected = self.action == "projected"
-        updated, aux = models.student.update(
-            (policy_loss(models, path, cond, a, cps(self.eta), clip_range, projected) for path, cond, a in parts),
-            "policy",
-            lr_scale=gate,
-        )
-        error = models.ranks.gather(aux["ratio_error"].max()[None]).max().item()
-        if error > min(RATIO_TOLERANCE, clip_range):  # within the clip range, an error is not clipped on one side only
-            raise FloatingPointError(f"policy: |ratio - 1| = {error:.2g} on replay, expected 0")
-        return metrics | updated | {"policy/max_ratio_error": error}
-
-    def advantages(
-        self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng
-    ) -> tuple[Tensor, float, Metrics]:
-        """Advantages [K - 1, N] of the stochastic steps, the mean gate in [0, 1], and metrics.
-
-        Differences between the gates of levels scale the advantages. The mean gate is a common factor, which Adam would divide
-        out again: it is for the learning rate. Further rewards of a recipe are of final images and count for all steps:
-        A = A_D + sum_i w_i A_i, each normalised over its groups first, with a gate of 1. Raises FloatingPointError if a reward
-        is not finite.
-        """
-        n = len(batch)
-        e = rng.normal("reward.e", trajectory.x.shape[2:])[self.first_of_group(n, trajectory.x.device)]  # one for the group
-        by_step, final = discriminator_rewards(
-            models, trajectory, batch.cond, self.final_noise_levels, e, self.micro_batch_size
-        )
-        if not (by_step.isfinite().all() and final.isfinite().all()):
-            raise FloatingPointError("policy: a reward is not finite")
-        auc = models.discriminator_auc
-        gate = losses.auc_gate(auc) if self.auc_gating else torch.ones_like(auc)
-        a_step, a_final = (self.group_advantage(models.ranks, r) for r in (by_step, final[None]))
-        (advantage, trusted), total = losses.gated_advantage(a_step, a_final, gate, CREDIT[self.credit]), 1.0
-        rewards = {"final": final} | {str(i + 1): r for i, r in enumerate(by_step)}
-        more = models.extra_rewards(trajectory.x[-1], batch.prompt_index) if models.extra_rewards else {}
-        for name, (weight, r) in more.items():
-            advantage = advantage + weight * self.group_advantage(models.ranks, r[None])
-            trusted, total = trusted + weight, total + weight
-            rewards[name] = r
-        mean_gate = trusted / total
-        advantage = advantage / max(mean_gate, 1e-6)
-        metrics: Metrics = {"policy/gate": mean_gate}
-        for name, r in rewards.items():
-            metrics[f"reward/{name}"] = r.mean().item()
-            metrics[f"reward/{name}_std"] = r.reshape(*r.shape[:-1], -1, self.group_size).std(-1).mean().item()
-        metrics["policy/frac_zero_advantage"] = (advantage.abs() < 1e-3).float().mean().item()
-        return advantage, mean_gate, metrics
-
-    def first_of_group(self, n: int, device: torch.device) -> Tensor:
-        """Of each of n samples, the index of its group's first one, [n]."""
-        return torch.arange(n, device=device) // self.group_size * self.group_size
-
-    def group_advantage(self, ranks: Ranks, rewards: Tensor) -> Tensor:
-        """Advantages of rewards [..., N] of this rank, normalised over the groups of all ranks. -> [..., N]"""
-        n = rewards.shape[-1]
-        return losses.group_advantage(ranks.gather(rewards), self.group_size)[..., ranks.rank * n : (ranks.rank + 1) * n]
-
-    def update_student(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> Metrics:
-        """Optimizer steps of the student on distribution matching and, with a weight, on the GAN."""
+    def update_student(
+        self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng, gan_weight: float
+    ) -> Metrics:
+        """Optimizer steps of the student on distribution matching and, with a weight >= 0, on the GAN."""
 
         def gan_levels(name: str, k: Tensor, u: Tensor) -> Tensor:
             """Where the discriminator is trained on what step k leads to: the next level, or a small u for the final image."""
@@ -289,17 +210,19 @@ class AdvDMD(Algorithm[DistillationModels]):
             updates=self.dm_updates,
             micro_batch_size=self.micro_batch_size,
             renoise_range=self.renoise_range,
-            gan_loss_weight=self.gan_loss_weight,
+            gan_loss_weight=gan_weight,
             gan_levels=gan_levels,
         )
+
+    def gan_weight_at(self, iteration: int) -> float:
+        """The weight of the GAN loss in iteration 0, 1, ...: it falls by `gan_fade` over policy_ramp_iterations."""
+        since = iteration + 1 - self.dm_only_iterations
+        past = min(1.0, max(0, since) / self.policy_ramp_iterations) if self.policy_ramp_iterations else float(since > 0)
+        return self.gan_loss_weight * (1 - self.gan_fade * past)
 
     def discriminator_trains(self, iteration: int) -> bool:
         """Whether the discriminator is updated in iteration 0, 1, ..."""
         return self.discriminator_online or iteration < self.dm_only_iterations
-
-    def scaled_clip_range(self, shape: torch.Size) -> float:
-        """The clip range of the ratio for latents of this shape: the mean over D dimensions shrinks log-ratios by sqrt(D)."""
-        return self.clip_range * math.sqrt(65536 / math.prod(shape))
 
     def build(self, builder: ModelBuilder) -> DistillationModels:
         """Teacher, student with an optimizer of each update, fake score with the discriminator."""
@@ -330,6 +253,11 @@ class AdvDMD(Algorithm[DistillationModels]):
     def check_batch(self, prompts: int, world_size: int) -> None:
         """Raises ValueError if ranks cannot share the prompts, or if a mismatched caption has no other prompt to come from."""
         super().check_batch(prompts, world_size)
+        if self.policy_step == "agreement" and world_size > 1 and prompts // world_size % 2:
+            raise ValueError(
+                f"algorithm.policy_step=agreement halves each process's prompts: prompts_per_step={prompts} for {world_size} "
+                f"processes must be a multiple of {2 * world_size}"
+            )
         if prompts < 2 and self.mismatched_caption_weight:
             raise ValueError("algorithm.mismatched_caption_weight needs prompts_per_step of at least 2: it is another prompt's")
 
@@ -337,14 +265,14 @@ class AdvDMD(Algorithm[DistillationModels]):
         """Forward passes per sample of an iteration by part, in units of one without gradient."""
         grad, depth, updates = 1 + costs.backward, costs.discriminator_depth, self.updates_at(iteration)
         shown = self.discriminator_trains(iteration) / self.discriminator_every_nth_sample
-        kinds = 2 + bool(self.mismatched_caption_weight)
+        kinds, grpo = 2 + bool(self.mismatched_caption_weight), self.policy == "grpo"
         return {
             "rollout": self.steps,
             "fake score": grad,
             "discriminator": shown * kinds * depth * (1 + costs.backward * costs.discriminator_trunk),
-            "reward": updates.policy * (self.steps - 1 + len(self.final_noise_levels)) * depth,
-            "policy": updates.policy * (self.steps - 1) * grad,
+            "reward": updates.policy * ((self.steps - 1) * grpo + len(self.final_noise_levels)) * depth,
+            "policy": updates.policy * (self.steps - 1 if grpo else self.forward_draws) * grad,
             "distribution matching": updates.distribution_matching
             * self.dm_updates
-            * (grad + 2 + 1 + bool(self.gan_loss_weight) * 2 * depth),
+            * (grad + 2 + 1 + bool(self.gan_weight_at(iteration)) * 2 * depth),
         }

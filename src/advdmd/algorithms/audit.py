@@ -9,10 +9,9 @@ from torch import Tensor
 from advdmd import flow, losses
 from advdmd.algorithms.advdmd import FINAL_NOISE_RANGE, AdvDMD
 from advdmd.algorithms.base import DistillationModels
-from advdmd.algorithms.objectives import policy_loss, student_loss
+from advdmd.algorithms.objectives import student_loss
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, sample_exit_steps
-from advdmd.transitions import cps
 from advdmd.types import Batch, micro_batches
 
 ESTIMATORS = ("policy", "distribution matching", "GAN")
@@ -78,19 +77,19 @@ class Auditor:
     def _losses(self, batch: Batch, rng: Rng) -> Iterator[tuple[str, Tensor]]:
         """Each estimator's loss on a batch, micro-batch by micro-batch, as shares of the batch's mean."""
         algorithm, models = self.algorithm, self.models
-        trajectory = algorithm.rollout(models, batch, rng, algorithm.shared_start)
-        advantage, _, _ = algorithm.advantages(models, trajectory, batch, rng)
+        trajectory = algorithm.rollout(models, batch, rng, algorithm.shares_start)
         shape, n = trajectory.x.shape[2:], len(batch)
-        clip_range, projected = algorithm.scaled_clip_range(shape), algorithm.action == "projected"
+        advantage = algorithm.advantages(models, trajectory, batch, rng).by_step
+        policy_loss, draws = algorithm.policy_loss(models, trajectory, batch, advantage, rng)
         k = sample_exit_steps(rng, "match.k", trajectory.num_steps)
         x, t = trajectory.at(k)
         u, e = rng.uniform("match.u", *algorithm.renoise_range), rng.normal("match.e", shape)
         w = torch.where(k + 1 < algorithm.steps, trajectory.t[k + 1], rng.uniform("match.w", *FINAL_NOISE_RANGE))
         for i in micro_batches(n, algorithm.micro_batch_size, x.device):
             cond = batch.cond[i]
-            if algorithm.steps > 1:
-                loss, _ = policy_loss(models, trajectory[i], cond, advantage[:, i], cps(algorithm.eta), clip_range, projected)
-                yield "policy", loss.sum() / n
+            for draw in range(draws if algorithm.has_policy_updates else 0):
+                loss, _ = policy_loss(i, draw)
+                yield "policy", loss.sum() / (n * draws)
             loss, _ = student_loss(models, x[i], t[i], cond, k[i], u[i], e[i], w[i], 0.0)
             yield "distribution matching", loss.sum() / n
             x0 = flow.x0_from_velocity(x[i], models.student(x[i], t[i], cond), t[i])

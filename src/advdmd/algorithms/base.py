@@ -20,7 +20,8 @@ class Trainable(Protocol):
     """A trainable network with its optimizers (training.learner.Learner).
 
     Called with x [N, ...], t [N] and conditions it predicts [N, ...]; `update` takes one optimizer step on the mean of losses
-    [n], at `lr_scale` times the learning rate.
+    [n], at `lr_scale` times the learning rate. `accumulate` adds the gradients of a rollout's two halves to those of earlier
+    rollouts and logs their agreement; `step_by_agreement` spends them in one step.
     """
 
     net: nn.Module
@@ -32,6 +33,11 @@ class Trainable(Protocol):
     def update(
         self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
     ) -> tuple[Metrics, Aux]: ...
+    def accumulated_rollouts(self, optimizer: str) -> int: ...
+    def accumulate(
+        self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str, scaled_by: str
+    ) -> tuple[Metrics, Aux]: ...
+    def step_by_agreement(self, optimizer: str, scaled_by: str) -> Metrics: ...
 
 
 class TargetTimeVelocity(Protocol):
@@ -157,6 +163,11 @@ class Algorithm(Protocol[Models]):
     def conditions_per_sample(self) -> int:
         """Conditions that a step holds per sample: 2 if each also has a mismatched caption."""
         return 1
+
+    @property
+    def needs_extra_rewards(self) -> bool:
+        """Whether further rewards are its only ones."""
+        return False
 
     def check_batch(self, prompts: int, world_size: int) -> None:
         """Raises ValueError if a step's prompts cannot be divided among `world_size` ranks."""

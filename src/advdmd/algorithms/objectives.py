@@ -124,17 +124,24 @@ def student_loss(
 
 @torch.no_grad()
 def discriminator_rewards(
-    models: DistillationModels, trajectory: Trajectory, cond: Cond, levels: Sequence[float], e: Tensor, micro_batch_size: int
+    models: DistillationModels,
+    trajectory: Trajectory,
+    cond: Cond,
+    levels: Sequence[float],
+    e: Tensor,
+    micro_batch_size: int,
+    with_steps: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Rewards of a trajectory of N samples, without gradient: of its steps [K - 1, N], and of its final images [N].
 
     A step's reward is the logit of the state that it leads to, D(x[k + 1], t[k + 1], cond). The final reward is the mean logit
     of the final image re-noised to each of `levels`, in (0, 1), with noise e [N, ...]. At most `micro_batch_size` states per
-    forward pass.
+    forward pass. Without `with_steps`, final images alone are judged, and the first result is [0, N].
     """
     n, low = len(cond), torch.tensor(levels, device=e.device)
     final = [flow.interpolate(trajectory.x[-1], e, u.expand(n)) for u in low]
-    x, t = torch.cat([*trajectory.x[1:-1], *final]), torch.cat([trajectory.t[1:-1], low]).repeat_interleave(n)
+    states, times = (trajectory.x[1:-1], trajectory.t[1:-1]) if with_steps else ((), trajectory.t[:0])
+    x, t = torch.cat([*states, *final]), torch.cat([times, low]).repeat_interleave(n)
     parts = micro_batches(len(x), micro_batch_size, e.device)
     logits = torch.cat([models.discriminator(x[i], t[i], cond[i % n]) for i in parts]).view(-1, n)
     return logits[: -len(low)], logits[-len(low) :].mean(0)
@@ -163,3 +170,17 @@ def policy_loss(
         total = total + losses.ppo_clip(neg_mse, old[k], advantage[k], clip_range)
         error = torch.maximum(error, ((neg_mse - old[k]).detach().exp() - 1).abs())
     return total / max(1, len(actions)), {"ratio_error": error}
+
+
+def forward_policy_loss(
+    models: DistillationModels, x0: Tensor, cond: Cond, advantage: Tensor, t: Tensor, e: Tensor
+) -> tuple[Tensor, Aux]:
+    """Policy gradient on the forward process (after DiffusionNFT, 2509.16117): A / 2 mean |x0(x_t) - x0|^2. -> [N]
+
+    Final images x0 [N, ...] of the student are re-noised to t [N] with noise e [N, ...]. Its prediction there is drawn to
+    images with a positive advantage [N] and pushed from those with a negative one. No action, log-probability or ratio is
+    needed, so a student of one step can be rewarded too. Where the student has just made the images, the gradient is that of
+    DiffusionNFT's loss up to a factor: the student is then its own old policy.
+    """
+    prediction = flow.x0_from_velocity(flow.interpolate(x0, e, t), models.student(flow.interpolate(x0, e, t), t, cond), t)
+    return 0.5 * advantage * losses.mean_flat((prediction - x0).float().square()), {}

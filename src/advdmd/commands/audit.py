@@ -20,7 +20,7 @@ from advdmd.monitoring import health
 from advdmd.progress import Progress
 from advdmd.recipes import registry
 from advdmd.recipes.recipe import Recipe
-from advdmd.rewards.registry import load_scorer
+from advdmd.rewards.registry import load_scorer, parse_scorer
 from advdmd.types import Batch, Json
 
 AUDIT_FILE = "audit.json"
@@ -72,10 +72,7 @@ def _judged(r: Recipe, ready: Setup, prompts: int, config: AuditConfig, scorer: 
     backbone, data, _ = ready
     if scorer is None:
         return _judged_by_checker(ready, prompts, config)
-    kind, colon, where = scorer.partition(":")
-    if not colon:
-        raise ValueError(f"--scorer {scorer!r}: write NAME:FOLDER, such as pickscore:FOLDER")
-    judge = load_scorer(kind, Path(where))
+    judge = load_scorer(*parse_scorer(scorer))
     need = -(-prompts // r.prompts_per_step)
     parts = [data.batch_fn(r.iterations + 10**6 + i)[0] for i in range(need)]
     index = torch.cat([p.prompt_index[:: r.algorithm.group_size] for p in parts if p.prompt_index is not None])[:prompts]

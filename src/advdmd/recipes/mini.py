@@ -8,12 +8,16 @@ from advdmd.algorithms.advdmd import AdvDMD
 from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.twinflow import TwinFlow, guidance_strength
 from advdmd.mini import pipelines
+from advdmd.mini.checker_scorer import CheckerScorer
 from advdmd.mini.pretraining import AutoencoderTraining, FlowMatching, PretrainingStage
 from advdmd.mini.training_data import MiniData
 from advdmd.models.discriminator import DiscriminatorConfig
 from advdmd.recipes.overrides import override
 from advdmd.recipes.recipe import Recipe
+from advdmd.rewards.registry import register_scorer
 from advdmd.training.optimizer import OptimizerConfig
+
+register_scorer("checker", CheckerScorer)
 
 
 def autoencoder() -> PretrainingStage:

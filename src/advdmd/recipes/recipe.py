@@ -64,6 +64,8 @@ class Recipe:
             parse_reward(text)
         if self.rewards and not self.algorithm.uses_extra_rewards:
             raise ValueError(f"rewards={self.rewards}: {self.algorithm.name} has no policy updates to use them in")
+        if self.algorithm.needs_extra_rewards and not self.rewards:
+            raise ValueError("algorithm.discriminator_reward_weight=0 leaves no reward: name one in rewards")
         self.check_world_size(1)
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: the rank of adapters, 0 for full fine-tuning")

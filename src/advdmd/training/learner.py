@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from advdmd.algorithms.base import Aux
 from advdmd.training import distributed
+from advdmd.training.gradient_halves import GradientHalves, damped
 from advdmd.training.optimizer import OptimizerConfig, ParamGroup, adam, moment_names, restore_8bit_tables
 from advdmd.types import Json, Metrics
 
@@ -69,6 +70,7 @@ class Learner:
             params, scales = [list(g.params) for g in groups], [g.lr_scale for g in groups]
             prefix = prefixes.get(key, f"{name}/{key}_")
             self._optimizers[key] = _OptimizerState(config, params, scales, adam(config, params), prefix)
+        self._halves = {key: GradientHalves(o.all_params) for key, o in self._optimizers.items()}
         self.ema_updates = 0
         self.ema: dict[str, nn.Parameter] = {}
         if ema_decay is not None:
@@ -101,20 +103,8 @@ class Learner:
         norm is not finite.
         """
         o = self._optimizers[optimizer]
-        params = o.all_params
-        o.adam.zero_grad(set_to_none=True)
-        total, count, found = 0.0, 0, list[Aux]()
-        for item in losses:
-            loss, aux = item if isinstance(item, tuple) else (item, None)
-            if aux is not None:
-                found.append(aux)
-            loss.sum().backward()
-            total, count = total + loss.detach().sum().item(), count + len(loss)
-        total, count = distributed.all_reduce_gradients(params, total, count)
-        grads = [p.grad for p in params if p.grad is not None]
-        norm = distributed.grad_norm(grads) / count
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise FloatingPointError(f"{self.name}/{optimizer}: loss {total / count}, gradient norm {norm}")
+        total, count, norm, found = self._back_propagate(optimizer, losses)
+        grads = [p.grad for p in o.all_params if p.grad is not None]
         if local := [distributed.local_shard(g) for g in grads]:  # all in one call: on a GPU each call costs a launch
             torch._foreach_mul_(local, min(1.0, o.config.max_grad_norm / (norm + 1e-6)) / count)
         for setting, scale in zip(o.adam.param_groups, o.lr_scales, strict=True):
@@ -124,9 +114,76 @@ class Learner:
         o.updates += 1
         self._update_ema()
         metrics = {f"{o.log_prefix}loss": total / count, f"{o.log_prefix}grad_norm": norm} | self._gradient_alignment()
-        if not found:
-            return metrics
-        return metrics, {k: torch.cat([aux[k] for aux in found]) for k in found[0]}
+        return (metrics, _joined(found)) if found else metrics
+
+    def _back_propagate(
+        self, optimizer: str, losses: Iterable[Tensor] | Iterable[tuple[Tensor, Aux]]
+    ) -> tuple[float, float, float, list[Aux]]:
+        """Gradients of losses, each [n] or ([n], aux), summed over all samples and ranks into the parameters' `grad`.
+
+        Returns the sum of the losses, the number of samples, the norm of their mean gradient, and what lies beside the losses.
+        """
+        o, total, count, found = self._optimizers[optimizer], 0.0, 0, list[Aux]()
+        o.adam.zero_grad(set_to_none=True)
+        for item in losses:
+            loss, aux = item if isinstance(item, tuple) else (item, None)
+            if aux is not None:
+                found.append(aux)
+            loss.sum().backward()
+            total, count = total + loss.detach().sum().item(), count + len(loss)
+        total, count = distributed.all_reduce_gradients(o.all_params, total, count)
+        norm = distributed.grad_norm([p.grad for p in o.all_params if p.grad is not None]) / max(count, 1)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise FloatingPointError(f"{self.name}/{optimizer}: loss {total / count}, gradient norm {norm}")
+        return total, count, norm, found
+
+    def accumulated_rollouts(self, optimizer: str) -> int:
+        """How many rollouts `accumulate` has added since the last step."""
+        return self._halves[optimizer].rollouts
+
+    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str, scaled_by: str) -> tuple[Metrics, Aux]:
+        """Add the gradients of a rollout's two halves, losses [n] of each, to those of earlier rollouts; nothing moves.
+
+        Returns the rollout's mean loss and gradient norms, the agreement of the halves since the last step, how many rollouts
+        they hold, and the auxiliary values of all samples. scaled_by: as in `step_by_agreement`. Raises FloatingPointError as
+        `update`.
+        """
+        o, held = self._optimizers[optimizer], self._halves[optimizer]
+        total, count, norms, every = 0.0, 0.0, list[float](), list[Aux]()
+        for half, losses in enumerate(halves):
+            loss, n, norm, found = self._back_propagate(optimizer, losses)
+            held.add(half, int(n))
+            total, count, norms, every = total + loss, count + n, [*norms, norm], every + found
+        o.adam.zero_grad(set_to_none=True)
+        held.rollouts += 1
+        metrics = {
+            f"{o.log_prefix}loss": total / count,
+            f"{o.log_prefix}grad_norm": max(norms),
+            f"{o.log_prefix}agreement": held.agreement(self._scales(scaled_by, o)),
+            f"{o.log_prefix}rollouts": float(held.rollouts),
+        }
+        return metrics, _joined(every)
+
+    def step_by_agreement(self, optimizer: str, scaled_by: str) -> Metrics:
+        """Spend what `accumulate` has gathered in one step, as long as its halves agree (GradientHalves.step); moves the EMA.
+
+        scaled_by: the optimizer whose second moments the gradients are divided by the root of, as Adam divides its own; they
+        are taken as they are before its first update and with moments of 8 bits.
+        """
+        o = self._optimizers[optimizer]
+        lr = o.config.learning_rate(o.updates)
+        lrs = [lr * scale for group, scale in zip(o.params, o.lr_scales, strict=True) for _ in group]
+        share = self._halves[optimizer].step(self._scales(scaled_by, o), lrs)
+        o.updates += 1
+        self._update_ema()
+        return {f"{o.log_prefix}step_share": share}
+
+    def _scales(self, optimizer: str, of: _OptimizerState) -> list[Tensor] | None:
+        """Roots of an optimizer's second moments, damped, like the shards of the other's parameters; None if it has none."""
+        roots = self._root_second_moments(optimizer)
+        if roots is None:
+            return None
+        return damped([roots[p] for p in of.all_params], of.all_params)
 
     @property
     def sharded(self) -> bool:
@@ -141,7 +198,7 @@ class Learner:
         measured with moments of 8 bits.
         """
         both = list(self._optimizers.items())
-        if len(both) != 2 or not all(o.updates and o.config.state_bits == 32 for _, o in both):
+        if len(both) != 2 or not all(o.adam.state and o.config.state_bits == 32 for _, o in both):
             return {}
         (name, first), (other, second) = ((k, o.adam.state) for k, o in both)
         shared = [p for p in first if p in second]
@@ -167,11 +224,18 @@ class Learner:
 
         None before its first update and with moments of 8 bits.
         """
+        roots = self._root_second_moments(optimizer)
+        return None if roots is None else torch.cat([s.flatten() for s in roots.values()])
+
+    @torch.no_grad()
+    def _root_second_moments(self, optimizer: str) -> dict[nn.Parameter, Tensor] | None:
+        """The same by parameter, this rank's shards."""
         o = self._optimizers[optimizer]
         if not o.updates or o.config.state_bits != 32:
             return None
         correction = 1 - o.config.betas[1] ** o.updates
-        return torch.cat([(o.adam.state[p]["exp_avg_sq"].flatten() / correction).sqrt() + 1e-8 for p in o.all_params])
+        squares = {p: o.adam.state[p]["exp_avg_sq"] if p in o.adam.state else torch.zeros_like(p) for p in o.all_params}
+        return {p: (distributed.local_shard(s) / correction).sqrt() + 1e-8 for p, s in squares.items()}
 
     def ema_state_dict(self) -> dict[str, Tensor]:
         """The state dict with EMA weights, same shapes: buffers as they are, parameters averaged."""
@@ -213,7 +277,11 @@ class Learner:
             for i, p in enumerate(o.all_params):
                 kept = {k: v for k, v in o.adam.state.get(p, {}).items() if k in moment_names(p, o.config)}
                 tensors |= {f"adam/{key}/{i}/{k}": torch.as_tensor(v) for k, v in kept.items()}
-        counts = {k: {"updates": o.updates, "moved": len(o.adam.state)} for k, o in self._optimizers.items()}
+            tensors |= self._halves[key].state_dict(f"halves/{key}/")
+        counts = {
+            k: {"updates": o.updates, "moved": len(o.adam.state), "halves": self._halves[k].counts}
+            for k, o in self._optimizers.items()
+        }
         return tensors, {"ema_updates": self.ema_updates, "optimizers": counts}
 
     def state_template(self) -> dict[str, Tensor]:
@@ -224,6 +292,7 @@ class Learner:
             for i, p in enumerate(o.all_params):
                 head, step = f"adam/{key}/{i}", torch.zeros((), device=p.device)
                 out |= {f"{head}/exp_avg": p, f"{head}/exp_avg_sq": p, f"{head}/step": step}
+            out |= self._halves[key].state_template(f"halves/{key}/")
         return out
 
     @torch.no_grad()
@@ -256,7 +325,14 @@ class Learner:
             whole = sum(set(state) == moment_names(p, o.config) for p, state in o.adam.state.items())
             if whole != moved:
                 raise ValueError(f"{self.name}/{key}: whole optimizer state of {whole} parameters, {moved} were saved")
+            if "halves" in counters["optimizers"][key]:  # not in checkpoints of earlier versions
+                self._halves[key].load_state_dict(part(f"halves/{key}/"), counters["optimizers"][key]["halves"])
             if o.config.state_bits == 8:
                 restore_8bit_tables(o.adam)
         if extra := set(tensors) - set(self.state_dict()[0]):
             raise ValueError(f"{self.name}: the checkpoint holds {sorted(extra)[0]}, which this recipe does not have")
+
+
+def _joined(found: Sequence[Aux]) -> Aux:
+    """Auxiliary values of several passes, each [n], as columns [N]."""
+    return {k: torch.cat([aux[k] for aux in found]) for k in found[0]}
