@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from advdmd import flow
-from advdmd.algorithms.advdmd import RATIO_TOLERANCE, AdvDMD
+from advdmd.algorithms.policy import RATIO_TOLERANCE, AdvDMD
 from advdmd.files import write_text
 from advdmd.models import loading
 from advdmd.rollout import rollout, step_distribution

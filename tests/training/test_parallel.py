@@ -25,6 +25,13 @@ COMMON = [
 ]  # fmt: skip
 # Policy updates from the second iteration on, whatever the discriminator can tell by then.
 WORDS = [*COMMON, "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "algorithm.auc_gating=false"]
+# Two rollouts' gradients are gathered for a step: the last checkpoint holds the second step's first rollout.
+GATHERED = [
+    "algorithm.policy=forward",
+    "algorithm.policy_step=agreement",
+    "algorithm.max_policy_rollouts=2",
+    "algorithm.min_agreement=1",
+]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd"]
 
@@ -112,7 +119,12 @@ def test_two_processes_run_as_one_does(alone, both):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words"), [("mini-sd35-advdmd", [*WORDS, "lora_rank=4"]), ("mini-sd35-twinflow", [*COMMON, "lora_rank=4"])]
+    ("recipe", "words"),
+    [
+        ("mini-sd35-advdmd", [*WORDS, "lora_rank=4"]),
+        ("mini-sd35-advdmd", [*WORDS, "lora_rank=4", *GATHERED]),
+        ("mini-sd35-twinflow", [*COMMON, "lora_rank=4"]),
+    ],
 )
 def test_replicas_of_adapters_run_as_one_process_does(recipe, words, tiny_folder, tmp_path):
     one, two = (ran(tmp_path / str(n), tiny_folder, n, words, recipe) for n in (1, 2))
@@ -202,6 +214,7 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
 
 SHARDED = [
     *WORDS,
+    *GATHERED,
     "fsdp=true",
     "algorithm.discriminator_every_nth_sample=2",
     "discriminator.trunk=own",

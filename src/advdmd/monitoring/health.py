@@ -110,6 +110,16 @@ DIAGNOSTICS = (
         low="the discriminator cannot tell real from generated where it pays: see discriminator/auc",
     ),
     Diagnostic(
+        "policy/agreement",
+        "cosine of the two halves of gathered policy gradients (policy_step=agreement): 1 is all signal, 0 all noise",
+        low="noise: raise algorithm.max_policy_rollouts or prompts_per_step; advdmd audit says what the reward knows",
+    ),
+    Diagnostic(
+        "policy/step_share",
+        "share of policy_optimizer.lr that a gathered step was long, by its agreement",
+        low="noise: raise algorithm.max_policy_rollouts or prompts_per_step; advdmd audit says what the reward knows",
+    ),
+    Diagnostic(
         "reward/final_std",
         "standard deviation of the reward within a prompt's group, final images",
         low="the discriminator sees no difference between a prompt's images: advantages are noise",
