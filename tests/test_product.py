@@ -72,6 +72,7 @@ def test_a_run_logs_what_the_panels_ask_for(trained):
     """All but what needs a validation; by the last step both optimizers have moved."""
     logged = set().union(*(json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()))
     others = {"eval/diversity", "discriminator/auc", "student/loss", "student/grad_norm"}  # validation, DMD2, TwinFlow
+    others |= {"policy/agreement", "policy/step_share"}  # policy_step=agreement
     assert {d.key for d in health.DIAGNOSTICS} - logged == others
 
 

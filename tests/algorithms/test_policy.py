@@ -182,8 +182,8 @@ def test_gathered_rollouts_become_a_step_where_they_agree_or_at_the_limit(policy
     assert [log["policy/rollouts"] for log in logs] == [1, 2, 3, 1, 2, 3]
     assert ["policy/step_share" in log for log in logs] == [False, False, True] * 2
     always = replace(never, min_agreement=0.0, max_policy_rollouts=100)
-    log = play(always, models, toy_batch_fn(world), 1)
-    assert "policy/step_share" in log or log["policy/agreement"] < 0
+    assert "policy/step_share" in play(always, models, toy_batch_fn(world), 1)
+    assert "policy/step_share" not in play(replace(always, min_agreement=0.99), models, toy_batch_fn(world), 1)
 
 
 def test_a_micro_batch_size_changes_nothing_that_is_gathered():
@@ -266,3 +266,27 @@ def test_halves_need_an_even_number_of_prompts_on_each_process():
 def test_values_out_of_range_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AdvDMD(**bad)
+
+
+def test_steps_go_by_the_mean_of_what_their_halves_agreed_by():
+    """Single agreements scatter about the true one, and half of them are below it: evidence is not thrown away."""
+    torch.manual_seed(2)
+    d, truth, noise = 400, torch.randn(400), 20.0
+    p = torch.nn.Parameter(torch.zeros(d))
+    halves, shares, single = GradientHalves([p]), [], []
+    for _ in range(200):
+        for _ in range(8):
+            for h in range(2):
+                p.grad = truth + noise * torch.randn(d)
+                halves.add(h, 1)
+            halves.rollouts += 1
+        single.append(halves.agreement(None))
+        shares.append(halves.step(None, [0.0]))
+    expected = 8 / noise**2 / (1 + 8 / noise**2)
+    assert sum(single) / 200 == pytest.approx(expected, abs=0.01)
+    assert sum(c < 0 for c in single) > 50
+    assert sum(s == 0 for s in shares[20:]) < 20
+    true_share = math.sqrt(2 * expected / (1 + expected))
+    assert sum(shares[20:]) / 180 == pytest.approx(true_share, abs=0.05)
+    halves.rollouts = 8
+    assert halves.expected_agreement == pytest.approx(expected, abs=0.03)

@@ -41,6 +41,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
     shift: float = 3.0  # time shift of the student's grid
     fake_score_updates: int = 5  # optimizer steps of fake score and discriminator per rollout
+    warmup_iterations: int = 0  # at first, without updates of the student: for one that is a few-step model already
     dm_only_iterations: int = 60
     policy_ramp_iterations: int = 60
     dm_every: int = 2
@@ -84,7 +85,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
                 "AdvDMD(discriminator_online=false, dm_only_iterations=0): a discriminator frozen at once has learned nothing; "
                 "set dm_only_iterations"
             )
-        for name in ("dm_only_iterations", "policy_ramp_iterations"):
+        for name in ("warmup_iterations", "dm_only_iterations", "policy_ramp_iterations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): a count of iterations cannot be negative")
         low, high = self.renoise_range
@@ -116,6 +117,8 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
     def updates_at(self, iteration: int) -> Updates:
         """The schedule of iteration 0, 1, ...: a function of the iteration alone, so that all ranks agree."""
+        if iteration < self.warmup_iterations:
+            return Updates(policy=False, distribution_matching=False)
         since = iteration - self.dm_only_iterations
         if since < 0 or not self.has_policy_updates:
             return Updates(policy=False, distribution_matching=True)

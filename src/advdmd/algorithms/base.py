@@ -122,6 +122,7 @@ class Algorithm(Protocol[Models]):
     """
 
     name: ClassVar[str]  # in tables, and the key of its healthy ranges
+    starts_from_student: ClassVar[bool] = True  # whether its student may start from a few-step model
     supports_fsdp: ClassVar[bool] = True  # whether its whole networks can be sharded over ranks
     uses_extra_rewards: ClassVar[bool] = False  # whether it has policy updates that further rewards can enter
     steps: int  # of the student

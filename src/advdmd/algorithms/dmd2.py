@@ -28,6 +28,7 @@ class DMD2(Algorithm[DistillationModels]):
     shift: float = 3.0  # time shift of the student's grid
     group_size: int = 8  # samples per prompt
     fake_score_updates: int = 5  # optimizer steps of fake score and discriminator per rollout (two time-scale update rule)
+    warmup_iterations: int = 0  # at first, without updates of the student: for one that is a few-step model already
     dm_every: int = 1  # iterations per rollout with student updates; DMD2's own schedule is 5 here, fake_score_updates = 1
     dm_updates: int = 1  # optimizer steps of the student per rollout, where they are due
     micro_batch_size: int = 64  # samples per forward-backward pass
@@ -44,6 +45,8 @@ class DMD2(Algorithm[DistillationModels]):
         flow.grid(self.steps, self.shift)
         if not 0 <= self.auc_decay < 1:
             raise ValueError(f"DMD2(auc_decay={self.auc_decay}): lies in [0, 1)")
+        if self.warmup_iterations < 0:
+            raise ValueError(f"DMD2(warmup_iterations={self.warmup_iterations}): a count of iterations cannot be negative")
         if self.gan_loss_weight < 0:
             raise ValueError(f"DMD2(gan_loss_weight={self.gan_loss_weight}): a weight cannot be negative; 0 turns the GAN off")
         low, high = self.renoise_range
@@ -93,8 +96,8 @@ class DMD2(Algorithm[DistillationModels]):
         )
 
     def updates_student(self, iteration: int) -> bool:
-        """Whether iteration 0, 1, ... ends with updates of the student: every `dm_every`-th, the last of each `dm_every`."""
-        return (iteration + 1) % self.dm_every == 0
+        """Whether iteration 0, 1, ... ends with updates of the student: the last of each `dm_every`, after the warm-up."""
+        return iteration >= self.warmup_iterations and (iteration + 1) % self.dm_every == 0
 
     def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> DiscriminatorInputs:
         """What the discriminator is shown.

@@ -53,7 +53,7 @@ class PolicyUpdates:
     micro_batch_size: int = 64  # samples per forward-backward pass
     policy: Literal["grpo", "forward"] = "grpo"
     policy_step: Literal["adam", "agreement"] = "adam"
-    min_agreement: float = 0.1  # cosine of the halves of gathered gradients at which a step is made
+    min_agreement: float = 0.1  # expected cosine of the halves of gathered gradients at which a step is made
     max_policy_rollouts: int = 32  # after which a step is made at the latest
     forward_draws: int = 1  # noises of a final image with policy=forward
     credit: Literal["step", "final", "both"] = "both"  # which reward a step gets: its own, the final image's, or half of each
@@ -101,8 +101,9 @@ class PolicyUpdates:
         """The policy gradient of a rollout, and an optimizer step of the student where one is due.
 
         policy_step=adam: one of every rollout, at a learning rate scaled by the mean gate. agreement: the gradients of two
-        halves of the groups are gathered until they agree, or max_policy_rollouts are over; the less they agree, the shorter
-        is the step, and the mean gate has no role. Raises FloatingPointError if a replayed ratio is not 1.
+        halves of the groups are gathered until they can be expected to agree by min_agreement, or max_policy_rollouts are
+        over; the less they agree, the shorter is the step, and the mean gate has no role. Raises FloatingPointError if a
+        replayed ratio is not 1.
         """
         found, device = self.advantages(models, trajectory, batch, rng), trajectory.x.device
         loss_of, draws = self.policy_loss(models, trajectory, batch, found.by_step, rng)
@@ -114,7 +115,7 @@ class PolicyUpdates:
             halves = halves_of_groups(len(batch), self.group_size, models.ranks, turn)
             passes = [self._passes(loss_of, half.to(device), draws) for half in halves]
             updated, aux = models.student.accumulate(passes, "policy", scaled_by="dm")
-            if updated["policy/agreement"] >= self.min_agreement or turn + 1 >= self.max_policy_rollouts:
+            if updated["policy/expected_agreement"] >= self.min_agreement or turn + 1 >= self.max_policy_rollouts:
                 updated |= models.student.step_by_agreement("policy", scaled_by="dm")
         if "ratio_error" not in aux:
             return found.metrics | updated

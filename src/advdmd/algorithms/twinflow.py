@@ -61,6 +61,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
     group_size: int = 4  # samples per prompt
 
     name: ClassVar[str] = "twinflow"
+    starts_from_student: ClassVar[bool] = False  # its network also takes a target time
     supports_fsdp: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

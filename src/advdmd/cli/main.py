@@ -221,11 +221,17 @@ def sample(
 
 
 @app.command()
-def export(run: Path, out: Out, changes: Changes = None, overwrite: Overwrite = False) -> None:
+def export(
+    run: Path,
+    out: Out,
+    changes: Changes = None,
+    overwrite: Overwrite = False,
+    only: Annotated[str | None, typer.Option(help="speed: the student's adapter alone, without its teacher's LoRA.")] = None,
+) -> None:
     """Write the student of a training run as a stock diffusers folder; data.folder=... where its cache has moved."""
     from advdmd.commands.export import export
 
-    print(export(run, out, overwrite, changes or []))
+    print(export(run, out, overwrite, changes or [], only))
 
 
 @app.command()

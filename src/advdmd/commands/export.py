@@ -6,9 +6,10 @@ from pathlib import Path
 
 from advdmd.distillation.build import restore
 from advdmd.distillation.validation import load_best
-from advdmd.exporters.diffusers import export_student
+from advdmd.exporters.diffusers import export_adapter, export_student
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
+from advdmd.models.lora_files import LORA_FILE, parse_lora, plain_network, read_lora
 from advdmd.recipes import registry
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import parse_reward
@@ -16,8 +17,12 @@ from advdmd.training.learner import Learner
 from advdmd.types import ONE_RANK, Json, Ranks
 
 
-def export(run: str | Path, out: str | Path, overwrite: bool = False, changes: Sequence[str] = ()) -> Path:
+def export(
+    run: str | Path, out: str | Path, overwrite: bool = False, changes: Sequence[str] = (), only: str | None = None
+) -> Path:
     """Write the EMA student of a run into the folder `out`; returns it. `overwrite` may replace an export.
+
+    only: "speed" writes the student's adapter alone, without a LoRA of its teacher.
 
     changes: "key=value" of what may change in a run (run_folder.CHANGEABLE), such as where its cache is now.
 
@@ -27,11 +32,14 @@ def export(run: str | Path, out: str | Path, overwrite: bool = False, changes: S
     holds something else.
     """
     run, out = Path(run), Path(out)
+    if only not in (None, "speed"):
+        raise ValueError(f"only={only}: speed is the one part that can be exported alone")
     record = run / "recipe.yaml"
     if not record.is_file():
         raise ValueError(f"{run} is not a training run: it has no recipe.yaml")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         export = (out / loading.METADATA_FILE).is_file() and (out / "model_index.json").is_file()
+        export = export or ((out / LORA_FILE).is_file() and (out / "README.md").is_file())
         if not (overwrite and export):
             raise ValueError(f"{out} is not empty: choose another --out" + (", or --overwrite" if export else ""))
     name, r = registry.resolve(str(record), changes)
@@ -39,11 +47,18 @@ def export(run: str | Path, out: str | Path, overwrite: bool = False, changes: S
         raise ValueError(f"eta={eta}: stock schedulers only know 1; train with algorithm.eta=1")
     # Whether there is a GPU or not: what was trained on one can be exported without it.
     (backbone, _, models), _ = restore(run, replace(r, device="cpu"))
-    return export_ema_student(r, name, backbone, models.student, run, out)
+    return export_ema_student(r, name, backbone, models.student, run, out, only=only)
 
 
 def export_ema_student(
-    r: Recipe, name: str, backbone: Backbone, student: Learner, run: Path, out: Path, ranks: Ranks = ONE_RANK
+    r: Recipe,
+    name: str,
+    backbone: Backbone,
+    student: Learner,
+    run: Path,
+    out: Path,
+    ranks: Ranks = ONE_RANK,
+    only: str | None = None,
 ) -> Path:
     """Write the EMA student as it is now or, where there were validations, as it was at its best. All ranks must call this."""
     net = student.ema_model()
@@ -58,8 +73,18 @@ def export_ema_student(
         metadata["base_bits"] = r.base_bits
     if r.rewards:
         metadata["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
+    if r.student:
+        metadata["started_from"] = r.student
+    sampler, teacher = r.algorithm.sampler(), loading.pipeline_folder(r.teacher)
+    if only:
+        about = {"sampling": {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}}
+        about["sigmas"] = backbone.pipeline_call_kwargs(sampler.steps).get("sigmas")
+        return export_adapter(net, teacher, out, metadata | about)
+    style = None
+    if r.teacher_lora:
+        metadata["teacher_lora"], lora = r.teacher_lora, parse_lora(r.teacher_lora)
+        style = (read_lora(lora.source, plain_network(backbone.net)), lora.scale)
     grids = [
         p for p in (run / "samples").glob("step-*.png") if p.stem[5:].isdecimal() and int(p.stem[5:]) <= metadata["iterations"]
     ]
-    teacher, newest = loading.pipeline_folder(r.teacher), max(grids, default=None)
-    return export_student(backbone, net, r.algorithm.sampler(), teacher, out, metadata, newest)
+    return export_student(backbone, net, sampler, teacher, out, metadata, max(grids, default=None), style)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from advdmd.distillation.validation import should_stop_early, validate
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
+from advdmd.models.lora_files import lora_file, parse_lora
 from advdmd.models.quantization import import_bitsandbytes
 from advdmd.monitoring import health
 from advdmd.recipes.recipe import Recipe
@@ -49,13 +51,16 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     main, student_folder = not ranks.rank, folder / "student"
     source = r.data.open(r.teacher)  # quick to fail, and a teacher may have to be fetched
     loading.pipeline_folder(r.teacher)
+    if r.teacher_lora:
+        lora_file(parse_lora(r.teacher_lora).source)
     if main:
         create_or_resume(folder, name, r, overwrite)
     distributed.barrier()
     if _has_ended(r, folder) and (student_folder / loading.METADATA_FILE).is_file():
         return student_folder
     _warn_of_memory(r, source.resolution, ranks)
-    backbone, data, models = setup(r, source, ranks)
+    begins = checkpoint.latest(folder / "checkpoints") is None  # a run that goes on has its student's weights
+    backbone, data, models = setup(r if begins else replace(r, student=""), source, ranks)
     sampler, validation = r.algorithm.sampler(), source.validation(r.eval_images)
 
     def save_samples(iteration: int) -> None:

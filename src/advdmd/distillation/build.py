@@ -15,9 +15,11 @@ from advdmd.distillation.run_folder import run_fingerprint
 from advdmd.models import loading, networks
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import to_uint8
+from advdmd.models.lora_files import fuse, parse_lora, read_lora
 from advdmd.models.quantization import import_bitsandbytes, quantize
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import decode
+from advdmd.models.student_start import Start, read_start, start_student
 from advdmd.models.target_time import TIME_EMBEDDING_LAYERS, TargetTime
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import load_scorer, parse_reward
@@ -44,6 +46,10 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
         import_bitsandbytes()
     dtype = getattr(torch, r.base_dtype(ranks.world_size))
     backbone, _ = loading.load(r.teacher, encoders=source.needs_encoders, dtype=dtype, resolution=source.resolution)
+    start = read_start(r.student, backbone, r.algorithm.sampler(), bool(r.lora_rank)) if r.student else None
+    if r.teacher_lora:
+        lora = parse_lora(r.teacher_lora)
+        fuse(backbone.net, read_lora(lora.source, backbone.net), lora.scale)
     data = source.load(backbone, BatchConfig(r.prompts_per_step, r.algorithm.group_size, r.seed, ranks))
     device = loading.resolve_device(r.device)
     if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shards
@@ -51,7 +57,7 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
         backbone.net.to(device)
     data = data._replace(null=data.null.to(device), sample_cond=data.sample_cond.to(device))
-    return Setup(backbone, data, build_models(r, backbone, data.null, data.prompts, ranks))
+    return Setup(backbone, data, build_models(r, backbone, data.null, data.prompts, ranks, start))
 
 
 def restore(run: Path, r: Recipe) -> tuple[Setup, int]:
@@ -62,7 +68,7 @@ def restore(run: Path, r: Recipe) -> tuple[Setup, int]:
     if isinstance(r.data, CachedData):
         r = replace(r, data=r.data.beside(run))
     source = r.data.open(r.teacher)
-    ready = setup(r, source)
+    ready = setup(replace(r, student=""), source)  # its weights are in the checkpoint
     learners = {k: m for k, m in ready.models._asdict().items() if isinstance(m, Learner)}
     state = r.algorithm.extra_state(ready.models)
     done = checkpoint.resume(run / "checkpoints", learners, state, run_fingerprint(r, source.plan), source.contents)
@@ -71,22 +77,38 @@ def restore(run: Path, r: Recipe) -> tuple[Setup, int]:
     return ready, done
 
 
-def build_models(r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK) -> Any:
+def build_models(
+    r: Recipe,
+    backbone: Backbone,
+    null: Cond,
+    prompts: Sequence[str] = (),
+    ranks: Ranks = ONE_RANK,
+    start: Start | None = None,
+) -> Any:
     """The models of a recipe's algorithm.
 
-    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards.
+    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards; start: what the student starts from.
     """
-    return r.algorithm.build(Builder(r, backbone, null, prompts, ranks))
+    return r.algorithm.build(Builder(r, backbone, null, prompts, ranks, start))
 
 
 class Builder:
     """algorithms.base.ModelBuilder: networks of a recipe, whole or as adapters on the teacher.
 
-    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards.
+    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards; start: what the student starts from,
+    by default the teacher.
     """
 
-    def __init__(self, r: Recipe, backbone: Backbone, null: Cond, prompts: Sequence[str] = (), ranks: Ranks = ONE_RANK):
-        self.recipe, self.backbone, self.null, self.prompts, self.ranks = r, backbone, null, prompts, ranks
+    def __init__(
+        self,
+        r: Recipe,
+        backbone: Backbone,
+        null: Cond,
+        prompts: Sequence[str] = (),
+        ranks: Ranks = ONE_RANK,
+        start: Start | None = None,
+    ):
+        self.recipe, self.backbone, self.null, self.prompts, self.ranks, self.start = r, backbone, null, prompts, ranks, start
 
     def teacher(self) -> networks.Teacher:
         """The frozen teacher under the recipe's guidance scale."""
@@ -155,7 +177,7 @@ class Builder:
         return student, torch.no_grad()(lambda *args: whole(ema_copy, *args))
 
     def _copies(self, *names: str, more_targets: Sequence[str] = ()) -> tuple[list[nn.Module], nn.Module | None]:
-        """A trainable network for each name; with adapters also one that holds the EMA of the first.
+        """A trainable network for each name, the student's first; with adapters also one that holds its EMA.
 
         more_targets: layers that adapters reach beside the backbone's.
         """
@@ -164,6 +186,8 @@ class Builder:
         nets = networks.trainable_copies(
             self.backbone, every, r.lora_rank, r.seed, r.gradient_checkpointing, (*self.backbone.lora_targets, *more_targets)
         )
+        if self.start is not None:
+            start_student(nets[0], self.start)
         return (nets[:-1], nets[-1]) if r.lora_rank else (nets, None)
 
     def _student(

@@ -5,14 +5,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from advdmd.exporters.comfyui import workflow
-from advdmd.exporters.model_card import LORA_FILE, SAMPLES_FILE, model_card
+from advdmd.exporters.model_card import SAMPLES_FILE, adapter_card, model_card
 from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
 from advdmd.models.hub import DTYPE_VARIANTS, id_of_snapshot
@@ -28,6 +27,7 @@ from advdmd.models.loading import (
     weight_files,
 )
 from advdmd.models.lora import LoraModel
+from advdmd.models.lora_files import LORA_FILE, LoraFile, joined, plain_network
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.target_time import TargetTime
 from advdmd.types import Json
@@ -41,12 +41,14 @@ def export_student(
     folder: Path,
     metadata: Json,
     samples: Path | None = None,
+    style: tuple[LoraFile, float] | None = None,
 ) -> Path:
     """Write the teacher's pipeline with the student `net` as its transformer and the student's scheduler into `folder`.
 
     All or nothing.
 
-    metadata: what else advdmd.json records, such as the recipe. samples: a picture of what the student generates. Stock
+    metadata: what else advdmd.json records, such as the recipe. samples: a picture of what the student generates. style: a LoRA
+    of the teacher and its scale: the exported LoRA does what it and the student's adapter do together. Stock
     schedulers re-noise fully: only eta = 1 is the same sampler there, and the model card of another eta says so.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -57,6 +59,7 @@ def export_student(
         target_embedding, net = net.zero_target_state_dict(), net.net
     if isinstance(net, LoraModel):
         adapter, net = net.lora_state_dict(), _fused(net)
+        adapter = adapter if style is None else joined(*style, adapter)
     parts["transformer"], dtype = net, next(net.parameters()).dtype
     parts["vae"] = copy.deepcopy(backbone.vae).to(stored_dtype(teacher, "vae"))  # in a run it is float32
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=sampler.shift, stochastic_sampling=sampler.eta == 1)
@@ -88,6 +91,27 @@ def export_student(
     return folder
 
 
+def export_adapter(net: nn.Module, teacher: Path, folder: Path, metadata: Json) -> Path:
+    """Write a student's adapter alone into `folder`, all or nothing: the speed-up, to use beside other LoRAs of its base.
+
+    Raises ValueError if the student is a whole network.
+    """
+    if not isinstance(net, LoraModel):
+        raise ValueError("only=speed: the student is a whole network, its speed-up is no LoRA; train with lora_rank above 0")
+    adapter, base = net.lora_state_dict(), read_metadata(teacher).get("name") or id_of_snapshot(teacher) or teacher.name
+    record = {"base_model": base, **metadata}
+
+    def write(making: Path) -> None:
+        making.mkdir(parents=True, exist_ok=True)
+        header = {"format": "pt", "advdmd": json.dumps(record)}
+        save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA_FILE, header)
+        _write_adapter_config(making, adapter, record["base_model"])
+        (making / "README.md").write_text(adapter_card(record))
+
+    write_folder(folder, write)
+    return folder
+
+
 def _write_adapter_config(folder: Path, adapter: Mapping[str, torch.Tensor], base: str) -> None:
     """peft's adapter_config.json of an adapter's weights, whose scale is 1: alpha equals the rank."""
     from peft import LoraConfig
@@ -100,9 +124,7 @@ def _write_adapter_config(folder: Path, adapter: Mapping[str, torch.Tensor], bas
 
 def _fused(adapter: LoraModel) -> nn.Module:
     """A transformer to be saved, on the CPU, with an adapter's weights added to the base's."""
-    base: Any = adapter.shared_base.net
-    with torch.device("meta"):  # what is no weight stays there and is not saved
-        net = type(base).from_config(base.config)
+    net = plain_network(adapter.shared_base.net)  # what is no weight stays on the meta device and is not saved
     net.load_state_dict(adapter.fused_state_dict(), assign=True)
     return net.eval()
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from advdmd.models.backbone import Backbone
+from advdmd.models.lora_files import LORA_FILE
 from advdmd.models.sampler import SamplerConfig
 from advdmd.types import Json
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLES_FILE = "samples.png"
 
 
@@ -26,6 +26,35 @@ torch.manual_seed(0)  # the noise of the steps is drawn from the global generato
 image = pipe(
     "a picture of a red circle",
 {call}).images[0]
+"""
+
+
+def adapter_card(record: Json) -> str:
+    """README.md of a folder with the speed-up alone; record: its metadata."""
+    sampling = record["sampling"]
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {record["base_model"]}
+base_model_relation: adapter
+license: other
+license_name: that-of-the-base-model
+tags: [advdmd, distillation, few-step, lora]
+---
+# {record["base_model"]} in {sampling["steps"]} steps, as a LoRA
+
+`{LORA_FILE}` holds the speed-up alone, made with `{record["recipe"]}`, seed {record["seed"]}. It goes on the base model beside
+other LoRAs. Sample in {sampling["steps"]} steps without guidance:
+
+```python
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{record["base_model"]}", dtype=torch.bfloat16)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={sampling["shift"]:g}, stochastic_sampling=True)
+pipe.load_lora_weights("THIS_FOLDER", adapter_name="speed")
+image = pipe("a picture of a red circle", sigmas={record["sigmas"]}, guidance_scale=1.0).images[0]
+```
 """
 
 
@@ -47,6 +76,9 @@ def model_card(folder: Path, name: str, sampler: SamplerConfig, backbone: Backbo
             f"\n`{LORA_FILE}` is the adapter itself. In this folder it is added to the base's weights and rounded to their "
             "type, so the two give nearly, not exactly, the same images unless that is float32.\n"
         )
+    if style := record.get("teacher_lora"):
+        both = f", and both are in `{LORA_FILE}`, which goes on the base model alone" if (folder / LORA_FILE).is_file() else ""
+        more += f"\nThe teacher had the LoRA `{style}`. Style and speed-up are both in these weights{both}.\n"
     if (folder / SAMPLES_FILE).is_file():
         more += f"\n![samples of the EMA student while it learned, {sampler.steps} steps]({SAMPLES_FILE})\n"
     return f"""---

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from advdmd.algorithms.base import Algorithm, Costs
 from advdmd.data.loader import DataConfig
 from advdmd.models.discriminator import DiscriminatorConfig
+from advdmd.models.lora_files import parse_lora
 from advdmd.rewards.registry import parse_reward
 from advdmd.training.optimizer import OptimizerConfig
 
@@ -21,6 +22,8 @@ class Recipe:
     """
 
     teacher: str  # a shipped name, a pipeline folder or a hub id
+    teacher_lora: str = ""  # FILE_OR_HUB_ID[:SCALE]: a style that is added to the teacher
+    student: str = ""  # a few-step pipeline or a LoRA that the student starts from; by default the teacher
     algorithm: Algorithm[Any]
     guidance_scale: float  # of the teacher in distribution matching, >= 1
     iterations: int
@@ -60,6 +63,10 @@ class Recipe:
         for name in ("discriminator_lr_scale", "trunk_lr_scale", "exit_embedding_lr_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a multiple of the fake score's learning rate, above 0")
+        if self.teacher_lora:
+            parse_lora(self.teacher_lora)
+        if self.student and not self.algorithm.starts_from_student:
+            raise ValueError(f"student={self.student}: {self.algorithm.name} starts from its teacher; use AdvDMD or DMD2")
         for text in self.rewards:
             parse_reward(text)
         if self.rewards and not self.algorithm.uses_extra_rewards:

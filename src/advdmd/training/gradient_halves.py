@@ -16,15 +16,21 @@ from advdmd.types import Json
 DAMPING = 0.05  # of the mean scale, added to all: numbers that distribution matching hardly moves get no huge steps
 
 
+SIGNAL_DECAY = 0.9  # of the running mean of what steps measured
+
+
 class GradientHalves:
     """Sums of the gradients of parameters over the samples of each half, on every rank the sums over all ranks.
 
-    samples: of each half. rollouts: added since the last step.
+    samples: of each half. rollouts: added since the last step. A single agreement of two halves is a noisy number, so steps go
+    by a running mean: signal, the squared length of the true gradient beside the variance of one rollout's half. n rollouts are
+    expected to agree by n signal / (1 + n signal).
     """
 
     def __init__(self, params: Sequence[nn.Parameter]):
         self.params = params
         self.sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.signal, self.steps = 0.0, 0  # the running mean and what it is of
         self.clear()
 
     def clear(self) -> None:
@@ -50,15 +56,25 @@ class GradientHalves:
         ab, aa, bb = self._reduced([_dot(a, b), _dot(a, a), _dot(b, b)])
         return ab / math.sqrt(max(aa * bb, 1e-60))
 
+    @property
+    def expected_agreement(self) -> float:
+        """The agreement in [0, 1] that earlier steps promise of so many rollouts; 0 before the first step."""
+        n = self.rollouts * max(0.0, self.signal)
+        return n / (1 + n)
+
     @torch.no_grad()
     def step(self, scales: Sequence[Tensor] | None, lrs: Sequence[float]) -> float:
         """Move the parameters against the sum of both halves, divided by `scales`, and start anew. -> share in [0, 1].
 
         The step's root mean square is its learning rate in `lrs`, one for each parameter, times the share: the square root of
-        the sum's reliability, 2 c / (1 + c) of two halves with agreement c (Spearman-Brown), which estimates the squared
-        cosine of the sum with the true gradient. Halves that do not agree move nothing.
+        the sum's reliability, 2 c / (1 + c) of two halves with expected agreement c (Spearman-Brown), which estimates the
+        squared cosine of the sum with the true gradient. Halves that do not agree, now and in the mean, move nothing.
         """
-        c = max(0.0, self.agreement(scales))
+        found = min(0.9, self.agreement(scales))
+        weight = (1 - SIGNAL_DECAY) / (1 - SIGNAL_DECAY ** (self.steps + 1))
+        self.signal += weight * (found / (1 - found) / self.rollouts - self.signal)
+        self.steps += 1
+        c = self.expected_agreement
         share = math.sqrt(2 * c / (1 + c))
         total = [a + b for a, b in zip(*(self._scaled(half, scales) for half in self.sums), strict=True)]
         (square,) = self._reduced([_dot(total, total)])
@@ -84,11 +100,12 @@ class GradientHalves:
             own = [[tensors[f"{h}/{i}"].to(p.device, copy=True) for i, p in enumerate(self.params)] for h in range(2)]
             self.sums = (own[0], own[1])
         self.samples, self.rollouts = list(counts["samples"]), counts["rollouts"]
+        self.signal, self.steps = counts["signal"], counts["steps"]
 
     @property
     def counts(self) -> Json:
-        """Samples of each half, and rollouts."""
-        return {"samples": self.samples, "rollouts": self.rollouts}
+        """Samples of each half and rollouts since the last step, and the running mean with the number of its steps."""
+        return {"samples": self.samples, "rollouts": self.rollouts, "signal": self.signal, "steps": self.steps}
 
     def _scaled(self, half: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor]:
         local = [distributed.local_shard(s).float() for s in half]

@@ -144,9 +144,9 @@ class Learner:
     def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str, scaled_by: str) -> tuple[Metrics, Aux]:
         """Add the gradients of a rollout's two halves, losses [n] of each, to those of earlier rollouts; nothing moves.
 
-        Returns the rollout's mean loss and gradient norms, the agreement of the halves since the last step, how many rollouts
-        they hold, and the auxiliary values of all samples. scaled_by: as in `step_by_agreement`. Raises FloatingPointError as
-        `update`.
+        Returns the rollout's mean loss and gradient norm, the agreement of the halves since the last step, the one that earlier
+        steps promise, how many rollouts they hold, and the auxiliary values of all samples. scaled_by: as in
+        `step_by_agreement`. Raises FloatingPointError as `update`.
         """
         o, held = self._optimizers[optimizer], self._halves[optimizer]
         total, count, norms, every = 0.0, 0.0, list[float](), list[Aux]()
@@ -160,6 +160,7 @@ class Learner:
             f"{o.log_prefix}loss": total / count,
             f"{o.log_prefix}grad_norm": max(norms),
             f"{o.log_prefix}agreement": held.agreement(self._scales(scaled_by, o)),
+            f"{o.log_prefix}expected_agreement": held.expected_agreement,
             f"{o.log_prefix}rollouts": float(held.rollouts),
         }
         return metrics, _joined(every)
