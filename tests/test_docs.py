@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file, save_file
 
 from advdmd.cli import main
 from advdmd.mini.suites import MiniSuite
@@ -91,6 +93,11 @@ def stand_ins(tmp_path):
         Image.new("RGB", (40, 32), (60 * i, 0, 0)).save(photos / f"{i}.png")
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"a picture of {n} circles"}) for i, n in enumerate(("two", "three"))]
     (photos / "metadata.jsonl").write_text("\n".join(lines))
+    for name in ("style", "turbo-lora"):
+        layer = "transformer.transformer_blocks.0.attn.to_q"
+        width = load_file(model / "transformer/diffusion_pytorch_model.safetensors")[f"{layer[12:]}.weight"].shape[0]
+        pair = {f"{layer}.lora_A.weight": torch.zeros(2, width), f"{layer}.lora_B.weight": torch.zeros(width, 2)}
+        save_file(pair, tmp_path / f"{name}.safetensors")
     return {"stabilityai/stable-diffusion-3.5-medium": str(model), "MODEL": str(model), "512": "32"}
 
 
