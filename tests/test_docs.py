@@ -83,6 +83,7 @@ def stand_ins(tmp_path):
     """What the pages call by a name that cannot be had here: a published model, photos."""
     from PIL import Image
 
+    from tests.evaluation import tiny
     from tests.tiny_t5 import sd3_with_t5
 
     model, photos = tmp_path / "sd3", tmp_path / "photos"
@@ -98,7 +99,9 @@ def stand_ins(tmp_path):
         width = load_file(model / "transformer/diffusion_pytorch_model.safetensors")[f"{layer[12:]}.weight"].shape[0]
         pair = {f"{layer}.lora_A.weight": torch.zeros(2, width), f"{layer}.lora_B.weight": torch.zeros(width, 2)}
         save_file(pair, tmp_path / f"{name}.safetensors")
-    return {"stabilityai/stable-diffusion-3.5-medium": str(model), "MODEL": str(model), "512": "32"}
+    (tmp_path / "prompts.txt").write_text("a picture of two circles")
+    tiny.save_clip(tmp_path / "CLIP")
+    return {"stabilityai/stable-diffusion-3.5-medium": str(model), "MODEL": str(model), "512": "32", "250": "1"}
 
 
 def shrunk(args, stand_ins):

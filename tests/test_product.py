@@ -83,9 +83,9 @@ def test_the_student_of_a_run_with_validation_is_its_best(tiny_folder, trained, 
     name, r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "eval_every=1", "eval_images=2"])
     student = train.train(name, r, tmp_path / "a")
     metrics = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    scores = [m["eval/strict"] for m in metrics]
+    scores = [m["eval/score"] for m in metrics]
     assert [m["eval/forwards_per_sample"] for m in metrics] == [r.forwards_until(k) for k in (1, 2, 3, 4)]
-    found = {"step": scores.index(max(scores)) + 1, "strict": pytest.approx(max(scores), rel=1e-5), "last": 4}
+    found = {"step": scores.index(max(scores)) + 1, "score": pytest.approx(max(scores), rel=1e-5), "last": 4}
     best = validation.read_best(tmp_path / "a")
     assert best == found | {"sha256": best["sha256"], "file": best["file"]}
     assert [f.name for f in (tmp_path / "a").glob("best*.safetensors")] == [best["file"]], "and no other is kept"
@@ -149,7 +149,7 @@ def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path)
 
 def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
     def run_of(scores, rewards):
-        return [{"step": i, "reward/final": r, "eval/strict": s} for i, (s, r) in enumerate(zip(scores, rewards))]
+        return [{"step": i, "reward/final": r, "eval/score": s} for i, (s, r) in enumerate(zip(scores, rewards))]
 
     assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 3, 4])) == 4
     assert reward_hacking_step(run_of([0.3, 0.4, 0.5, 0.45, 0.44], [0, 1, 2, 1, 1])) is None, "the reward fell too"

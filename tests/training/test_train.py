@@ -199,7 +199,7 @@ def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, caps
 
 def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "MAX_LINES", 4)
-    run(tmp_path, 12, validate=lambda step: {"eval/strict": 0.5}, eval_every=5)
+    run(tmp_path, 12, validate=lambda step: {"eval/score": 0.5}, eval_every=5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 4, 8, 9, 11], "one in three, those with a validation, and the last"
 

@@ -77,7 +77,7 @@ def export_ema_student(
         metadata["started_from"] = r.student
     sampler, teacher = r.algorithm.sampler(), loading.pipeline_folder(r.teacher)
     if only:
-        about = {"sampling": {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}}
+        about: Json = {"sampling": {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}}
         about["sigmas"] = backbone.pipeline_call_kwargs(sampler.steps).get("sigmas")
         return export_adapter(net, teacher, out, metadata | about)
     style = None

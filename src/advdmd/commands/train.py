@@ -11,9 +11,10 @@ from advdmd.commands.export import export_ema_student
 from advdmd.data.loader import BatchFn
 from advdmd.distillation import memory
 from advdmd.distillation.build import setup
+from advdmd.distillation.prompt_validation import encoded_prompts, load_scorers, prompt_validation, read_prompts
 from advdmd.distillation.run_folder import create_or_resume, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
-from advdmd.distillation.validation import should_stop_early, validate
+from advdmd.distillation.validation import record, should_stop_early
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
@@ -25,7 +26,7 @@ from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.trackers import check_trackers
 from advdmd.training.trainer import Trainer
-from advdmd.types import Metrics, Ranks
+from advdmd.types import ONE_RANK, Metrics, Ranks
 
 CONSOLE_KEYS = ("student/dm_loss", "fake_score/loss", "discriminator/logit_gap", "reward/final")
 
@@ -53,6 +54,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     loading.pipeline_folder(r.teacher)
     if r.teacher_lora:
         lora_file(parse_lora(r.teacher_lora).source)
+    prompts = read_prompts(Path(r.validation.prompts)) if r.validation.prompts else []
+    scorers = load_scorers(r)
     if main:
         create_or_resume(folder, name, r, overwrite)
     distributed.barrier()
@@ -61,7 +64,14 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     _warn_of_memory(r, source.resolution, ranks)
     begins = checkpoint.latest(folder / "checkpoints") is None  # a run that goes on has its student's weights
     backbone, data, models = setup(r if begins else replace(r, student=""), source, ranks)
-    sampler, validation = r.algorithm.sampler(), source.validation(r.eval_images)
+    sampler, validation, encode, shared = r.algorithm.sampler(), source.validation(r.eval_images), None, False
+    if r.validation.prompts:
+        shared = not r.uses_fsdp(ranks.world_size)  # of sharded networks the first process alone has a whole one
+        drawing = ranks if shared else ONE_RANK
+        validation = prompt_validation(prompts, scorers, r.validation.images, drawing, backbone.device)
+        if not source.needs_encoders:
+            with distributed.main_process_first():
+                encode = encoded_prompts(r, backbone, prompts, folder)
 
     def save_samples(iteration: int) -> None:
         net = models.student.ema_model()
@@ -70,9 +80,10 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
 
     def scores(iteration: int) -> Metrics:
         net = models.student.ema_model()
-        if not main or validation is None:
+        if validation is None or not (main or shared):
             return {}
-        return validate(r, validation, image_sampler(backbone, net, sampler), net, folder, iteration)
+        found = validation(image_sampler(backbone, net, sampler, encode=encode))
+        return record(r, found, net, folder, iteration) if main else {}
 
     if source.warning and main:
         print(source.warning, file=sys.stderr)

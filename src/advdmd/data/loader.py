@@ -16,7 +16,7 @@ from advdmd.rng import generator
 from advdmd.types import ONE_RANK, Batch, Cond, Json, Metrics, Ranks
 
 BatchFn = Callable[[int], tuple[Batch, list[int]]]  # step -> (this rank's batch, ids of its samples); pure
-Validation = Callable[[ImageSampler], Metrics]  # scores of a model by name; "strict" is the one that selects checkpoints
+Validation = Callable[[ImageSampler], Metrics]  # scores of a model by name; "score" is the one that selects checkpoints
 
 
 class TrainingData(NamedTuple):

@@ -25,6 +25,7 @@ RUN_FILES = (
     "best.json",
     "audit.json",
     "best*.safetensors",
+    "validation.safetensors",
     "tensorboard",
     "wandb",
 )

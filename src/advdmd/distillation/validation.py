@@ -1,36 +1,30 @@
 """Validation while training: scores of the EMA student, the best one kept, early stopping."""
 
 import json
+import math
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 
-from advdmd.data.loader import Validation
 from advdmd.files import file_hash, read_object, read_tensors, write_atomically, write_text
-from advdmd.models.images import ImageSampler
 from advdmd.recipes.recipe import Recipe
 from advdmd.types import Json, Metrics
 
 HINT = "delete best.json: the EMA of the last iteration is then exported"
 
 
-def validate(
-    r: Recipe, validation: Validation, generate: ImageSampler, net: nn.Module, folder: Path, iteration: int
-) -> Metrics:
-    """Scores of a student after `iteration` iterations, as metrics.
+def record(r: Recipe, scores: Metrics, net: nn.Module, folder: Path, iteration: int) -> Metrics:
+    """Scores of the EMA student `net` after `iteration` iterations, as metrics.
 
-    Keeps it in `folder` as best-STEP.safetensors if none was better.
-
-    generate: samples images with `net`, the EMA student.
+    Keeps the student in `folder` as best-STEP.safetensors if none was better.
     """
-    scores = validation(generate)
     found = read_best(folder)
-    if scores["strict"] > found["strict"]:
+    if scores["score"] > found["score"]:
         weights = {k: v.contiguous() for k, v in net.state_dict().items()}
         kept = folder / f"best-{iteration:07d}.safetensors"
         write_atomically(kept, lambda p: save_file(weights, p))
-        found = {"step": iteration, "strict": scores["strict"], "file": kept.name, "sha256": file_hash(kept)}
+        found = {"step": iteration, "score": scores["score"], "file": kept.name, "sha256": file_hash(kept)}
     write_text(folder / "best.json", json.dumps(found | {"last": iteration}))
     for older in folder.glob("best*.safetensors"):
         if older.name != found.get("file", "best.safetensors"):
@@ -46,13 +40,17 @@ def should_stop_early(r: Recipe, folder: Path) -> bool:
 
 
 def read_best(folder: Path) -> Json:
-    """Iteration ("step") and score ("strict") of the best EMA kept so far, and the iteration of the last validation ("last").
+    """Iteration ("step") and "score" of the best EMA kept so far, and the iteration of the last validation ("last").
 
     Without validations the score is below all. Raises ValueError if the record is damaged.
     """
     record = folder / "best.json"
-    none: Json = {"step": 0, "strict": -1.0, "last": 0}
-    return read_object(record, *none, hint=HINT) if record.is_file() else none
+    none: Json = {"step": 0, "score": -math.inf, "last": 0}
+    found = read_object(record, "step", "last", hint=HINT) if record.is_file() else none
+    found = found if "score" in found else {"score": found.get("strict"), **found}  # its name in earlier versions
+    if not isinstance(found["score"], float | int):
+        raise ValueError(f"{record} is damaged (no score): {HINT}")
+    return found
 
 
 def load_best(folder: Path, net: nn.Module) -> int:

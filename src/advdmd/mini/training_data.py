@@ -94,7 +94,7 @@ class MiniSource:
         """The checker's scores on both suites, `images` per short task and as many dense ones in all.
 
         Short prompts are of the train split (most are too few to be kept back), dense ones of a split that neither training
-        nor any test has. The noise is neither's, so no image of a validation is one of an evaluation. "strict", the mean of
+        nor any test has. The noise is neither's, so no image of a validation is one of an evaluation. "score", the mean of
         both suites' strict scores, selects checkpoints; "diversity" is of the short prompts, which leave more open.
         """
         suites = validation_suites(self.data.world, images)
@@ -109,7 +109,7 @@ class MiniSource:
                 scores[suite.name] = statistics.summarize(table, "strict")["overall"]["mean"]
                 if suite.name == "mini-geneval":
                     scores["diversity"] = suite.spread(found, [item.id for item, _ in jobs]).get("mean", 0.0)
-            scores["strict"] = (scores["mini-geneval"] + scores["mini-dpg"]) / 2
+            scores["score"] = (scores["mini-geneval"] + scores["mini-dpg"]) / 2
             return scores
 
         return validate

@@ -128,16 +128,19 @@ def sample(
     sampler: SamplerConfig,
     batch: int = 128,
     progress: Callable[[int], object] | None = None,
+    encode: Callable[[Sequence[str]], Cond] | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] of N prompts.
 
     noise [>= steps, N, ...]: as of `draw_noise`, of which the ODE uses the first.
 
-    batch: prompts per pass. progress is called with the number of images that are done.
+    batch: prompts per pass. progress is called with the number of images that are done. encode: conditions of prompts and of
+    the empty one, by default from the text encoders.
     """
-    out, null = [], encode_prompts(backbone, [backbone.null_prompt], noise.device)
+    encode = encode or (lambda texts: encode_prompts(backbone, texts, noise.device))
+    out, null = [], encode([backbone.null_prompt])
     for i in micro_batches(len(prompts), batch):
-        cond = encode_prompts(backbone, [prompts[int(k)] for k in i], noise.device)
+        cond = encode([prompts[int(k)] for k in i])
         out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], sampler)))
         if progress:
             progress(int(i[-1]) + 1)

@@ -162,14 +162,14 @@ def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Ra
 
 def _validation(runs: Sequence[RunRecord]) -> str:
     """Score, diversity and reward by iteration: reward hacking shows as reward up, score down."""
-    cards = [
-        _card(key, text, [r.curve(key) for r in runs])
-        for key, text in (
-            ("eval/strict", "held-out score, strict, mean of both suites"),
-            ("eval/mini-geneval", "mini-geneval of held-out noise"),
-            ("eval/mini-dpg", "mini-dpg, prompts that training does not have"),
-        )
-    ]
+    texts = {
+        "eval/score": "validation score, which selects the student",
+        "eval/mini-geneval": "mini-geneval of held-out noise",
+        "eval/mini-dpg": "mini-dpg, prompts that training does not have",
+    }
+    known = {k for r in runs for m in r.metrics for k in m if k.startswith("eval/")} - {d.key for d in health.DIAGNOSTICS}
+    keys = [*texts, *sorted(known - set(texts) - {"eval/forwards_per_sample"})]
+    cards = [_card(key, texts.get(key, "validation prompts, mean"), [r.curve(key) for r in runs]) for key in keys]
     cards.append(_card("reward/final", "reward of the discriminator for final images", [r.curve("reward/final") for r in runs]))
     hacked = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
     note = "<p>All curves are by iteration.</p>"

@@ -17,9 +17,9 @@ def reward_hacking_step(metrics: Sequence[Mapping[str, float]]) -> int | None:
     for m in metrics:
         if "reward/final" in m:
             rewards.append(m["reward/final"])
-        if "eval/strict" in m:
+        if "eval/score" in m:
             mean = sum(rewards) / len(rewards) if rewards else float("nan")
-            points.append((int(m["step"]) + 1, m["eval/strict"], mean))
+            points.append((int(m["step"]) + 1, m["eval/score"], mean))
             rewards = []
     for i in range(2, len(points)):
         _, best, reward_then = max(points[:i], key=lambda p: p[1])

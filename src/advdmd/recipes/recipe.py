@@ -7,11 +7,34 @@ from advdmd.algorithms.base import Algorithm, Costs
 from advdmd.data.loader import DataConfig
 from advdmd.models.discriminator import DiscriminatorConfig
 from advdmd.models.lora_files import parse_lora
-from advdmd.rewards.registry import parse_reward
+from advdmd.rewards.registry import parse_reward, parse_scorer
 from advdmd.training.optimizer import OptimizerConfig
 
 # Far beyond any run: schedules are planned iteration by iteration, and a typo is refused rather than planned for hours.
 MAX_ITERATIONS = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation on prompts of one's own, every `eval_every` iterations.
+
+    prompts: a text file, a line each, or .jsonl with the key "prompt"; "": the data's own validation, if they have one.
+    scorers: "NAME:FOLDER", the first of which selects checkpoints. images: of each prompt. Raises ValueError on values out of
+    range.
+    """
+
+    prompts: str = ""
+    scorers: tuple[str, ...] = ()
+    images: int = 1
+
+    def __post_init__(self) -> None:
+        kinds = [parse_scorer(text)[0] for text in self.scorers]
+        if bool(self.prompts) != bool(kinds):
+            raise ValueError(f"validation.prompts={self.prompts!r} and validation.scorers={self.scorers} need each other")
+        if len(set(kinds)) < len(kinds) or self.images < 1:
+            raise ValueError(
+                f"validation.scorers={self.scorers}, validation.images={self.images}: a scorer once, at least 1 image"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +73,8 @@ class Recipe:
     eval_every: int = 0  # iterations between validations; the EMA with the best score is then the student. 0: none
     patience: int = 0  # validations without a better score after which the run ends early; 0: it never does
     rewards: tuple[str, ...] = ()  # "WEIGHT*NAME:FOLDER": scorers beside the discriminator in policy updates
-    eval_images: int = 48  # of a validation, per task
+    eval_images: int = 48  # of the miniature's validation, per task
+    validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:
@@ -87,10 +111,10 @@ class Recipe:
                 "fsdp=true: 8-bit optimizers (dm_optimizer.state_bits, policy_optimizer.state_bits, "
                 "fake_score_optimizer.state_bits) cannot be sharded"
             )
-        if self.eval_every and not self.data.has_validation:
-            raise ValueError(
-                "eval_every: validation is the miniature's; with data of your own leave it at 0 and evaluate the student"
-            )
+        if self.eval_every and not (self.data.has_validation or self.validation.prompts):
+            raise ValueError("eval_every: data of your own have no validation: name validation.prompts and validation.scorers")
+        if self.validation.prompts and not self.eval_every:
+            raise ValueError("validation.prompts: set eval_every, the iterations between validations")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         if not 0 <= self.ema_decay < 1:

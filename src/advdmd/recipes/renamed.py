@@ -78,6 +78,7 @@ _METRICS = (
         },
     ),
     (r"exam/(forwards)", {"forwards": "eval/forwards_per_sample"}),
+    (r"(?:exam|eval)/(strict)", {"strict": "eval/score"}),
 )
 
 

@@ -246,3 +246,13 @@ def barrier() -> None:
     """Wait until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def main_process_first() -> Generator[None, None, None]:
+    """The main process goes through the inside before the others do, and leaves there what they find."""
+    if not is_main_process():
+        barrier()
+    yield
+    if is_main_process():
+        barrier()
