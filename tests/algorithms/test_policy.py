@@ -123,15 +123,15 @@ def test_halves_are_the_same_groups_however_they_are_shared(prompts, processes):
         assert all(i // group % 2 == turn % 2 for i in parts[0])
 
 
-def held(gradients, n=1):
-    """GradientHalves of one parameter that were given [rollouts, 2, D] gradients of n samples each."""
+def held(gradients):
+    """GradientHalves of one parameter that were given gradients [rollouts, 2, D]."""
     p = torch.nn.Parameter(torch.zeros(gradients.shape[-1]))
     halves = GradientHalves([p])
     for pair in gradients:
         for h in range(2):
             p.grad = pair[h].clone()
-            halves.add(h, n)
-        halves.rollouts += 1
+            halves.add(h)
+        halves.end_rollout()
     return p, halves
 
 
@@ -156,7 +156,7 @@ def test_a_steps_length_is_its_rate_times_the_evidence():
         assert share == pytest.approx(torch.cosine_similarity(g.sum((0, 1)), truth, dim=0).item(), abs=0.05)
         assert p.detach().square().mean().sqrt() == pytest.approx(1e-3 * share, rel=1e-3)
         assert torch.cosine_similarity(-p.detach(), g.sum((0, 1)), dim=0) > 0.999
-        assert (halves.samples, halves.rollouts) == ([0, 0], 0)
+        assert (halves.weight, halves.rollouts, halves.state_dict("x")) == (0, 0, {})
     p, halves = held(torch.stack([truth, -truth])[None])
     assert halves.step(None, [1e-3]) == 0
     assert (p == 0).all()
@@ -278,8 +278,8 @@ def test_steps_go_by_the_mean_of_what_their_halves_agreed_by():
         for _ in range(8):
             for h in range(2):
                 p.grad = truth + noise * torch.randn(d)
-                halves.add(h, 1)
-            halves.rollouts += 1
+                halves.add(h)
+            halves.end_rollout()
         single.append(halves.agreement(None))
         shares.append(halves.step(None, [0.0]))
     expected = 8 / noise**2 / (1 + 8 / noise**2)
@@ -288,5 +288,28 @@ def test_steps_go_by_the_mean_of_what_their_halves_agreed_by():
     assert sum(s == 0 for s in shares[20:]) < 20
     true_share = math.sqrt(2 * expected / (1 + expected))
     assert sum(shares[20:]) / 180 == pytest.approx(true_share, abs=0.05)
-    halves.rollouts = 8
-    assert halves.expected_agreement == pytest.approx(expected, abs=0.03)
+    assert halves.expected_agreement(8) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.8])
+def test_momentum_is_evidence_that_is_kept(momentum):
+    """The share is what gradients of decaying weights are worth; the direction is their weighted sum."""
+    torch.manual_seed(3)
+    d, noise = 4000, 12.0
+    truth, p = torch.randn(d), torch.nn.Parameter(torch.zeros(d))
+    halves, shares, cosines, kept = GradientHalves([p], momentum), [], [], torch.zeros(d)
+    for _ in range(80):
+        kept *= momentum
+        for _ in range(4):
+            for h in range(2):
+                p.grad = truth + noise * torch.randn(d)
+                kept += p.grad
+                halves.add(h)
+            halves.end_rollout()
+        before = p.detach().clone()
+        shares.append(halves.step(None, [1e-3]))
+        moved = before - p.detach()
+        cosines.append(torch.cosine_similarity(kept, truth, dim=0).item())
+        if shares[-1]:
+            torch.testing.assert_close(moved / moved.norm(), kept / kept.norm(), rtol=1e-3, atol=1e-4)
+    assert sum(shares[20:]) / 60 == pytest.approx(sum(cosines[20:]) / 60, abs=0.04)

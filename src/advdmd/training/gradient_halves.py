@@ -17,64 +17,64 @@ DAMPING = 0.05  # of the mean scale, added to all: numbers that distribution mat
 
 
 SIGNAL_DECAY = 0.9  # of the running mean of what steps measured
+COUNTS = ("rollouts", "weight", "square", "signal", "steps")
 
 
 class GradientHalves:
     """Sums of the gradients of parameters over the samples of each half, on every rank the sums over all ranks.
 
-    samples: of each half. rollouts: added since the last step. A single agreement of two halves is a noisy number, so steps go
-    by a running mean: signal, the squared length of the true gradient beside the variance of one rollout's half. n rollouts are
-    expected to agree by n signal / (1 + n signal).
+    momentum in [0, 1): what a step leaves of the sums for the next one. rollouts: added since the last step.
+
+    A single agreement of two halves is a noisy number, so steps go by a running mean: signal, the squared length of the true
+    gradient beside the variance of one rollout's half. n rollouts are expected to agree by n signal / (1 + n signal).
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]):
-        self.params = params
+    def __init__(self, params: Sequence[nn.Parameter], momentum: float = 0.0):
+        self.params, self.momentum = params, momentum
         self.sums: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self.signal, self.steps = 0.0, 0  # the running mean and what it is of
-        self.clear()
-
-    def clear(self) -> None:
-        """Back to nothing; the memory is given back."""
-        self.sums, self.samples, self.rollouts = ([], []), [0, 0], 0
+        self.rollouts, self.signal, self.steps = 0, 0.0, 0
+        self.weight, self.square = 0.0, 0.0  # sums over all rollouts of their weights now, and of the weights' squares
 
     @torch.no_grad()
-    def add(self, half: int, samples: int) -> None:
-        """Add the parameters' `grad`, a sum over `samples` samples of all ranks, to a half (0 or 1)."""
+    def add(self, half: int) -> None:
+        """Add the parameters' `grad`, a sum over the samples of all ranks, to a half (0 or 1)."""
         if not self.sums[0]:
             self.sums = ([torch.zeros_like(p) for p in self.params], [torch.zeros_like(p) for p in self.params])
-        self.samples[half] += samples
         pairs = [(s, p.grad) for s, p in zip(self.sums[half], self.params, strict=True) if p.grad is not None]
         if local := [(distributed.local_shard(s), distributed.local_shard(g)) for s, g in pairs]:
             torch._foreach_add_([s for s, _ in local], [g for _, g in local])
 
+    def end_rollout(self) -> None:
+        """Count what was added since the last call as one rollout."""
+        self.rollouts, self.weight, self.square = self.rollouts + 1, self.weight + 1, self.square + 1
+
     @torch.no_grad()
     def agreement(self, scales: Sequence[Tensor] | None) -> float:
         """Cosine of the halves' gradients, each divided by `scales`, like the parameters' shards; 0 if a half is empty."""
-        if not all(self.samples):
+        if not self.sums[0]:
             return 0.0
         a, b = (self._scaled(half, scales) for half in self.sums)
         ab, aa, bb = self._reduced([_dot(a, b), _dot(a, a), _dot(b, b)])
         return ab / math.sqrt(max(aa * bb, 1e-60))
 
-    @property
-    def expected_agreement(self) -> float:
-        """The agreement in [0, 1] that earlier steps promise of so many rollouts; 0 before the first step."""
-        n = self.rollouts * max(0.0, self.signal)
+    def expected_agreement(self, rollouts: float | None = None) -> float:
+        """The agreement in [0, 1] that earlier steps promise of so many rollouts, by default those since the last step."""
+        n = (self.rollouts if rollouts is None else rollouts) * max(0.0, self.signal)
         return n / (1 + n)
 
     @torch.no_grad()
     def step(self, scales: Sequence[Tensor] | None, lrs: Sequence[float]) -> float:
-        """Move the parameters against the sum of both halves, divided by `scales`, and start anew. -> share in [0, 1].
+        """Move the parameters against the sum of both halves, divided by `scales`. -> share in [0, 1].
 
         The step's root mean square is its learning rate in `lrs`, one for each parameter, times the share: the square root of
         the sum's reliability, 2 c / (1 + c) of two halves with expected agreement c (Spearman-Brown), which estimates the
-        squared cosine of the sum with the true gradient. Halves that do not agree, now and in the mean, move nothing.
+        squared cosine of the sum with the true gradient. Halves that do not agree in the mean move nothing.
         """
+        effective = self.weight**2 / self.square  # as many rollouts of equal weight are as reliable
         found = min(0.9, self.agreement(scales))
-        weight = (1 - SIGNAL_DECAY) / (1 - SIGNAL_DECAY ** (self.steps + 1))
-        self.signal += weight * (found / (1 - found) / self.rollouts - self.signal)
-        self.steps += 1
-        c = self.expected_agreement
+        share_of_mean = (1 - SIGNAL_DECAY) / (1 - SIGNAL_DECAY ** (self.steps + 1))
+        self.signal += share_of_mean * (found / (1 - found) / effective - self.signal)
+        c = self.expected_agreement(effective)
         share = math.sqrt(2 * c / (1 + c))
         total = [a + b for a, b in zip(*(self._scaled(half, scales) for half in self.sums), strict=True)]
         (square,) = self._reduced([_dot(total, total)])
@@ -82,11 +82,15 @@ class GradientHalves:
             rms = math.sqrt(square / sum(p.numel() for p in self.params))
             for p, step, lr in zip(self.params, total, lrs, strict=True):
                 distributed.local_shard(p.data).add_(step.to(p.dtype), alpha=-lr * share / rms)
-        self.clear()
+        self.steps, self.rollouts = self.steps + 1, 0
+        self.weight, self.square = self.momentum * self.weight, self.momentum**2 * self.square
+        for half in self.sums if self.momentum else ():
+            torch._foreach_mul_([distributed.local_shard(s) for s in half], self.momentum)
+        self.sums = self.sums if self.momentum else ([], [])
         return share
 
     def state_dict(self, prefix: str) -> dict[str, Tensor]:
-        """The sums [...] by names that begin with a prefix; none after a step."""
+        """The sums [...] by names that begin with a prefix."""
         return {f"{prefix}{h}/{i}": s for h, half in enumerate(self.sums) for i, s in enumerate(half)}
 
     def state_template(self, prefix: str) -> dict[str, Tensor]:
@@ -95,17 +99,17 @@ class GradientHalves:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], counts: Json) -> None:
         """Inverse of `state_dict`: sums [...] by "HALF/INDEX", and the counts."""
-        self.clear()
-        if tensors:
-            own = [[tensors[f"{h}/{i}"].to(p.device, copy=True) for i, p in enumerate(self.params)] for h in range(2)]
-            self.sums = (own[0], own[1])
-        self.samples, self.rollouts = list(counts["samples"]), counts["rollouts"]
-        self.signal, self.steps = counts["signal"], counts["steps"]
+        own = [
+            [tensors[f"{h}/{i}"].to(p.device, copy=True) for i, p in enumerate(self.params)] for h in range(2 * bool(tensors))
+        ]
+        self.sums = (own[0], own[1]) if own else ([], [])
+        for name in COUNTS:
+            setattr(self, name, counts[name])
 
     @property
     def counts(self) -> Json:
-        """Samples of each half and rollouts since the last step, and the running mean with the number of its steps."""
-        return {"samples": self.samples, "rollouts": self.rollouts, "signal": self.signal, "steps": self.steps}
+        """Everything but the sums."""
+        return {name: getattr(self, name) for name in COUNTS}
 
     def _scaled(self, half: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Tensor]:
         local = [distributed.local_shard(s).float() for s in half]

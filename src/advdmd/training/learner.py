@@ -70,7 +70,7 @@ class Learner:
             params, scales = [list(g.params) for g in groups], [g.lr_scale for g in groups]
             prefix = prefixes.get(key, f"{name}/{key}_")
             self._optimizers[key] = _OptimizerState(config, params, scales, adam(config, params), prefix)
-        self._halves = {key: GradientHalves(o.all_params) for key, o in self._optimizers.items()}
+        self._halves = {k: GradientHalves(o.all_params, o.config.betas[0]) for k, o in self._optimizers.items()}
         self.ema_updates = 0
         self.ema: dict[str, nn.Parameter] = {}
         if ema_decay is not None:
@@ -152,21 +152,23 @@ class Learner:
         total, count, norms, every = 0.0, 0.0, list[float](), list[Aux]()
         for half, losses in enumerate(halves):
             loss, n, norm, found = self._back_propagate(optimizer, losses)
-            held.add(half, int(n))
+            held.add(half)
             total, count, norms, every = total + loss, count + n, [*norms, norm], every + found
         o.adam.zero_grad(set_to_none=True)
-        held.rollouts += 1
+        held.end_rollout()
         metrics = {
             f"{o.log_prefix}loss": total / count,
             f"{o.log_prefix}grad_norm": max(norms),
             f"{o.log_prefix}agreement": held.agreement(self._scales(scaled_by, o)),
-            f"{o.log_prefix}expected_agreement": held.expected_agreement,
+            f"{o.log_prefix}expected_agreement": held.expected_agreement(),
             f"{o.log_prefix}rollouts": float(held.rollouts),
         }
         return metrics, _joined(every)
 
     def step_by_agreement(self, optimizer: str, scaled_by: str) -> Metrics:
-        """Spend what `accumulate` has gathered in one step, as long as its halves agree (GradientHalves.step); moves the EMA.
+        """One step along what `accumulate` has gathered, as long as its halves agree (GradientHalves.step); moves the EMA.
+
+        The first of the optimizer's betas is the momentum.
 
         scaled_by: the optimizer whose second moments the gradients are divided by the root of, as Adam divides its own; they
         are taken as they are before its first update and with moments of 8 bits.
