@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from advdmd import flow
-from advdmd.algorithms.policy import RATIO_TOLERANCE, AdvDMD
+from advdmd.algorithms.advdmd import AdvDMD
+from advdmd.algorithms.base import RATIO_TOLERANCE
 from advdmd.files import write_text
 from advdmd.models import loading
 from advdmd.rollout import rollout, step_distribution

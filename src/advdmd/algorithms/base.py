@@ -10,6 +10,8 @@ from advdmd.rng import Rng
 from advdmd.rollout import Velocity
 from advdmd.types import ONE_RANK, Batch, Cond, Metrics, Ranks
 
+RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay, passes in fp32: more means that the trajectory is not the policy's own
+ROUNDED_RATIO_TOLERANCE = 0.05  # the same of passes in bfloat16 or compiled, whose graphs with and without gradient round apart
 Aux = dict[str, Tensor]  # per-sample values [n] beside a loss, detached
 
 # (x0 [N, ...], prompt index [N]) -> name of a reward -> (its weight, the reward [N])
@@ -61,6 +63,7 @@ class DistillationModels(NamedTuple):
 
     The discriminator's heads, and its trunk if it has one, are part of the fake score's learner: both learn in one update.
     discriminator_auc [K]: running AUC of the discriminator at levels 1..K, changed in place, part of the run's state.
+    ratio_tolerance > 0: of |ratio - 1| between a rollout and its replay with gradient, by how passes are rounded.
     """
 
     teacher: Velocity
@@ -70,6 +73,7 @@ class DistillationModels(NamedTuple):
     discriminator_auc: Tensor
     extra_rewards: ExtraRewards | None = None
     ranks: Ranks = ONE_RANK
+    ratio_tolerance: float = RATIO_TOLERANCE
 
 
 class Costs(NamedTuple):

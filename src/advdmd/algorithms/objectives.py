@@ -158,8 +158,10 @@ def policy_loss(
 ) -> tuple[Tensor, Aux]:
     """Clipped policy gradient over the stochastic steps of a trajectory (Flow-GRPO, 2505.05470, Eq. 5), mean over steps. -> [N]
 
-    advantage [K - 1, N]. clip_range > 0. The action of step k is the state x[k + 1] or, with `projected`, the part of its noise
-    that changed the next prediction (Trajectory.projected_actions). Also returns "ratio_error" [N]: the largest |ratio - 1|.
+    A rollout serves one update, so the old policy is the student itself and the ratio exactly 1, however passes with and
+    without gradient are rounded; the rollout's own log-probability is the check. advantage [K - 1, N]. clip_range > 0. The
+    action of step k is the state x[k + 1] or, with `projected`, the part of its noise that changed the next prediction
+    (Trajectory.projected_actions). Also returns "ratio_error" [N]: the largest |ratio - 1| of the replay to the rollout.
     """
     total = torch.zeros(len(cond), device=advantage.device)
     error = torch.zeros(len(cond), device=advantage.device)
@@ -167,7 +169,7 @@ def policy_loss(
     for k, action in enumerate(actions):
         step, _ = step_distribution(models.student, trajectory.x[k], trajectory.t[k], trajectory.t[k + 1], cond, coefficients)
         neg_mse = step.neg_mse(action)
-        total = total + losses.ppo_clip(neg_mse, old[k], advantage[k], clip_range)
+        total = total + losses.ppo_clip(neg_mse, neg_mse.detach(), advantage[k], clip_range)
         error = torch.maximum(error, ((neg_mse - old[k]).detach().exp() - 1).abs())
     return total / max(1, len(actions)), {"ratio_error": error}
 

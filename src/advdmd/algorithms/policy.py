@@ -23,7 +23,6 @@ CHOICES = {
     "action": ("sample", "projected"),
     "credit": tuple(CREDIT),
 }
-RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay in fp32: more means that the trajectory is not the policy's own
 LossOf = Callable[[Tensor, int], tuple[Tensor, Aux]]  # (indices of samples [n], number of the draw) -> loss [n], aux
 
 
@@ -120,8 +119,7 @@ class PolicyUpdates:
         if "ratio_error" not in aux:
             return found.metrics | updated
         error = models.ranks.gather(aux["ratio_error"].max()[None]).max().item()
-        clip_range = self.scaled_clip_range(trajectory.x.shape[2:])
-        if error > min(RATIO_TOLERANCE, clip_range):  # within the clip range, an error is not clipped on one side only
+        if error > models.ratio_tolerance:
             raise FloatingPointError(f"policy: |ratio - 1| = {error:.2g} on replay, expected 0")
         return found.metrics | updated | {"policy/max_ratio_error": error}
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from advdmd.algorithms.base import DistillationModels, ExtraRewards
+from advdmd.algorithms.base import RATIO_TOLERANCE, ROUNDED_RATIO_TOLERANCE, DistillationModels, ExtraRewards
 from advdmd.data.aspect_buckets import CachedData
 from advdmd.data.loader import BatchConfig, DataSource, TrainingData
 from advdmd.distillation.run_folder import run_fingerprint
@@ -147,6 +147,7 @@ class Builder:
             discriminator=networks.Discriminator(self.backbone, both, config),
             discriminator_auc=torch.full((num_steps,), 0.5, device=self.null.embeds.device),
             extra_rewards=self._extra_rewards(),
+            ratio_tolerance=self._ratio_tolerance(),
             ranks=self.ranks,
         )
 
@@ -184,7 +185,13 @@ class Builder:
         r = self.recipe
         every = [*names, "ema"] if r.lora_rank else names
         nets = networks.trainable_copies(
-            self.backbone, every, r.lora_rank, r.seed, r.gradient_checkpointing, (*self.backbone.lora_targets, *more_targets)
+            self.backbone,
+            every,
+            r.lora_rank,
+            r.seed,
+            r.gradient_checkpointing,
+            (*self.backbone.lora_targets, *more_targets),
+            "inductor" if r.compiles(loading.resolve_device(r.device)) else "",
         )
         if self.start is not None:
             start_student(nets[0], self.start)
@@ -231,6 +238,11 @@ class Builder:
             distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device)
         distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
         return lambda: kind.from_config(config).to(backbone.dtype).to(device).requires_grad_(False).eval()
+
+    def _ratio_tolerance(self) -> float:
+        r = self.recipe
+        exact = r.base_dtype(self.ranks.world_size) == "float32" and not r.compiles(loading.resolve_device(r.device))
+        return RATIO_TOLERANCE if exact else ROUNDED_RATIO_TOLERANCE
 
     def _extra_rewards(self) -> ExtraRewards | None:
         """The recipe's scorers on final images; they run on the CPU, whatever the device of the run."""

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from advdmd.models import quantization
 SEP = "/"  # in an adapter's parameter names, for the dots that nn.Module does not allow
 
 Context = Any  # of an autograd function
-Pairs = Mapping[str, tuple[nn.Parameter, nn.Parameter]]  # adapter -> its A [rank, in] and B [out, rank] in one layer
 
 
 class _MergedLoraLinear(torch.autograd.Function):
@@ -51,15 +51,16 @@ class _MergedLoraLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b
 
 
-def _lora_forward(shared_base: "SharedBase", base: nn.Module, pairs: Pairs, x: Tensor) -> Tensor:
+def _lora_forward(layer: Any, x: Tensor) -> Tensor:
     """What peft's layer does without dropout and with a scale of 1, with the active adapter; x [..., in] -> [..., out].
 
     On a base of another type than the adapter the adapter's part is added on its own, in the type of x: merged into the weight
-    its small numbers would be rounded away.
+    its small numbers would be rounded away. A method of the layer, so that layers alike share one compiled graph.
     """
+    shared_base, base = layer.shared_base, layer.base_layer
     if not shared_base.active_adapter:
         return base(x)
-    a, b = pairs[shared_base.active_adapter]
+    a, b = (part[shared_base.active_adapter].weight for part in (layer.lora_A, layer.lora_B))
     if shared_base.active_adapter in shared_base.frozen_adapters:
         a, b = a.detach(), b.detach()
     if type(base) is nn.Linear and base.weight.dtype == x.dtype == a.dtype:
@@ -91,8 +92,7 @@ class SharedBase:
         self.net, self.names, self.active_adapter, self.frozen_adapters = net, tuple(names), "", frozenset[str]()
         layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:
-            pairs = {name: (layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names}
-            layer.forward = partial(_lora_forward, self, layer.base_layer, pairs)
+            layer.shared_base, layer.forward = self, MethodType(_lora_forward, layer)
         for key, p in net.named_parameters():
             if "lora_" in key:  # peft made them of the base's type, in which small steps would be lost
                 p.data = p.data.float()

@@ -1,7 +1,7 @@
 """Teacher, fake score and discriminator as networks, and trainable copies of a teacher, whole or as adapters."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd.models.backbone import Backbone
+from advdmd.models.compilation import compile_blocks
 from advdmd.models.discriminator import DiscriminatorConfig, DiscriminatorHeads, scale_gradient
 from advdmd.models.lora import LoraModel, SharedBase, enable_gradient_checkpointing, set_requires_grad
 from advdmd.types import Cond
@@ -108,22 +109,28 @@ def trainable_copies(
     seed: int,
     gradient_checkpointing: bool,
     lora_targets: Sequence[str] | None = None,
+    compiled: str | Callable[..., object] = "",
 ) -> list[nn.Module]:
     """A trainable network for each name, equal to the teacher at first.
 
     A whole copy or, with a rank, an adapter on the teacher's `lora_targets`, by default the backbone's.
 
-    The teacher itself stays as it is and is frozen either way.
+    The teacher itself stays as it is and is frozen either way. compiled: torch.compile's backend for all blocks, the teacher's
+    too; "": none are compiled.
     """
     backbone.net.requires_grad_(False).eval()
     if lora_rank:
         shared = SharedBase(backbone.net, names, lora_rank, lora_targets or backbone.lora_targets, seed)
+        if compiled:  # before checkpointing: what runs again is compiled, not what decides that it does
+            compile_blocks(backbone.blocks(backbone.net), compiled)
         if gradient_checkpointing:
             shared.checkpoint(backbone.blocks(backbone.net))
         return [LoraModel(shared, name) for name in names]
     nets = [copy.deepcopy(backbone.net).requires_grad_(True) for _ in names]
     for net in nets if gradient_checkpointing else []:
         enable_gradient_checkpointing(net)
+    for net in (backbone.net, *nets) if compiled else ():
+        compile_blocks(backbone.blocks(net), compiled)
     return nets
 
 

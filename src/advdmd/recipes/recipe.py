@@ -63,6 +63,7 @@ class Recipe:
     fsdp: bool = False  # shard whole networks over torchrun's processes (FSDP2); otherwise each has a replica
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base and of a sharded network's passes
     device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: a GPU if there is one
+    compile: Literal["auto", "blocks", "none"] = "auto"  # torch.compile of transformer blocks; auto: on a GPU
     gradient_checkpointing: bool = False  # keep only the inputs of blocks and run them twice: less memory, a forward more
     data: DataConfig
     ema_decay: float = 0.95
@@ -159,6 +160,10 @@ class Recipe:
     def base_dtype(self, world_size: int) -> str:
         """The type the teacher is loaded in. Whole networks learn in float32: only sharded ones make passes in another type."""
         return "float32" if self.fsdp and world_size == 1 else self.dtype
+
+    def compiles(self, device: str) -> bool:
+        """Whether blocks are compiled on a device, "cpu" or "cuda"."""
+        return self.compile == "blocks" or (self.compile == "auto" and device == "cuda")
 
     @property
     def costs(self) -> Costs:
