@@ -227,11 +227,20 @@ def export(
     changes: Changes = None,
     overwrite: Overwrite = False,
     only: Annotated[str | None, typer.Option(help="speed: the student's adapter alone, without its teacher's LoRA.")] = None,
+    push: Annotated[str | None, typer.Option(help="OWNER/NAME: upload the folder to this repository on the hub.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if there is none.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: say what would go, send nothing.")] = False,
 ) -> None:
     """Write the student of a training run as a stock diffusers folder; data.folder=... where its cache has moved."""
     from advdmd.commands.export import export
+    from advdmd.commands.push import check_repository
+    from advdmd.commands.push import push as upload
 
-    print(export(run, out, overwrite, changes or [], only))
+    if push is not None:
+        check_repository(push)
+    print(folder := export(run, out, overwrite, changes or [], only))
+    if push is not None:
+        upload(folder, push, private, dry_run)
 
 
 @app.command()

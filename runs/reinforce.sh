@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# What policy updates are worth: a student of mini-sd3 without any is trained, then goes on in two ways with the same forwards:
+# with policy updates on the forward process (forward), or without (none). checker: the exact checker as the only reward, the
+# upper bound of any; grpo: GRPO's loss. Resumable: what results/reinforce has is not done again. SEEDS, ARMS and BIN may be set;
+# RUNS_ONLY=1 leaves out the comparisons, so that several processes can work on it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+seeds=${SEEDS:-0 1 2} arms=${ARMS:-forward none} bin=${BIN:-.venv/bin} recipe=mini-sd3-advdmd-reinforce
+work=runs/reinforce kept=results/reinforce commit=${COMMIT:-$(git rev-parse --short HEAD)}
+suites=(mini-geneval-test mini-dpg-test)
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+mkdir -p "$work/comparisons" "$kept"
+"$bin/python" runs/archive_run.py unpack "$kept" "$work/scores"
+
+finish() { # RUN: score its student, also one that was trained on the checker, and keep it
+  for job in "mini-geneval 192 96" "mini-dpg 768 384"; do
+    read -r suite images prompts <<<"$job"
+    [ -f "$work/scores/$1/$suite-test/scores.json" ] ||
+      "$bin/advdmd" eval "$work/$1/student" "$suite" --images "$images" --prompts "$prompts" --out "$work/scores/$1/$suite-test" \
+        --threads 1 --allow-training-reward >/dev/null
+  done
+  "$bin/python" runs/archive_run.py run "$work/$1" "$work/scores/$1" "$kept/$1"
+}
+
+for seed in $seeds; do
+  if [ ! -d "$work/base-$seed/student" ]; then
+    "$bin/advdmd" train mini-sd3-advdmd-long iterations=500 algorithm.dm_only_iterations=99999 "seed=$seed" eval_every=100 \
+      eval_images=96 --out "$work/base-$seed" >/dev/null
+  fi
+  [ -d "$kept/base-$seed" ] || finish "base-$seed"
+  for arm in $arms; do
+    [ -d "$kept/$arm-$seed" ] && continue
+    what=("$recipe" "student=$work/base-$seed/student" "seed=$((seed + 10))" eval_every=60 eval_images=96)
+    case $arm in
+      forward) ;;
+      none) what+=(iterations=850 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=99999 algorithm.dm_every=1) ;;
+      checker) what+=(algorithm.discriminator_reward_weight=0 "rewards=[1*checker]") ;;
+      grpo) what+=(iterations=687 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=200 algorithm.policy=grpo) ;;
+      *) echo "ARMS: forward, none, checker, grpo; not $arm" >&2 && exit 2 ;;
+    esac
+    "$bin/advdmd" train "${what[@]}" --out "$work/$arm-$seed" >/dev/null
+    finish "$arm-$seed"
+  done
+done
+[ -z "${RUNS_ONLY:-}" ] || exit 0
+for suite in "${suites[@]}"; do
+  files() { for seed in $seeds; do echo "$work/scores/$1-$seed/$suite/scores.json"; done; }
+  for arm in $arms; do
+    for other in base none; do
+      [ "$arm" = "$other" ] || "$bin/advdmd" compare $(files "$arm") $(files "$other" | sed 's/^/--against /') --commit "$commit" \
+        --out "$work/comparisons/$suite-$arm-$other.json"
+    done
+  done
+done
+"$bin/python" runs/archive_run.py comparisons "$work/comparisons" "$kept"
