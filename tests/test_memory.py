@@ -35,7 +35,7 @@ def test_whole_networks_are_shared_by_the_gpus():
     # One card has nobody to share with: all of it is float32.
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
     assert many.parts["activations"] == one.parts["activations"] / 2
-    assert fit_advice(r, one, 80).endswith("lora_rank=32 fsdp=false (adapters on one base), more GPUs")
+    assert "lora_rank=32 fsdp=false (adapters on one base), more GPUs" in fit_advice(r, one, 80)
 
 
 def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):

@@ -246,7 +246,8 @@ RECIPES = {
     f"{name}-{make.__name__.replace('_', '-')}": partial(make, name, guidance)
     for makers, guidances in (
         ((advdmd, dmd2, dmd2_paper, twinflow), GUIDANCE_SHORT),
-        ((advdmd_long, advdmd_reinforce, dmd2_long, dmd2_paper_long), GUIDANCE_LONG),
+        ((advdmd_long, dmd2_long, dmd2_paper_long), GUIDANCE_LONG),
+        ((advdmd_reinforce,), {k: GUIDANCE_LONG[k] for k in ("mini-sd35", "mini-sd3")}),
     )
     for name, guidance in guidances.items()
     for make in makers

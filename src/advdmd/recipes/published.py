@@ -52,8 +52,8 @@ MODELS = {
 class Preset(NamedTuple):
     """What makes a model fit: the rank of its adapters (0: whole networks, sharded over the GPUs), samples a pass, GB of a
     GPU and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
-    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits; so many samples a pass were measured on a GPU of 141 GB
-    (docs/performance.md), one is the least."""
+    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits. Samples a pass fill up to 86 % of a GPU of one by the estimate,
+    whose error was below 12 % (docs/performance.md): the host launches as many kernels for one sample as for eight."""
 
     rank: int
     samples: int
@@ -64,17 +64,17 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    ("sd3-medium", "24gb"): Preset(32, 1, 24),
-    ("sd35-medium", "24gb"): Preset(32, 1, 24),
+    ("sd3-medium", "24gb"): Preset(32, 8, 24),
+    ("sd35-medium", "24gb"): Preset(32, 8, 24),
     ("sd35-large", "24gb"): Preset(16, 1, 24, resolution=512),
     ("qwen-image", "24gb"): Preset(16, 1, 24, base_bits=4, resolution=512),  # of 16 bits the base alone would take 41 GB
-    ("sd3-medium", "80gb"): Preset(64, 4, 80),
-    ("sd35-medium", "80gb"): Preset(64, 4, 80),
-    ("sd35-large", "80gb"): Preset(64, 4, 80),
+    ("sd3-medium", "80gb"): Preset(64, 32, 80),
+    ("sd35-medium", "80gb"): Preset(64, 32, 80),
+    ("sd35-large", "80gb"): Preset(64, 12, 80),
     ("qwen-image", "80gb"): Preset(32, 2, 80),
-    ("sd3-medium", "8x80gb"): Preset(0, 4, 80, gpus=8),
-    ("sd35-medium", "8x80gb"): Preset(0, 4, 80, gpus=8),
-    ("sd35-large", "8x80gb"): Preset(0, 1, 80, gpus=8),
+    ("sd3-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
+    ("sd35-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
+    ("sd35-large", "8x80gb"): Preset(0, 2, 80, gpus=8),
     ("qwen-image", "32x80gb"): Preset(0, 1, 80, gpus=32),
 }
 
@@ -184,7 +184,7 @@ def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -
         guidance_strength=w,
         group_size=2,
     )
-    prompts = (8 if PRESETS[name, one].samples == 4 else 2) * PRESETS[name, preset].gpus
+    prompts = (8 if one == "80gb" and name != "qwen-image" else 2) * PRESETS[name, preset].gpus
     return _recipe(name, one, algorithm, guidance_scale=1.0, iterations=iterations, prompts_per_step=prompts)
 
 
