@@ -41,7 +41,13 @@ LABELS = {
     "dmd": "DMD alone",
     "no_policy": "AdvDMD without policy updates",
     "teacher": "teacher",
+    "base": "the student they start from",
+    "forward": "with policy updates on the forward process",
+    "none": "without policy updates",
+    "grpo": "with GRPO's",
+    "checker": "with the exact checker as the reward",
 }
+ARMS = ("forward", "grpo", "none", "checker")  # of runs/reinforce.sh
 COLORS = {
     "advdmd": "tab:red",
     "twinflow": "tab:green",
@@ -49,6 +55,11 @@ COLORS = {
     "dmd2_paper": "tab:cyan",
     "dmd": "tab:gray",
     "no_policy": "tab:orange",
+    "base": "tab:gray",
+    "forward": "tab:red",
+    "none": "tab:blue",
+    "grpo": "tab:orange",
+    "checker": "tab:green",
 }
 ABLATIONS = {
     "ablations_policy": "Ablations of policy updates",
@@ -160,9 +171,9 @@ def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
     panels, grid = plt.subplots(-(-len(runs) // columns), columns, figsize=(3.6 * columns, 2.4 * -(-len(runs) // columns)))
     for (name, metrics), ax in zip(runs.items(), np.atleast_1d(grid).flat, strict=False):
         method, _, seed = name.rpartition("-")
-        sat = [m for m in metrics if "eval/strict" in m]
+        sat = [m for m in metrics if "eval/score" in m]
         F, steps = np.array([m["eval/forwards_per_sample"] for m in sat]), [int(m["step"]) for m in sat]
-        score, spread = ([m[f"eval/{k}"] for m in sat] for k in ("strict", "diversity"))
+        score, spread = ([m[f"eval/{k}"] for m in sat] for k in ("score", "diversity"))
         label = LABELS[method] if seed == "0" else None
         axes[0].plot(F, score, color=COLORS[method], label=label)
         axes[1].plot(F, spread, color=COLORS[method])
@@ -178,7 +189,7 @@ def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
     for ax in np.atleast_1d(grid).flat[len(runs) :]:
         ax.set_visible(False)
     np.atleast_1d(grid).flat[0].legend(frameon=False, fontsize=7)
-    for ax, title in zip(axes, ("validation score, strict", "diversity against the renderer"), strict=True):
+    for ax, title in zip(axes, ("validation score", "diversity against the renderer"), strict=True):
         ax.set(title=title, xlabel="forwards per sample")
         ax.grid(alpha=0.3)
     axes[0].legend(frameon=False)
@@ -194,7 +205,7 @@ def hacking(runs: dict[str, health.RunMetrics]) -> str:
     found = {name: step for name, metrics in rewarded.items() if (step := reward_hacking_step(metrics)) is not None}
     where = "; ".join(f"{name} after {step} iterations" for name, step in found.items())
     first = [next(int(m["step"]) for m in metrics if "reward/final" in m) for metrics in rewarded.values()]
-    n = sum("eval/strict" in m and m["step"] >= f for f, metrics in zip(first, rewarded.values(), strict=True) for m in metrics)
+    n = sum("eval/score" in m and m["step"] >= f for f, metrics in zip(first, rewarded.values(), strict=True) for m in metrics)
     return (
         f"Reward hacking was found in {len(found)} of {len(rewarded)} runs, by {n} validations{': ' + where if where else ''}."
     )
@@ -225,6 +236,31 @@ def claim(name: str) -> list[str]:
     lines += [f"- {hacking(runs)}", "", table(rows), "", tasks(rows), ""]
     lines += [f"![score and diversity against forwards](../results/claims/{name}/curves.png)", ""]
     return [*lines, f"![score, diversity and reward of each run](../results/claims/{name}/runs.png)"]
+
+
+def reinforcement(folder: Path) -> list[str]:
+    """The section of runs/reinforce.sh: what each way on from a student scores, and its differences to others."""
+    if not (folder / "comparisons.json").is_file():
+        return []
+    runs = {k: v for k, v in runs_of(folder).items() if not k.startswith("base")}
+    curves(folder, runs)
+    rows, scores = [], [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    for ours, theirs, c in comparisons(folder):
+        suite = c["suite"]
+        both = [f"{np.mean(c[side]['strict']):.3f}" for side in ("ours", "theirs")]
+        spread = [f"{c[side]['diversity']:.2f}" for side in ("ours", "theirs")]
+        difference = signed(c["difference"]["strict"]["overall"])
+        rows.append((ARMS.index(ours), suite, LABELS[ours], LABELS[theirs], *both, difference, " / ".join(spread)))
+    head = "suite | a student goes on | compared with | score | the other's | paired difference, strict | diversity"
+    table = [row[1:] for row in sorted(rows)]
+    seeds = len({s["run"] for s in scores if s["run"].startswith("forward-")})
+    return [
+        *("", "## What policy updates are worth", ""),
+        "`runs/reinforce.sh`: a student of mini-sd3 that has had no policy updates goes on from the same weights with the same "
+        f"forwards, with policy updates or without. Seeds: {seeds}; the checker as reward: fewer.",
+        *("", *grid(head, table), ""),
+        "![score and diversity against forwards](../results/reinforce/curves.png)",
+    ]
 
 
 def summary() -> str:
@@ -386,6 +422,7 @@ def main() -> None:
     ]
     for name in CLAIMS:
         lines += claim(name)
+    lines += reinforcement(RESULTS / "reinforce")
     for folder, title in ABLATIONS.items():
         if (RESULTS / folder / "comparisons.json").is_file():
             text = "`runs/ablations.sh` changes the recipe in one place. Forwards are equal, scores are strict."

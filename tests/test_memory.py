@@ -10,7 +10,8 @@ from advdmd.recipes.registry import resolve
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430)]
+    ("name", "billions"),
+    [("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430), ("flux-dev", 11.901)],
 )
 def test_parameters_are_the_published_models(name, billions):
     found = estimate(resolve(f"{name}-advdmd-4step-80gb")[1])

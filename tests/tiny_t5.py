@@ -7,13 +7,19 @@ from advdmd.mini.world.caption import VOCABULARY
 from tests.conftest import TINY
 
 
+def t5_tokenizer():
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -2.0) for w in VOCABULARY)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
 def sd3_with_t5():
     import torch
     from diffusers import StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+    from transformers import T5Config, T5EncoderModel
 
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -2.0) for w in VOCABULARY)]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0)
+    tokenizer = t5_tokenizer()
     small = pipelines.sd3(VOCABULARY, TINY, sd35=True)
     torch.manual_seed(5)
     width = small.transformer.config.joint_attention_dim

@@ -16,7 +16,7 @@ from advdmd.recipes.recipe import Recipe
 GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
-COUNTED_CLASSES = ("SD3Transformer2DModel", "QwenImageTransformer2DModel")
+COUNTED_CLASSES = ("SD3Transformer2DModel", "QwenImageTransformer2DModel", "FluxTransformer2DModel")
 DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
 
@@ -70,7 +70,7 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
     """
     net, text = transformer(r.teacher)
     algorithm, base = r.algorithm, sum(p.numel() for p in net.parameters())
-    # Every adapted layer of SD3 and Qwen-Image is a linear layer of a block, in attention or in the MLP after it.
+    # Every adapted layer is a linear layer of a block, in attention or in the MLP after it.
     layers = [m for k, m in net.named_modules() if isinstance(m, nn.Linear) and _is_adapted(k)]
     adapter = r.lora_rank * sum(m.in_features + m.out_features for m in layers)
     trained = algorithm.trained_networks(r.discriminator.trunk == "own")
@@ -89,13 +89,13 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
     sharded = r.uses_fsdp(gpus)
     if sharded:  # every GPU holds its share, and the block that is used and the next one whole
         parts = {k: v / gpus for k, v in parts.items()}
-        parts["gathered"] = 2.0 * base / net.config.num_layers * bytes_each
+        parts["gathered"] = 2.0 * base / _num_blocks(net) * bytes_each
     width = net.inner_dim
-    patch = net.config.patch_size if "patch_size" in net.config else 2
+    patch = net.config.patch_size if type(net).__name__ == "SD3Transformer2DModel" else 2  # others are packed two by two
     tokens = (resolution // 8 // patch) ** 2 + text
     samples = 2 * algorithm.samples_per_pass(max(1, r.batch // gpus))  # guidance, or real beside generated, in one pass
     per_block = 1 if r.gradient_checkpointing else BLOCK_WIDTHS
-    kept = net.config.num_layers * per_block + BLOCK_WIDTHS
+    kept = _num_blocks(net) * per_block + BLOCK_WIDTHS
     parts["activations"] = float(samples * tokens * width * bytes_each * kept)
     if adapter and r.base_bits == 32 and r.base_dtype(gpus) == "float32" and not r.gradient_checkpointing:
         # Merged weights (models/lora.py) of the networks of one graph: the student, and a trunk that follows it.
@@ -109,8 +109,12 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
     return MemoryEstimate(base, adapter, n, parts)
 
 
+def _num_blocks(net: Module) -> int:
+    return net.config.num_layers + net.config.get("num_single_layers", 0)
+
+
 def _is_adapted(name: str) -> bool:
-    return "transformer_blocks." in name and (name.endswith(ATTENTION) or (".net." in name))
+    return "transformer_blocks." in name and (name.endswith((*ATTENTION, "proj_mlp")) or (".net." in name))
 
 
 def warning(r: Recipe, resolution: int, gpus: int, device: str) -> str:

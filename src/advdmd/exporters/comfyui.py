@@ -1,5 +1,7 @@
 """A student's workflow for ComfyUI."""
 
+import math
+
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig
 from advdmd.types import Json
@@ -26,6 +28,8 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
     if kind in (one := {"QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"), "ZImagePipeline": ("qwen_3_4b", "lumina2")}):
         text = _node("CLIPLoader", clip_name=f"{one[kind][0]}.safetensors", type=one[kind][1])
         shift = "ModelSamplingAuraFlow"
+    elif kind == "FluxPipeline":
+        text = _node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl.safetensors", type="flux")
     nodes = {
         "model": _node("UNETLoader", unet_name="transformer.safetensors", weight_dtype="default"),
         "clip": text,
@@ -49,6 +53,14 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
         nodes["tokens"] = _node("T5TokenizerOptions", clip=["clip", 0], min_padding=0, min_length=backbone.max_text_length)
         for name in ("prompt", "none"):
             nodes[name]["inputs"]["clip"] = ["tokens", 0]
+    if kind == "FluxPipeline":  # its node shifts by e to a number that grows with the image: here a constant
+        constant = round(math.log(sampler.shift or 1.0), 6)
+        shifts = {"max_shift": constant, "base_shift": constant, "width": side, "height": side}
+        nodes["shift"] = _node("ModelSamplingFlux", model=["model", 0], **shifts)
+        if "embedded_guidance" in backbone.metadata:
+            scale = backbone.metadata["embedded_guidance"]
+            nodes["guidance"] = _node("FluxGuidance", conditioning=["prompt", 0], guidance=scale)
+            nodes["sample"]["inputs"]["positive"] = ["guidance", 0]
     if lora:
         nodes["adapter"] = _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora, strength_model=1.0)
         nodes["shift"]["inputs"]["model"] = ["adapter", 0]

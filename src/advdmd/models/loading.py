@@ -14,6 +14,7 @@ from torch import nn
 from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone, Pipeline
+from advdmd.models.flux import Flux
 from advdmd.models.folder_kinds import no_pipeline
 from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import QwenImage
@@ -38,7 +39,7 @@ PIPELINE_FILES = (
     *(f"{part}/{kind}" for part in ("transformer", "scheduler", *ENCODERS) for kind in hub.SAFE_FILES),
 )
 DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)
-KNOWN_PIPELINES = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
+KNOWN_PIPELINES = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline")
 
 
 def shipped() -> dict[str, Path]:
@@ -247,15 +248,21 @@ def default_sampling(path: Path) -> SamplerConfig:
     kind = read_index(path)["_class_name"]
     card = card_sampling(kind, read_object(path / "transformer" / "config.json", hint=EXPORT_AGAIN))
     guidance = card.guidance + (kind == "ZImagePipeline")  # which counts from no guidance at 0
+    if kind == "FluxPipeline":  # the card's guidance is a number that the transformer takes
+        guidance = 1.0
     return SamplerConfig(steps=card.steps, shift=None, guidance_scale=guidance)
 
 
 def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
-    """The backbone of a pipeline; its metadata may hold `t5_length` (SD3), the latents' `side` and a `null_prompt` (Qwen)."""
+    """The backbone of a pipeline; its metadata may hold `t5_length` (SD3), the latents' `side`, a `null_prompt` (Qwen),
+    `embedded_guidance` and `text_length` (FLUX)."""
     kind = type(pipe).__name__
     if kind == "QwenImagePipeline":
         null = {"null_prompt": metadata["null_prompt"]} if "null_prompt" in metadata else {}
         return QwenImage(pipe, side=metadata.get("side", pipe.default_sample_size), **null)
+    if kind == "FluxPipeline":
+        names = {"side": "side", "embedded_guidance": "guidance", "text_length": "text_length"}
+        return Flux(pipe, **{names[k]: v for k, v in metadata.items() if k in names})
     if kind == "ZImagePipeline":
         return ZImage(pipe, side=metadata.get("side", 128))
     return SD3(pipe, t5_length=metadata.get("t5_length", 256), side=metadata.get("side"))

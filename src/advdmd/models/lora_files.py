@@ -103,7 +103,7 @@ def read_lora(source: str, net: nn.Module) -> LoraFile:
             raise ValueError(f"{source}: {module} has only {', '.join(sorted(part))}: the file is damaged")
         a, b = (_matrix(source, module, part[k]) for k in ("lora_A", "lora_B"))
         scale = part["alpha"].item() / a.shape[0] if "alpha" in part else scale_of(module, a.shape[0])
-        for name, piece in _placed(source, module, layers, b * scale):
+        for name, piece in _placed(source, module, layers, b * scale, net):
             weight = net.get_submodule(name).get_parameter("weight")
             if (piece.shape[0], a.shape[1]) != tuple(weight.shape) or piece.shape[1] != a.shape[0]:
                 raise ValueError(
@@ -204,7 +204,9 @@ def _matrix(source: str, module: str, x: Tensor) -> Tensor:
     return x
 
 
-def _placed(source: str, module: str, layers: Mapping[str, tuple[str, ...]], b: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _placed(
+    source: str, module: str, layers: Mapping[str, tuple[str, ...]], b: Tensor, net: nn.Module
+) -> Iterator[tuple[str, Tensor]]:
     """The layers of the network that a module's B [out, rank] is for, each with its rows."""
     name = module
     while name not in layers and _flat(name) not in layers:
@@ -213,9 +215,10 @@ def _placed(source: str, module: str, layers: Mapping[str, tuple[str, ...]], b: 
             raise ValueError(f"{source}: the model has no layer {module}: the LoRA was made for another model")
         name = name.removeprefix(prefix)
     targets = layers.get(name) or layers[_flat(name)]
-    if len(targets) > 1 and b.shape[0] % len(targets):
-        raise ValueError(f"{source}: {module} has {b.shape[0]} rows, which are not {len(targets)} layers'")
-    for target, piece in zip(targets, b.chunk(len(targets)), strict=True):
+    rows = [net.get_submodule(t.removesuffix(SWAPPED)).get_parameter("weight").shape[0] for t in targets]
+    if sum(rows) != b.shape[0] and len(targets) > 1:
+        raise ValueError(f"{source}: {module} has {b.shape[0]} rows, its {len(targets)} layers {sum(rows)}: of another model")
+    for target, piece in zip(targets, b.split(rows) if len(targets) > 1 else [b], strict=True):
         yield target.removesuffix(SWAPPED), torch.cat(piece.chunk(2)[::-1]) if target.endswith(SWAPPED) else piece
 
 
@@ -249,6 +252,39 @@ SD3_BLOCK_MODULES = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
+# The same of Black Forest Labs' own FLUX.1.
+FLUX_MODULES = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    **{
+        f"{theirs}.{layer}": (f"time_text_embed.{ours}.linear_{i}",)
+        for theirs, ours in (
+            ("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"),
+        )
+        for i, layer in ((1, "in_layer"), (2, "out_layer"))
+    },
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": (f"norm_out.linear{SWAPPED}",),
+}  # fmt: skip
+FLUX_BLOCK_MODULES = {
+    "double_blocks": {
+        "img_attn.qkv": tuple(f"attn.{k}" for k in QKV),
+        "img_attn.proj": ("attn.to_out.0",),
+        "img_mlp.0": ("ff.net.0.proj",),
+        "img_mlp.2": ("ff.net.2",),
+        "img_mod.lin": ("norm1.linear",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "txt_mlp.0": ("ff_context.net.0.proj",),
+        "txt_mlp.2": ("ff_context.net.2",),
+        "txt_mod.lin": ("norm1_context.linear",),
+    },
+    "single_blocks": {
+        "linear1": (*(f"attn.{k}" for k in QKV), "proj_mlp"),
+        "linear2": ("proj_out",),
+        "modulation.lin": ("norm.linear",),
+    },
+}
 Z_IMAGE_BLOCK_MODULES = {
     "attention.qkv": tuple(f"attention.{k}" for k in QKV),
     "attention.out": ("attention.to_out.0",),
@@ -267,6 +303,12 @@ def _layers(net: nn.Module) -> dict[str, tuple[str, ...]]:
             for name, targets in SD3_BLOCK_MODULES.items():
                 last = getattr(block, "context_pre_only", False) and name == "context_block.adaLN_modulation.1"
                 out[f"joint_blocks.{i}.{name}"] = tuple(f"transformer_blocks.{i}.{t}{SWAPPED * last}" for t in targets)
+    elif kind == "FluxTransformer2DModel":
+        out |= FLUX_MODULES
+        for theirs, ours in (("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")):
+            for i in range(len(list(net.get_submodule(ours).children()))):
+                for name, targets in FLUX_BLOCK_MODULES[theirs].items():
+                    out[f"{theirs}.{i}.{name}"] = tuple(f"{ours}.{i}.{t}" for t in targets)
     elif kind == "ZImageTransformer2DModel":
         for group in ("layers", "noise_refiner", "context_refiner"):
             for i in range(len(list(net.get_submodule(group).children()))):

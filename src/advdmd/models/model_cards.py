@@ -21,6 +21,8 @@ def card_sampling(pipeline: str, transformer: Mapping[str, Any]) -> CardSampling
             return CardSampling(28, 7.0)  # SD3 Medium
         medium = bool(transformer.get("dual_attention_layers"))
         return CardSampling(40, 4.5) if medium else CardSampling(28, 3.5)  # SD3.5 Medium and Large
+    if pipeline == "FluxPipeline":
+        return CardSampling(50, 3.5) if transformer.get("guidance_embeds") else CardSampling(4, 0.0)  # dev and schnell
     cards = {"QwenImagePipeline": CardSampling(50, 4.0), "ZImagePipeline": CardSampling(50, 4.0)}
     if pipeline not in cards:
         raise ValueError(f"{pipeline}: no model card is known, name steps and guidance")

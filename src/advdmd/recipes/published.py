@@ -46,14 +46,16 @@ MODELS = {
     "sd35-medium": PublishedModel("stabilityai/stable-diffusion-3.5-medium", 4.5, "SD3Transformer2DModel", SD35 | MEDIUM),
     "sd35-large": PublishedModel("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
     "qwen-image": PublishedModel("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
+    # Its guidance is a number that the transformer takes (models.flux), so classifier-free guidance is off.
+    "flux-dev": PublishedModel("black-forest-labs/FLUX.1-dev", 1.0, "FluxTransformer2DModel", {"guidance_embeds": True}, 512),
 }
 
 
 class Preset(NamedTuple):
     """What makes a model fit: the rank of its adapters (0: whole networks, sharded over the GPUs), samples a pass, GB of a
     GPU and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
-    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits. Samples a pass fill up to 86 % of a GPU of one by the estimate,
-    whose error was below 12 % (docs/performance.md): the host launches as many kernels for one sample as for eight."""
+    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits. Samples a pass fill up to 86 % of the GPU by the estimate,
+    whose error was below 12 % (docs/performance.md): one sample takes as many launches of kernels as eight."""
 
     rank: int
     samples: int
@@ -72,6 +74,8 @@ PRESETS = {
     ("sd35-medium", "80gb"): Preset(64, 32, 80),
     ("sd35-large", "80gb"): Preset(64, 12, 80),
     ("qwen-image", "80gb"): Preset(32, 2, 80),
+    ("flux-dev", "24gb"): Preset(16, 6, 24, base_bits=4, resolution=512),
+    ("flux-dev", "80gb"): Preset(64, 6, 80),
     ("sd3-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
     ("sd35-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
     ("sd35-large", "8x80gb"): Preset(0, 2, 80, gpus=8),
@@ -184,7 +188,7 @@ def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -
         guidance_strength=w,
         group_size=2,
     )
-    prompts = (8 if one == "80gb" and name != "qwen-image" else 2) * PRESETS[name, preset].gpus
+    prompts = (8 if one == "80gb" and name.startswith("sd3") else 2) * PRESETS[name, preset].gpus
     return _recipe(name, one, algorithm, guidance_scale=1.0, iterations=iterations, prompts_per_step=prompts)
 
 
