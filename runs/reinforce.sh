@@ -33,7 +33,11 @@ for seed in $seeds; do
     what=("$recipe" "student=$work/base-$seed/student" "seed=$((seed + 10))" eval_every=60 eval_images=96)
     case $arm in
       forward) ;;
-      none) what+=(iterations=850 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=99999 algorithm.dm_every=1) ;;
+      none) # distribution matching and GAN alone, an update of the student in every iteration after the same warm-up
+        what=(mini-sd3-advdmd-long "${what[@]:1}" iterations=850 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=99999
+          algorithm.policy_ramp_iterations=0 algorithm.dm_every=1 algorithm.dm_updates=1 algorithm.discriminator_every_nth_sample=1
+          dm_optimizer.lr=2e-4 dm_optimizer.decay_steps=0 policy_optimizer.lr=3e-4 "policy_optimizer.betas=[0.8,0.999]"
+          policy_optimizer.decay_steps=0) ;;
       checker) what+=(algorithm.discriminator_reward_weight=0 "rewards=[1*checker]") ;;
       grpo) what+=(iterations=687 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=200 algorithm.policy=grpo) ;;
       *) echo "ARMS: forward, none, checker, grpo; not $arm" >&2 && exit 2 ;;
