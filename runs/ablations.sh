@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What each part of AdvDMD is worth: the main job's recipe on mini-sd35 with one thing changed, at equal forwards; a change that
 # costs less runs longer, its schedule stretched with it. DMD and DMD2 are in the claims. The last student is scored, not the best
-# of its validations: that may be from before the first policy update, and then tells nothing of what comes after it.
-# results/ablations is of an earlier recipe, whose policy updates began after two thirds of a run. Resumable: what KEPT has is not
-# done again. SEEDS, ONLY (names), ITERATIONS (of the recipe), KEPT (under results) and BIN may be set.
+# of its validations: that may be from before the first policy update, and then tells nothing of what comes after it. Resumable:
+# what KEPT has is not done again. SEEDS, ONLY (names; those after no_wrong_captions are left out by default), ITERATIONS (of the
+# recipe), KEPT (under results) and BIN may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seeds=${SEEDS:-0 1} iterations=${ITERATIONS:-300} bin=${BIN:-.venv/bin} recipe=mini-sd35-advdmd
-work=runs/ablations kept=results/${KEPT:-ablations_policy} commit=${COMMIT:-$(git rev-parse --short HEAD)}
+work=runs/ablations kept=results/${KEPT:-ablations} commit=${COMMIT:-$(git rev-parse --short HEAD)}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/comparisons" "$kept"
 "$bin/python" runs/archive_run.py unpack "$kept" "$work/scores"
@@ -29,8 +29,8 @@ declare -A change=(
   [steps_2]="algorithm.steps=2"
   [steps_8]="algorithm.steps=8"
 )
-order="recipe final_reward_only step_reward_only frozen_discriminator no_gate no_dm_only eta_.9 no_policy policy_without_gan
-  no_wrong_captions discriminator_on_the_teacher action_sample own_starts steps_1 steps_2 steps_8"
+order="recipe no_policy own_starts no_gate final_reward_only step_reward_only policy_without_gan frozen_discriminator
+  no_wrong_captions"
 names="recipe ${ONLY:-${order#recipe }}" # every change is compared to the recipe
 suites=(mini-geneval-test mini-dpg-test)
 complete() { # RUN: whether both suites are scored

@@ -61,10 +61,7 @@ COLORS = {
     "grpo": "tab:orange",
     "checker": "tab:green",
 }
-ABLATIONS = {
-    "ablations_policy": "Ablations of policy updates",
-    "ablations": "Ablations of an earlier recipe, whose policy updates began after two thirds of a run",
-}
+ABLATIONS = {"ablations": "Ablations"}
 IN_README = ("h1", "h2", "h3", "h3-4-step")  # at most twelve rows
 Found = tuple[str, str, dict[str, Any]]  # ours, theirs, comparison
 

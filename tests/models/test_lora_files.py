@@ -1,6 +1,7 @@
 """LoRA files as people have them, a teacher with a style, and students that start from a few-step model."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -226,7 +227,12 @@ def test_the_students_lora_holds_style_and_speed_or_speed_alone(styled, tiny_fol
     assert "both are in `pytorch_lora_weights.safetensors`" in card
     assert json.loads((run / "student/advdmd.json").read_text())["teacher_lora"].endswith(":0.5")
     assert sorted(f.name for f in speed.iterdir()) == ["README.md", "adapter_config.json", "pytorch_lora_weights.safetensors"]
-    assert "in 4 steps, as a LoRA" in (speed / "README.md").read_text()
+    card = (speed / "README.md").read_text()
+    assert "in 4 steps, as a LoRA" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    ran = {}
+    exec(code.replace("THIS_FOLDER", str(speed)).replace('"tiny-sd35"', f'"{tiny_folder}"'), ran)
+    assert ran["image"].size[0] > 0
 
 
 def test_only_an_adapter_is_a_part(trained, tmp_path):  # noqa: F811

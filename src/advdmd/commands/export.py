@@ -78,7 +78,7 @@ def export_ema_student(
     sampler, teacher = r.algorithm.sampler(), loading.pipeline_folder(r.teacher)
     if only:
         about: Json = {"sampling": {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}}
-        about["sigmas"] = backbone.pipeline_call_kwargs(sampler.steps).get("sigmas")
+        about |= {"stock_load": backbone.pipeline_load_kwargs, "stock_call": backbone.pipeline_call_kwargs(sampler.steps)}
         return export_adapter(net, teacher, out, metadata | about)
     style = None
     if r.teacher_lora:

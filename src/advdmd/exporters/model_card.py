@@ -32,6 +32,8 @@ image = pipe(
 def adapter_card(record: Json) -> str:
     """README.md of a folder with the speed-up alone; record: its metadata."""
     sampling = record["sampling"]
+    load = "".join(f", {k}={v!r}" for k, v in record["stock_load"].items())
+    call = "".join(f"    {k}={v!r},\n" for k, v in record["stock_call"].items())
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -50,10 +52,12 @@ other LoRAs. Sample in {sampling["steps"]} steps without guidance:
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-pipe = DiffusionPipeline.from_pretrained("{record["base_model"]}", dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained("{record["base_model"]}", dtype=torch.bfloat16{load})
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={sampling["shift"]:g}, stochastic_sampling=True)
 pipe.load_lora_weights("THIS_FOLDER", adapter_name="speed")
-image = pipe("a picture of a red circle", sigmas={record["sigmas"]}, guidance_scale=1.0).images[0]
+image = pipe(
+    "a picture of a red circle",
+{call}).images[0]
 ```
 """
 
@@ -61,6 +65,7 @@ image = pipe("a picture of a red circle", sigmas={record["sigmas"]}, guidance_sc
 def model_card(folder: Path, name: str, sampler: SamplerConfig, backbone: Backbone, record: Json, dtype: torch.dtype) -> str:
     """README.md of a student's `folder`, which will be called `name`; record: its metadata; dtype: of its transformer."""
     notes = ""
+    guidance = "with the guidance that the model takes as an input" if "embedded_guidance" in record else "without guidance"
     if sampler.eta != 1:
         notes = f"\n**eta = {sampler.eta}: stock schedulers cannot sample it, `advdmd sample` can.**\n"
     if sampler.last_time is not None:
@@ -92,7 +97,7 @@ tags: [advdmd, distillation, few-step]
 ---
 # {record["base_model"]} in {sampler.steps} steps
 
-Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample without guidance, in {sampler.steps} steps:
+Distilled with `{record["recipe"]}`, seed {record["seed"]}. Sample in {sampler.steps} steps, {guidance}:
 {notes}
 ```python
 {snippet(name, backbone, sampler.steps, dtype)}```
