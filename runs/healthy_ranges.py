@@ -23,7 +23,7 @@ def main() -> None:
     teachers: dict[str, set[str]] = defaultdict(set)
     for folder in (f for pattern in GOOD for f in sorted(RESULTS.glob(pattern)) if f.is_dir()):
         r = resolve(str(folder / "recipe.yaml"))[1]
-        key = f"{r.algorithm.name}/{r.algorithm.steps}"
+        key = f"{r.algorithm.name}/{r.algorithm.steps}{r.algorithm.variant}"
         runs[key].append(folder)
         teachers[key].add(r.teacher)
     ranges = {k: health.ranges_of_runs([health.read_metrics(f) for f in fs]) for k, fs in sorted(runs.items())}

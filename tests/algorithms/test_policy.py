@@ -12,6 +12,7 @@ from advdmd.algorithms.base import Costs
 from advdmd.algorithms.objectives import forward_policy_loss
 from advdmd.algorithms.policy import halves_of_groups
 from advdmd.mini.checker_scorer import CheckerScorer
+from advdmd.monitoring import health
 from advdmd.recipes.registry import resolve
 from advdmd.rewards.registry import parse_reward
 from advdmd.rng import Rng
@@ -313,3 +314,8 @@ def test_momentum_is_evidence_that_is_kept(momentum):
         if shares[-1]:
             torch.testing.assert_close(moved / moved.norm(), kept / kept.norm(), rtol=1e-3, atol=1e-4)
     assert sum(shares[20:]) / 60 == pytest.approx(sum(cosines[20:]) / 60, abs=0.04)
+
+
+def test_healthy_ranges_are_of_the_form_that_they_were_measured_on():
+    assert health.ranges_for(resolve("mini-sd3-advdmd-long")[1])
+    assert health.ranges_for(resolve("mini-sd3-advdmd-reinforce")[1]) == {}

@@ -170,6 +170,11 @@ class Algorithm(Protocol[Models]):
         return 1
 
     @property
+    def variant(self) -> str:
+        """What is behind name and steps in the key of its healthy ranges: empty for the form that they were measured on."""
+        return ""
+
+    @property
     def needs_extra_rewards(self) -> bool:
         """Whether further rewards are its only ones."""
         return False

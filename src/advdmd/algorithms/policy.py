@@ -92,6 +92,12 @@ class PolicyUpdates:
         return self.shared_start and self.policy == "grpo"
 
     @property
+    def variant(self) -> str:
+        """Whether gradients are another loss's, or gathered: then ranges of logged numbers are others too."""
+        plain = self.policy == "grpo" and self.policy_step == "adam"
+        return "" if plain else f"/{self.policy}-{self.policy_step}"
+
+    @property
     def needs_extra_rewards(self) -> bool:
         """Whether the discriminator is no reward at all."""
         return self.discriminator_reward_weight == 0

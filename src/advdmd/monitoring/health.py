@@ -160,7 +160,7 @@ def _shipped() -> dict[str, dict[str, dict[str, Range]]]:
 
 def ranges_for(r: Recipe) -> dict[str, Range]:
     """The shipped ranges, if they are of runs like this one: same algorithm, number of steps and, among others, teacher."""
-    key = f"{r.algorithm.name}/{r.algorithm.steps}"
+    key = f"{r.algorithm.name}/{r.algorithm.steps}{r.algorithm.variant}"
     return shipped_ranges().get(key, {}) if r.teacher in _shipped()["teachers"].get(key, ()) else {}
 
 
