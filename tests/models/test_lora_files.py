@@ -274,7 +274,7 @@ def test_a_student_starts_where_it_is_told_and_waits_for_the_others(trained, tin
     assert all("fake_score/loss" in x and "student/dm_loss" not in x for x in logged)
     forwards = r.forwards(0)
     assert forwards["distribution matching"] == 0
-    assert json.loads((tmp_path / "run/student/advdmd.json").read_text())["started_from"] == str(start)
+    assert json.loads((tmp_path / "run/student/advdmd.json").read_text())["started_from"] == start.name
 
 
 def test_a_run_goes_on_without_its_start(trained, tiny_folder, tmp_path):  # noqa: F811

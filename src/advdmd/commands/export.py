@@ -74,7 +74,7 @@ def export_ema_student(
     if r.rewards:
         metadata["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
     if r.student:
-        metadata["started_from"] = r.student
+        metadata["started_from"] = _public_name(r.student)
     sampler, teacher = r.algorithm.sampler(), loading.pipeline_folder(r.teacher)
     if only:
         about: Json = {"sampling": {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}}
@@ -82,9 +82,16 @@ def export_ema_student(
         return export_adapter(net, teacher, out, metadata | about)
     style = None
     if r.teacher_lora:
-        metadata["teacher_lora"], lora = r.teacher_lora, parse_lora(r.teacher_lora)
+        lora = parse_lora(r.teacher_lora)
+        metadata["teacher_lora"] = f"{_public_name(lora.source)}:{lora.scale:g}"
         style = (read_lora(lora.source, plain_network(backbone.net)), lora.scale)
     grids = [
         p for p in (run / "samples").glob("step-*.png") if p.stem[5:].isdecimal() and int(p.stem[5:]) <= metadata["iterations"]
     ]
     return export_student(backbone, net, sampler, teacher, out, metadata, max(grids, default=None), style)
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is, a file or folder of this machine without the way to it: metadata are published."""
+    path = Path(source).expanduser()
+    return path.name if path.exists() else source
