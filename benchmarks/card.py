@@ -25,7 +25,7 @@ import torch
 
 from advdmd.commands.train import train
 from advdmd.distillation import memory
-from advdmd.distillation.build import build_models
+from advdmd.distillation.build import Builder
 from advdmd.files import write_text
 from advdmd.models import loading
 from advdmd.models.quantization import quantize
@@ -203,7 +203,7 @@ def size(case: str, device: str, tiny: bool, rounds: int = 2) -> dict[str, Any]:
     each = operations(forward) / n
     if r.base_bits < 32:
         quantize(backbone.blocks(net), r.base_bits, backbone.dtype, device)
-    models = build_models(r, backbone, conditions(1))
+    models = Builder(r, backbone, conditions(1)).build()
     step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
     F, ids = sum(r.forwards(step).values()), list(range(r.batch))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from advdmd.distillation.build import build_models, setup
+from advdmd.distillation.build import Builder, setup
 from advdmd.files import write_text
 from advdmd.recipes import registry
 from advdmd.rng import Rng
@@ -48,7 +48,7 @@ class Setting:
             backbone.net = net.requires_grad_(False).eval()
             times = side // self.batch.real_latents.shape[-1]
             self.batch = replace(self.batch, real_latents=self.batch.real_latents.repeat(1, 1, times, times))
-            self.models = build_models(self.recipe, backbone, data.null)
+            self.models = Builder(self.recipe, backbone, data.null).build()
         steps = range(self.recipe.iterations)
         self.step = max(steps, key=lambda i: sum(self.recipe.forwards(i).values()))  # a full iteration
 

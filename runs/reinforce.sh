@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What policy updates are worth: a student of mini-sd3 without any is trained, then goes on in two ways with the same forwards:
 # with policy updates on the forward process (forward), or without (none). checker: the exact checker as the only reward, the
-# upper bound of any; grpo: GRPO's loss. Resumable: what results/reinforce has is not done again. SEEDS, ARMS and BIN may be set;
+# upper bound of any. Resumable: what results/reinforce has is not done again. SEEDS, ARMS and BIN may be set;
 # RUNS_ONLY=1 leaves out the comparisons, so that several processes can work on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -39,8 +39,7 @@ for seed in $seeds; do
           dm_optimizer.lr=2e-4 dm_optimizer.decay_steps=0 policy_optimizer.lr=3e-4 "policy_optimizer.betas=[0.8,0.999]"
           policy_optimizer.decay_steps=0) ;;
       checker) what+=(algorithm.discriminator_reward_weight=0 "rewards=[1*checker]") ;;
-      grpo) what+=(iterations=687 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=200 algorithm.policy=grpo) ;;
-      *) echo "ARMS: forward, none, checker, grpo; not $arm" >&2 && exit 2 ;;
+      *) echo "ARMS: forward, none, checker; not $arm" >&2 && exit 2 ;;
     esac
     "$bin/advdmd" train "${what[@]}" --out "$work/$arm-$seed" >/dev/null
     finish "$arm-$seed"

@@ -43,10 +43,9 @@ LABELS = {
     "base": "the student they start from",
     "forward": "with policy updates on the forward process",
     "none": "without policy updates",
-    "grpo": "with GRPO's",
     "checker": "with the exact checker as the reward",
 }
-ARMS = ("forward", "grpo", "none", "checker")  # of runs/reinforce.sh
+ARMS = ("forward", "none", "checker")  # of runs/reinforce.sh
 COLORS = {
     "advdmd": "tab:red",
     "twinflow": "tab:green",
@@ -57,7 +56,6 @@ COLORS = {
     "base": "tab:gray",
     "forward": "tab:red",
     "none": "tab:blue",
-    "grpo": "tab:orange",
     "checker": "tab:green",
 }
 ABLATIONS = {"ablations": "Ablations"}

@@ -19,7 +19,7 @@ from advdmd.algorithms.objectives import (
     policy_loss,
     student_loss,
 )
-from advdmd.distillation.build import build_models
+from advdmd.distillation.build import Builder
 from advdmd.mini.training_data import MiniData
 from advdmd.recipes.mini import RECIPES
 from advdmd.recipes.recipe import Recipe
@@ -36,7 +36,7 @@ ADV = {"dm_only_iterations": 0, "policy_ramp_iterations": 0, "dm_every": 1, "auc
 
 def models_for(r, backbone):
     with torch.no_grad():
-        return build_models(r, backbone, backbone.encode_text(backbone.tokenize([""])))
+        return Builder(r, backbone, backbone.encode_text(backbone.tokenize([""]))).build()
 
 
 def tiny_recipe(folder, algorithm, **changes):

@@ -139,11 +139,11 @@ def held(gradients):
 def test_agreement_is_the_cosine_of_the_halves_sums_under_their_scales():
     g = torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(40) + 0.1
-    _, halves = held(g)
     a, b = g.sum(0) / scale
-    assert halves.agreement([scale]) == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-6)
-    assert held(g[:, :1].expand(-1, 2, -1))[1].agreement(None) == pytest.approx(1)
-    assert held(torch.stack([g[:, 0], -g[:, 0]], 1))[1].agreement(None) == pytest.approx(-1)
+    found = held(g)[1].step([scale], [0.0])[0]
+    assert found == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-6)
+    assert held(g[:, :1].expand(-1, 2, -1))[1].step(None, [0.0])[0] == pytest.approx(1)
+    assert held(torch.stack([g[:, 0], -g[:, 0]], 1))[1].step(None, [0.0])[0] == pytest.approx(-1)
 
 
 def test_a_steps_length_is_its_rate_times_the_evidence():
@@ -153,13 +153,13 @@ def test_a_steps_length_is_its_rate_times_the_evidence():
     for noise in (0.5, 2.0, 8.0):
         g = truth + noise * torch.randn(4, 2, d)
         p, halves = held(g)
-        share = halves.step(None, [1e-3])
+        _, share = halves.step(None, [1e-3])
         assert share == pytest.approx(torch.cosine_similarity(g.sum((0, 1)), truth, dim=0).item(), abs=0.05)
         assert p.detach().square().mean().sqrt() == pytest.approx(1e-3 * share, rel=1e-3)
         assert torch.cosine_similarity(-p.detach(), g.sum((0, 1)), dim=0) > 0.999
         assert (halves.weight, halves.rollouts, halves.state_dict("x")) == (0, 0, {})
     p, halves = held(torch.stack([truth, -truth])[None])
-    assert halves.step(None, [1e-3]) == 0
+    assert halves.step(None, [1e-3])[1] == 0
     assert (p == 0).all()
 
 
@@ -281,8 +281,9 @@ def test_steps_go_by_the_mean_of_what_their_halves_agreed_by():
                 p.grad = truth + noise * torch.randn(d)
                 halves.add(h)
             halves.end_rollout()
-        single.append(halves.agreement(None))
-        shares.append(halves.step(None, [0.0]))
+        agreement, share = halves.step(None, [0.0])
+        single.append(agreement)
+        shares.append(share)
     expected = 8 / noise**2 / (1 + 8 / noise**2)
     assert sum(single) / 200 == pytest.approx(expected, abs=0.01)
     assert sum(c < 0 for c in single) > 50
@@ -308,7 +309,7 @@ def test_momentum_is_evidence_that_is_kept(momentum):
                 halves.add(h)
             halves.end_rollout()
         before = p.detach().clone()
-        shares.append(halves.step(None, [1e-3]))
+        shares.append(halves.step(None, [1e-3])[1])
         moved = before - p.detach()
         cosines.append(torch.cosine_similarity(kept, truth, dim=0).item())
         if shares[-1]:
@@ -319,3 +320,18 @@ def test_momentum_is_evidence_that_is_kept(momentum):
 def test_healthy_ranges_are_of_the_form_that_they_were_measured_on():
     assert health.ranges_for(resolve("mini-sd3-advdmd-long")[1])
     assert health.ranges_for(resolve("mini-sd3-advdmd-reinforce")[1]) == {}
+
+
+def test_one_prompt_takes_turns_between_the_halves():
+    """A half of a rollout is then empty; two rollouts hold both."""
+    torch.manual_seed(0)
+    world = Mixture()
+    models, logs = toy_models(world, Net(2), 4), []
+    algorithm = AdvDMD(**GATHERED, policy="forward", min_agreement=1.0, max_policy_rollouts=2)
+    for i in range(2):
+        batch, ids = toy_batch_fn(world, prompts=1)(i)
+        rng = Rng(0, i, ids)
+        logs.append(algorithm.update_policy(models, algorithm.rollout(models, batch, rng), batch, rng))
+    assert all(math.isfinite(v) for log in logs for v in log.values())
+    assert "policy/agreement" in logs[1]
+    assert logs[1]["policy/agreement"] != 0

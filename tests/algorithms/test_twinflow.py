@@ -9,7 +9,7 @@ from advdmd import flow
 from advdmd.algorithms.base import Costs
 from advdmd.algorithms.twinflow import TwinFlow, TwinFlowModels, barron_loss, guidance_strength
 from advdmd.commands import train
-from advdmd.distillation.build import build_models
+from advdmd.distillation.build import Builder
 from advdmd.mini import pipelines
 from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import loading
@@ -189,7 +189,7 @@ def folder(tiny_folder, tmp_path):
 
 def test_forwards_are_as_counted(folder, backbone, monkeypatch):
     (_, r), _ = folder
-    twin, counts, velocity = build_models(r, backbone, empty(backbone)), {"grad": 0, "none": 0}, backbone.velocity
+    twin, counts, velocity = Builder(r, backbone, empty(backbone)).build(), {"grad": 0, "none": 0}, backbone.velocity
 
     def counted(net, x, t, cond):
         counts["grad" if torch.is_grad_enabled() else "none"] += len(x)
@@ -219,7 +219,7 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
     backbone, sampler = loading.load(str(student))
     assert (sampler.steps, sampler.last_time, sampler.nfe) == (2, 0.6, 2)
     own = loading.load(str(tiny_folder))[0]
-    twin = build_models(r, own, empty(own))
+    twin = Builder(r, own, empty(own)).build()
     from advdmd.training import checkpoint
 
     checkpoint.resume(out / "checkpoints", {"student": twin.student}, {})
@@ -244,7 +244,7 @@ def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(
     backbone = loading.backbone_from_pipeline(any_backbone.pipe, {"t5_length": 0, "side": pipelines.LATENT})
     backbone.net = copy.deepcopy(plain)
     _, r = resolve("mini-sd35-twinflow", ["lora_rank=2", "algorithm.order=1"])
-    twin = build_models(r, backbone, empty(backbone))
+    twin = Builder(r, backbone, empty(backbone)).build()
     with torch.no_grad():
         x, t, cond = inputs(backbone)
         assert torch.equal(twin.student(x, t, 0 * t, cond), backbone.velocity(plain, x, t, cond)), "adapters start at nothing"

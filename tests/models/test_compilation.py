@@ -58,7 +58,7 @@ def iteration(folder, words, backend):
     real = networks.trainable_copies
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "trainable_copies", lambda *args: real(*args[:-1], backend))
-        models = r.algorithm.build(Builder(r, backbone, null))
+        models = Builder(r, backbone, null).build()
     latents = torch.randn(8, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     batch = Batch(cond[torch.arange(2).repeat_interleave(4)], latents)
     return r.algorithm.train_step(models, batch, 0, Rng(0, 0, range(8)))

@@ -97,7 +97,7 @@ def test_latents_round_trip(backbone):
     mean = backbone.vae.encode(pixels).latent_dist.mean
     config = backbone.vae.config
     torch.testing.assert_close(backbone.encode(pixels) / config.scaling_factor + config.shift_factor, mean)
-    with pytest.raises(ValueError, match="FLUX packs latents two by two"):
+    with pytest.raises(ValueError, match="reads latents two by two"):
         Flux(backbone.pipe, 7)
 
 

@@ -49,10 +49,10 @@ def in_keys(found, form):
 @pytest.mark.parametrize("form", ["diffusers", "old diffusers", "peft", "peft, named", "kohya", "comfyui"])
 def test_keys_of_every_program_are_the_same_lora(form, backbone, tmp_path):
     found = pairs(backbone.net)
-    lora = read_lora(written(tmp_path / "a.safetensors", in_keys(found, form)), backbone.net)
+    lora = read_lora(written(tmp_path / "a.safetensors", in_keys(found, form)) + ":0.5", backbone.net)
     assert set(lora.products) == set(LAYERS)
     before = {k: backbone.net.get_submodule(k).weight.clone() for k in LAYERS}
-    fuse(backbone.net, lora, 0.5)
+    fuse(backbone.net, lora)
     for k, (a, b) in found.items():
         torch.testing.assert_close(backbone.net.get_submodule(k).weight, before[k] + 0.5 * b @ a)
 
@@ -82,7 +82,7 @@ def test_diffusers_itself_makes_the_same_weights(tiny_folder, tmp_path):
     config = {"r": 3, "lora_alpha": 6, "target_modules": list(LAYERS)}
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     file = written(tmp_path / "a.safetensors", in_keys(pairs(first.net), "diffusers"), **header)
-    fuse(first.net, read_lora(file, first.net), 0.7)
+    fuse(first.net, read_lora(f"{file}:0.7", first.net))
     second.pipe.load_lora_weights(file)
     second.pipe.fuse_lora(lora_scale=0.7)
     second.pipe.unload_lora_weights()
@@ -321,15 +321,16 @@ def test_an_adapter_starts_from_a_lora_of_no_more_rank(styled, tiny_folder):
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(words, said, trained, tiny_folder, tmp_path):  # noqa: F811
-    start = trained / "student"
+    right = [*SMALL, f"teacher={tiny_folder}", f"student={trained / 'student'}"]
     with pytest.raises(ValueError, match=said):
-        train.train(
-            *resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", f"student={start}", *words]), tmp_path / "r"
-        )
+        train.train(*resolve("mini-sd35-advdmd", [*right, *words]), tmp_path / "r")
+    train.train(*resolve("mini-sd35-advdmd", [*right, "iterations=1"]), tmp_path / "r")  # nothing was begun there
 
 
 def test_other_starts_are_refused(tiny_folder, tmp_path):
     with pytest.raises(ValueError, match="twinflow starts from its teacher"):
         resolve("mini-sd35-twinflow", ["student=a"])
+    with pytest.raises(ValueError, match="is a teacher and no few-step model"):
+        train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", f"student={tiny_folder}"]), tmp_path / "r")
     with pytest.raises(ValueError, match="another transformer than the teacher"):
         train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "student=mini-sd35"]), tmp_path / "r")

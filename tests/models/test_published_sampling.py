@@ -15,6 +15,7 @@ from advdmd.models.qwen_image import pack
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.recipes.published import MODELS
 from tests.conftest import TINY
+from tests.tiny_flux import flux
 from tests.tiny_z_image import z_image
 
 PROMPTS = ["a picture of a red circle"]
@@ -24,6 +25,7 @@ FAMILIES = {
     "sd35": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=True),
     "qwen": lambda: pipelines.qwen_image(VOCABULARY, TINY),
     "z-image": lambda: z_image(VOCABULARY, TINY),
+    "flux": lambda: flux(VOCABULARY, TINY),
 }
 
 
@@ -32,7 +34,7 @@ def saved(pipe, folder, **scheduler):
     pipe.save_pretrained(folder)
     file = folder / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
-    (folder / "advdmd.json").write_text(json.dumps({"t5_length": 0, "side": 8}))
+    (folder / "advdmd.json").write_text(json.dumps({"t5_length": 0, "side": 8, "text_length": 12}))
     return folder
 
 
@@ -49,6 +51,8 @@ def test_images_are_the_stock_pipelines_at_its_own_defaults(family, scheduler, t
     call = {"num_inference_steps": 5, "output_type": "pt", "height": 32, "width": 32, "latents": noise[0]}
     if family == "qwen":
         call |= {"latents": pack(noise[0]), "true_cfg_scale": how.guidance_scale, "negative_prompt": " "}
+    elif family == "flux":
+        call |= {"latents": pack(noise[0]), "guidance_scale": 3.5, "max_sequence_length": 12}
     elif family == "z-image":
         call |= {"guidance_scale": how.guidance_scale - 1}
     else:
@@ -68,15 +72,14 @@ def test_guidance_and_steps_are_those_of_each_models_card():
         )
         for name, m in MODELS.items()
     }
-    assert {k: tuple(v) for k, v in found.items()} == {
+    assert {k: (v.steps, v.guidance) for k, v in found.items()} == {
         "sd3-medium": (28, 7.0),
         "sd35-medium": (40, 4.5),
         "sd35-large": (28, 3.5),
         "qwen-image": (50, 4.0),
         "flux-dev": (50, 3.5),
     }
-    guided = {k: v for k, v in found.items() if k != "flux-dev"}  # whose guidance is an input of the transformer
-    assert all(MODELS[k].guidance == v.guidance for k, v in guided.items()), "distillation guides by the card too"
+    assert all(MODELS[k].guidance == v.cfg for k, v in found.items()), "distillation guides by the card too"
     with pytest.raises(ValueError, match="SanaPipeline"):
         card_sampling("SanaPipeline", {})
 
@@ -91,6 +94,14 @@ def test_evaluation_through_the_stock_pipeline_has_the_cards_too(family, kwargs,
     assert (stock.call_kwargs["num_inference_steps"], scale) == kwargs
     assert stock.nfe == 2 * kwargs[0]
     assert DiffusersModel(str(tmp_path / family), DiffusersSampling(steps=3, guidance_scale=1.0)).nfe == 3
+
+
+def test_guidance_that_a_transformer_takes_is_one_evaluation_and_no_classifier_free_guidance(tmp_path):
+    FAMILIES["flux"]().save_pretrained(tmp_path / "flux")
+    stock = DiffusersModel(str(tmp_path / "flux"), DiffusersSampling())
+    assert (stock.call_kwargs, stock.nfe) == ({"num_inference_steps": 50, "guidance_scale": 3.5}, 50)
+    other = DiffusersModel(str(tmp_path / "flux"), DiffusersSampling(steps=3, guidance_scale=7.0))
+    assert (other.call_kwargs, other.nfe) == ({"num_inference_steps": 3, "guidance_scale": 7.0}, 3)
 
 
 def test_what_the_teacher_generates_for_training_follows_its_card_and_the_users_word(tmp_path):

@@ -132,7 +132,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(z, folder, tmp_path):
-    with pytest.raises(ValueError, match="latents of 7 x 7: Z-Image reads latents two by two"):
+    with pytest.raises(ValueError, match="latents of 7 x 7: this transformer reads latents two by two"):
         ZImage(z.pipe, 7)
     with pytest.raises(ValueError, match="no second time embedding for a ZImageTransformer2DModel"):
         train.train(

@@ -23,7 +23,7 @@ class Trainable(Protocol):
 
     Called with x [N, ...], t [N] and conditions it predicts [N, ...]; `update` takes one optimizer step on the mean of losses
     [n], at `lr_scale` times the learning rate. `accumulate` adds the gradients of a rollout's two halves to those of earlier
-    rollouts and logs their agreement; `step_by_agreement` spends them in one step.
+    rollouts; `step_by_agreement` spends them in one step, as long as the halves agree.
     """
 
     net: nn.Module
@@ -36,9 +36,7 @@ class Trainable(Protocol):
         self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
     ) -> tuple[Metrics, Aux]: ...
     def accumulated_rollouts(self, optimizer: str) -> int: ...
-    def accumulate(
-        self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str, scaled_by: str
-    ) -> tuple[Metrics, Aux]: ...
+    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str) -> tuple[Metrics, Aux]: ...
     def step_by_agreement(self, optimizer: str, scaled_by: str) -> Metrics: ...
 
 

@@ -184,5 +184,6 @@ def forward_policy_loss(
     needed, so a student of one step can be rewarded too. Where the student has just made the images, the gradient is that of
     DiffusionNFT's loss up to a factor: the student is then its own old policy.
     """
-    prediction = flow.x0_from_velocity(flow.interpolate(x0, e, t), models.student(flow.interpolate(x0, e, t), t, cond), t)
+    x = flow.interpolate(x0, e, t)
+    prediction = flow.x0_from_velocity(x, models.student(x, t, cond), t)
     return 0.5 * advantage * losses.mean_flat((prediction - x0).float().square()), {}

@@ -119,8 +119,9 @@ class PolicyUpdates:
             turn = models.student.accumulated_rollouts("policy")
             halves = halves_of_groups(len(batch), self.group_size, models.ranks, turn)
             passes = [self._passes(loss_of, half.to(device), draws) for half in halves]
-            updated, aux = models.student.accumulate(passes, "policy", scaled_by="dm")
-            if updated["policy/expected_agreement"] >= self.min_agreement or turn + 1 >= self.max_policy_rollouts:
+            updated, aux = models.student.accumulate(passes, "policy")
+            agree = updated["policy/expected_agreement"] >= self.min_agreement
+            if agree or updated["policy/rollouts"] >= self.max_policy_rollouts:
                 updated |= models.student.step_by_agreement("policy", scaled_by="dm")
         if "ratio_error" not in aux:
             return found.metrics | updated

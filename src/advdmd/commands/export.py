@@ -79,12 +79,13 @@ def export_ema_student(
     if only:
         about: Json = {"sampling": {"steps": sampler.steps, "shift": sampler.shift, "eta": sampler.eta}}
         about |= {"stock_load": backbone.pipeline_load_kwargs, "stock_call": backbone.pipeline_call_kwargs(sampler.steps)}
+        about |= backbone.metadata
         return export_adapter(net, teacher, out, metadata | about)
     style = None
     if r.teacher_lora:
-        lora = parse_lora(r.teacher_lora)
-        metadata["teacher_lora"] = f"{_public_name(lora.source)}:{lora.scale:g}"
-        style = (read_lora(lora.source, plain_network(backbone.net)), lora.scale)
+        source, scale = parse_lora(r.teacher_lora)
+        metadata["teacher_lora"] = f"{_public_name(source)}:{scale:g}"
+        style = read_lora(r.teacher_lora, plain_network(backbone.net))
     grids = [
         p for p in (run / "samples").glob("step-*.png") if p.stem[5:].isdecimal() and int(p.stem[5:]) <= metadata["iterations"]
     ]

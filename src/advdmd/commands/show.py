@@ -19,12 +19,11 @@ def recipe_table() -> str:
         known_steps += [steps] if steps not in known_steps else []
         presets += [preset] if preset and preset not in presets else []
     models = list(dict.fromkeys(model for model, _ in rows))
-    shared: dict[tuple[str, str, str], list[str]] = {}
+    shared: dict[tuple[str, ...], list[str]] = {}
     for (model, method), (steps, presets) in sorted(rows.items(), key=lambda row: models.index(row[0][0])):
-        key = (method, ", ".join(steps), ", ".join(presets) or "-")
-        shared.setdefault(key if not presets else (*key[:2], f"{key[2]} {model}"), []).append(model)
-    cells = [("model", "algorithm", "steps", "presets")]
-    cells += [(", ".join(of), key[0], key[1], key[2].removesuffix(f" {of[0]}")) for key, of in shared.items()]
+        own = model if presets else ""  # a row of its own
+        shared.setdefault((method, ", ".join(steps), ", ".join(presets) or "-", own), []).append(model)
+    cells = [("model", "algorithm", "steps", "presets"), *((", ".join(of), *key[:3]) for key, of in shared.items())]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))

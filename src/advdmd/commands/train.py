@@ -18,7 +18,7 @@ from advdmd.distillation.validation import record, should_stop_early
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
-from advdmd.models.lora_files import lora_file, parse_lora
+from advdmd.models.lora_files import lora_file
 from advdmd.models.quantization import import_bitsandbytes
 from advdmd.monitoring import health
 from advdmd.recipes.recipe import Recipe
@@ -53,7 +53,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     source = r.data.open(r.teacher)  # quick to fail, and a teacher may have to be fetched
     loading.pipeline_folder(r.teacher)
     if r.teacher_lora:
-        lora_file(parse_lora(r.teacher_lora).source)
+        lora_file(r.teacher_lora)
     prompts = read_prompts(Path(r.validation.prompts)) if r.validation.prompts else []
     scorers = load_scorers(r)
     if main:

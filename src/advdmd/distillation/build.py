@@ -1,7 +1,7 @@
 """From a recipe to a run: teacher, data, trainable networks with their optimizers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from advdmd.distillation.run_folder import run_fingerprint
 from advdmd.models import loading, networks
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import to_uint8
-from advdmd.models.lora_files import fuse, parse_lora, read_lora
+from advdmd.models.lora_files import fuse, read_lora
 from advdmd.models.quantization import import_bitsandbytes, quantize
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import decode
@@ -48,8 +48,7 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
     backbone, _ = loading.load(r.teacher, encoders=source.needs_encoders, dtype=dtype, resolution=source.resolution)
     start = read_start(r.student, backbone, r.algorithm.sampler(), bool(r.lora_rank)) if r.student else None
     if r.teacher_lora:
-        lora = parse_lora(r.teacher_lora)
-        fuse(backbone.net, read_lora(lora.source, backbone.net), lora.scale)
+        fuse(backbone.net, read_lora(r.teacher_lora, backbone.net))
     data = source.load(backbone, BatchConfig(r.prompts_per_step, r.algorithm.group_size, r.seed, ranks))
     device = loading.resolve_device(r.device)
     if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shards
@@ -57,7 +56,7 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
         backbone.net.to(device)
     data = data._replace(null=data.null.to(device), sample_cond=data.sample_cond.to(device))
-    return Setup(backbone, data, build_models(r, backbone, data.null, data.prompts, ranks, start))
+    return Setup(backbone, data, Builder(r, backbone, data.null, data.prompts, ranks, start).build())
 
 
 def restore(run: Path, r: Recipe) -> tuple[Setup, int]:
@@ -77,21 +76,7 @@ def restore(run: Path, r: Recipe) -> tuple[Setup, int]:
     return ready, done
 
 
-def build_models(
-    r: Recipe,
-    backbone: Backbone,
-    null: Cond,
-    prompts: Sequence[str] = (),
-    ranks: Ranks = ONE_RANK,
-    start: Start | None = None,
-) -> Any:
-    """The models of a recipe's algorithm.
-
-    null: the empty prompt [1]; prompts: what a batch's prompt indices mean, for rewards; start: what the student starts from.
-    """
-    return r.algorithm.build(Builder(r, backbone, null, prompts, ranks, start))
-
-
+@dataclass
 class Builder:
     """algorithms.base.ModelBuilder: networks of a recipe, whole or as adapters on the teacher.
 
@@ -99,16 +84,16 @@ class Builder:
     by default the teacher.
     """
 
-    def __init__(
-        self,
-        r: Recipe,
-        backbone: Backbone,
-        null: Cond,
-        prompts: Sequence[str] = (),
-        ranks: Ranks = ONE_RANK,
-        start: Start | None = None,
-    ):
-        self.recipe, self.backbone, self.null, self.prompts, self.ranks, self.start = r, backbone, null, prompts, ranks, start
+    recipe: Recipe
+    backbone: Backbone
+    null: Cond
+    prompts: Sequence[str] = ()
+    ranks: Ranks = ONE_RANK
+    start: Start | None = None
+
+    def build(self) -> Any:
+        """The models of the recipe's algorithm."""
+        return self.recipe.algorithm.build(self)
 
     def teacher(self) -> networks.Teacher:
         """The frozen teacher under the recipe's guidance scale."""

@@ -1,6 +1,5 @@
 """Validation on prompts of one's own: images of the EMA student at fixed noise, scored by scorers of one's choice."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from advdmd.data.captioned_images import group_by_prompt
 from advdmd.data.loader import Validation
+from advdmd.data.sources import read_captioned_images
 from advdmd.files import object_hash, read_tensors, write_atomically
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
@@ -23,20 +24,11 @@ ENCODED_FILE = "validation.safetensors"  # in a run's folder: its validation pro
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, a line each, or of a .jsonl file with the key "prompt". Raises ValueError if there are none."""
+    """Each prompt once of any source that `advdmd encode` reads (data.sources). Raises ValueError if there are none."""
     try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"validation.prompts={path} cannot be read: {e}") from None
-    found = [line for line in lines if line]
-    if path.suffix == ".jsonl":
-        try:
-            found = [json.loads(line)["prompt"] for line in found]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'validation.prompts={path}: every line needs a prompt, such as {{"prompt": "a lamp"}}') from None
-    if not found or not all(isinstance(p, str) and p.strip() for p in found):
-        raise ValueError(f"validation.prompts={path} holds no prompts: one a line")
-    return found
+        return group_by_prompt(read_captioned_images(path))[0]
+    except ValueError as e:
+        raise ValueError(f"validation.prompts: {e}") from None
 
 
 def load_scorers(r: Recipe) -> dict[str, Scorer]:

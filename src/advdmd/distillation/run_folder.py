@@ -42,8 +42,9 @@ SCHEDULE = ("*.dm_only_iterations", "*.policy_ramp_iterations", "*.decay_steps")
 def create_or_resume(folder: Path, name: str, r: Recipe, overwrite: bool) -> None:
     """Make `folder` this run's: resume a run of the same recipe, refuse another run's unless it is to be overwritten.
 
-    A run goes on with changes in CHANGEABLE, and with more iterations in SCHEDULE; they are printed. Raises ValueError if the
-    folder holds something else.
+    A run goes on with changes in CHANGEABLE, and with more iterations in SCHEDULE; they are printed. A run that stopped before
+    its first iteration, such as on a setting that does not fit, may become any other. Raises ValueError if the folder holds
+    something else.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out")
@@ -54,7 +55,8 @@ def create_or_resume(folder: Path, name: str, r: Recipe, overwrite: bool) -> Non
         raise ValueError(f"{folder} holds what no run of advdmd wrote ({others[0]}): choose another --out")
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if record.exists():
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # else nothing can be lost
+    if record.exists() and begun:
         there, old = registry.resolve(str(record))
         changed = _changed(old, r)
         if there != name or any(not _may_change(k, changed) for k in changed):

@@ -41,14 +41,14 @@ def export_student(
     folder: Path,
     metadata: Json,
     samples: Path | None = None,
-    style: tuple[LoraFile, float] | None = None,
+    style: LoraFile | None = None,
 ) -> Path:
     """Write the teacher's pipeline with the student `net` as its transformer and the student's scheduler into `folder`.
 
     All or nothing.
 
     metadata: what else advdmd.json records, such as the recipe. samples: a picture of what the student generates. style: a LoRA
-    of the teacher and its scale: the exported LoRA does what it and the student's adapter do together. Stock
+    of the teacher: the exported LoRA does what it and the student's adapter do together. Stock
     schedulers re-noise fully: only eta = 1 is the same sampler there, and the model card of another eta says so.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -59,7 +59,7 @@ def export_student(
         target_embedding, net = net.zero_target_state_dict(), net.net
     if isinstance(net, LoraModel):
         adapter, net = net.lora_state_dict(), _fused(net)
-        adapter = adapter if style is None else joined(*style, adapter)
+        adapter = adapter if style is None else joined(style, adapter)
     parts["transformer"], dtype = net, next(net.parameters()).dtype
     parts["vae"] = copy.deepcopy(backbone.vae).to(stored_dtype(teacher, "vae"))  # in a run it is float32
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=sampler.shift, stochastic_sampling=sampler.eta == 1)
@@ -85,7 +85,7 @@ def export_student(
             shutil.copyfile(samples, making / SAMPLES_FILE)
         if target_embedding is not None:
             save_file({k: v.cpu().contiguous() for k, v in target_embedding.items()}, making / TARGET_TIME)
-        (making / "README.md").write_text(model_card(making, folder.name, sampler, backbone, record, dtype))
+        (making / "README.md").write_text(model_card(making, folder.name, sampler, record, dtype))
 
     write_folder(folder, write)
     return folder

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from advdmd import flow
 from advdmd.types import Cond, Json
 
 Pipeline = Any  # a pipeline of diffusers, whose annotations do not allow for absent parts
@@ -52,16 +53,13 @@ def _reshard(net: nn.Module) -> None:
         net.reshard()
 
 
-def kl_encode(vae: Module, pixels: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w] of an AutoencoderKL, the posterior's mean."""
-    z = vae.encode(pixels).latent_dist.mean
-    return (z - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-def kl_decode(vae: Module, latents: Tensor) -> Tensor:
-    """Latents [N, C, h, w] of an AutoencoderKL -> images [N, 3, H, W] in [-1, 1]."""
-    z = latents / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+def padded_ids(tokenizers: Sequence[Tokenizer], lengths: Sequence[int], prompts: Sequence[str]) -> Tensor:
+    """[N, number of tokenizers, L] token ids, each tokenizer's padded to its length; rows are filled up with zeros to one L."""
+    ids = [
+        t(list(prompts), padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
+        for t, n in zip(tokenizers, lengths, strict=True)
+    ]
+    return torch.stack([nn.functional.pad(i, (0, max(lengths) - i.shape[1])) for i in ids], 1)
 
 
 def scheduler_grid(pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[float] | None = None) -> Tensor:
@@ -85,9 +83,10 @@ def scheduler_grid(pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[flo
 
 
 class Backbone(Protocol):
-    """One family of flow models, read from a diffusers pipeline folder. A new one is one file.
+    """One family of flow models, read from a diffusers pipeline folder. A new one is one file: a class that inherits this one.
 
-    Conversions to this package's convention (data at t = 0, v = e - x0, latents [N, C, H, W]) happen here and only here.
+    Conversions to this package's convention (data at t = 0, v = e - x0, latents [N, C, H, W]) happen here and only here. The
+    methods with a body fit an AutoencoderKL, plain guidance, and blocks that return text and image tokens in this order.
     """
 
     pipe: Pipeline  # the diffusers pipeline it was read from
@@ -110,15 +109,16 @@ class Backbone(Protocol):
     @property
     def device(self) -> torch.device:
         """Of the transformer."""
-        ...
+        return next(self.net.parameters()).device
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
         """What the stock pipeline needs as arguments when it is called: a student's grid, guidance off."""
         ...
 
     def scheduler_grid(self, steps: int) -> Tensor:
-        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
-        ...
+        """Times [steps + 1] from noise to data at which the stock pipeline samples: equal steps before its shift."""
+        equal = torch.linspace(1.0, 1 / steps, steps).tolist()
+        return scheduler_grid(self.pipe, steps, (self.latent_shape[-1] // 2) ** 2, equal)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of N prompts [N, ...]."""
@@ -131,20 +131,23 @@ class Backbone(Protocol):
         ...
 
     def check_latent_size(self, height: int, width: int) -> None:
-        """Raises ValueError if the transformer cannot take latents of this size."""
-        ...
+        """Raises ValueError if the transformer cannot take latents of this size: most read latents two by two."""
+        if min(height, width) < 2 or height % 2 or width % 2:
+            raise ValueError(f"latents of {height} x {width}: this transformer reads latents two by two, so sides must be even")
 
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids [N, ...] -> conditions [N]."""
         ...
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
-        ...
+        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w], the posterior's mean."""
+        z = self.vae.encode(pixels).latent_dist.mean
+        return (z - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
-        ...
+        z = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(z, return_dict=False)[0].clamp(-1, 1)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 [N, C, H, W] by a transformer of this family, at x [N, C, H, W] and t [N] in [0, 1]."""
@@ -152,11 +155,11 @@ class Backbone(Protocol):
 
     def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance of velocities [N, C, H, W] as the stock pipeline has it."""
-        ...
+        return flow.guide(v, v_null, scale)
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, hidden_size] after each of the blocks `indices`; later blocks are not run."""
-        ...
+        return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """The transformer's blocks, in order."""

@@ -27,6 +27,11 @@ from advdmd.types import Json
 GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")  # as pipelines name it; Qwen-Image's guidance is the former
 
 
+def _takes_guidance(pipe: Pipeline) -> bool:
+    """Whether the transformer takes the guidance scale as an input, in one pass: then it is `guidance_scale` (FLUX.1 dev)."""
+    return bool(getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffusersSampling:
     """Arguments of a pipeline's call; None leaves one to the folder's metadata, to the model's card (`model_cards`) or, where
@@ -57,7 +62,7 @@ class DiffusersSampling:
             kwargs.pop("sigmas", None)
             kwargs["num_inference_steps"] = steps
         if guidance is not None:
-            name = next((n for n in GUIDANCE_NAMES if n in known), None)
+            name = next((n for n in GUIDANCE_NAMES[_takes_guidance(pipe) :] if n in known), None)
             if name is None:
                 raise ValueError(f"guidance={guidance}: {type(pipe).__name__} takes no guidance scale")
             kwargs[name] = guidance
@@ -130,7 +135,7 @@ class DiffusersModel:
 
         steps = len(kwargs["sigmas"]) if "sigmas" in kwargs else argument("num_inference_steps")
         scale = next((argument(n) for n in GUIDANCE_NAMES if n in known), None)
-        if "true_cfg_scale" in known and "negative_prompt" not in kwargs:
+        if "true_cfg_scale" in known and "negative_prompt" not in kwargs:  # also of a transformer that takes the scale
             scale = 1.0
         return None if steps is None else int(steps) * (2 if scale and scale > 1 else 1)
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from advdmd import flow
-from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, kl_decode, kl_encode, scheduler_grid
+from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, padded_ids
 from advdmd.models.qwen_image import pack, unpack
 from advdmd.types import Cond, Json
 
@@ -15,7 +14,7 @@ CARD_GUIDANCE = 3.5  # of FLUX.1 dev's model card
 MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 
 
-class Flux:
+class Flux(Backbone):
     """A FluxPipeline as a backbone, for latents of side `side`.
 
     FLUX.1 dev takes its guidance scale as a number that it was trained with, in one pass: `guidance` here, and classifier-free
@@ -47,24 +46,9 @@ class Flux:
         size = {"height": side, "width": side, "max_sequence_length": self.max_text_length}
         return {"num_inference_steps": steps, **guidance, **size}
 
-    def check_latent_size(self, height: int, width: int) -> None:
-        """Raises ValueError if latents of this size cannot be packed."""
-        if min(height, width) < 2 or height % 2 or width % 2:
-            raise ValueError(f"latents of {height} x {width}: FLUX packs latents two by two, so their sides must be even")
-
     def text_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt by T5."""
         return [len(ids) for ids in self.pipe.tokenizer_2(list(prompts)).input_ids]
-
-    def scheduler_grid(self, steps: int) -> Tensor:
-        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
-        equal = torch.linspace(1.0, 1 / steps, steps).tolist()
-        return scheduler_grid(self.pipe, steps, (self.latent_shape[-1] // 2) ** 2, equal)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.net.parameters()).device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -74,12 +58,7 @@ class Flux:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2, L] token ids: CLIP's and T5's, each padded to its full length; rows are filled up with zeros to one L, which
         `encode_text` cuts off again."""
-        texts = list(prompts)
-        ids = [
-            t(texts, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
-            for t, n in zip((self.pipe.tokenizer, self.pipe.tokenizer_2), self._lengths, strict=True)
-        ]
-        return torch.stack([nn.functional.pad(i, (0, max(self._lengths) - i.shape[1])) for i in ids], 1)
+        return padded_ids((self.pipe.tokenizer, self.pipe.tokenizer_2), self._lengths, prompts)
 
     @property
     def _lengths(self) -> tuple[int, int]:
@@ -90,14 +69,6 @@ class Flux:
         clip, t5 = (ids[:, i, :n] for i, n in enumerate(self._lengths))
         pooled = self.pipe.text_encoder(clip).pooler_output
         return Cond(self.pipe.text_encoder_2(t5)[0], pooled)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
-        return kl_encode(self.vae, pixels)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
-        return kl_decode(self.vae, latents)
 
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]. The pipeline rounds 1000 t to the latents' dtype; so must training."""
@@ -118,14 +89,6 @@ class Flux:
         """[h w, 3]: 0, row and column of each image token."""
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(device, self.dtype)
-
-    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance of velocities [N, C, H, W], for models that were not trained with a guidance scale."""
-        return flow.guide(v, v_null, scale)
-
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
-        """Image tokens [N, T, hidden_size] after the blocks `indices`; later blocks are not run."""
-        return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """The transformer's blocks, in order: those with weights for each of text and image, then the joint ones."""

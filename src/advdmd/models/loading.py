@@ -247,10 +247,7 @@ def default_sampling(path: Path) -> SamplerConfig:
         raise ValueError(f"{path / METADATA_FILE}: {e}") from None
     kind = read_index(path)["_class_name"]
     card = card_sampling(kind, read_object(path / "transformer" / "config.json", hint=EXPORT_AGAIN))
-    guidance = card.guidance + (kind == "ZImagePipeline")  # which counts from no guidance at 0
-    if kind == "FluxPipeline":  # the card's guidance is a number that the transformer takes
-        guidance = 1.0
-    return SamplerConfig(steps=card.steps, shift=None, guidance_scale=guidance)
+    return SamplerConfig(steps=card.steps, shift=None, guidance_scale=card.cfg)
 
 
 def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,10 @@ FUSE = (
 )
 
 
-class LoraRef(NamedTuple):
-    """FILE_OR_HUB_ID[:SCALE]: where a LoRA is, and what its product is multiplied by."""
-
-    source: str
-    scale: float = 1.0
-
-
 @dataclass(frozen=True)
 class LoraFile:
-    """products: layer name -> A [rank, in], B [out, rank], float32, alpha included. record: advdmd.json of our exports."""
+    """products: layer name -> A [rank, in], B [out, rank], float32, alpha and scale included. record: advdmd.json of our
+    exports."""
 
     name: str
     products: Mapping[str, tuple[Tensor, Tensor]]
@@ -47,22 +41,26 @@ class LoraFile:
         return max(a.shape[0] for a, _ in self.products.values())
 
 
-def parse_lora(text: str) -> LoraRef:
-    """ "style.safetensors:0.8" -> ("style.safetensors", .8). Raises ValueError on a scale that is no number or 0."""
+def parse_lora(text: str) -> tuple[str, float]:
+    """FILE_OR_HUB_ID[:SCALE] -> the two; the scale is 1 by default. Raises ValueError on a scale that is no number or 0."""
     source, colon, scale = text.rpartition(":")
     if not colon or "/" in scale or "\\" in scale or scale.endswith(".safetensors"):
-        return LoraRef(text)
+        return text, 1.0
     try:
         value = float(scale)
     except ValueError:
         value = float("nan")
     if not (source and 0 < abs(value) < float("inf")):
         raise ValueError(f"{text!r}: write FILE_OR_HUB_ID or FILE_OR_HUB_ID:SCALE with a scale other than 0")
-    return LoraRef(source, value)
+    return source, value
 
 
-def lora_file(source: str) -> Path:
-    """The safetensors of a LoRA: a file, the one in a folder, or that of OWNER/NAME on the hub. Raises ValueError if none."""
+def lora_file(text: str) -> Path:
+    """The safetensors of a LoRA, FILE_OR_HUB_ID[:SCALE]: a file, the one in a folder, or that of OWNER/NAME on the hub.
+
+    Raises ValueError if there is none.
+    """
+    source, _ = parse_lora(text)
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -78,13 +76,14 @@ def lora_file(source: str) -> Path:
     return found[0]
 
 
-def read_lora(source: str, net: nn.Module) -> LoraFile:
-    """A LoRA for a network, from `lora_file`.
+def read_lora(text: str, net: nn.Module) -> LoraFile:
+    """A LoRA for a network, FILE_OR_HUB_ID[:SCALE], from `lora_file`.
 
     Every key of the file is used, or a ValueError names the first that cannot be: one of a text encoder, of a layer that the
     network lacks or of another shape, and kinds other than plain LoRA.
     """
-    path = lora_file(source)
+    source, strength = parse_lora(text)
+    path = lora_file(text)
     tensors, header = read_tensors(path, hint="fetch the file again"), _header(path)
     for key in tensors:
         if kind := next((kind for part, kind in OTHER_KINDS.items() if part in key), None):
@@ -103,7 +102,7 @@ def read_lora(source: str, net: nn.Module) -> LoraFile:
             raise ValueError(f"{source}: {module} has only {', '.join(sorted(part))}: the file is damaged")
         a, b = (_matrix(source, module, part[k]) for k in ("lora_A", "lora_B"))
         scale = part["alpha"].item() / a.shape[0] if "alpha" in part else scale_of(module, a.shape[0])
-        for name, piece in _placed(source, module, layers, b * scale, net):
+        for name, piece in _placed(source, module, layers, strength * scale * b, net):
             weight = net.get_submodule(name).get_parameter("weight")
             if (piece.shape[0], a.shape[1]) != tuple(weight.shape) or piece.shape[1] != a.shape[0]:
                 raise ValueError(
@@ -124,11 +123,11 @@ def plain_network(net: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def fuse(net: nn.Module, lora: LoraFile, scale: float = 1.0) -> None:
+def fuse(net: nn.Module, lora: LoraFile) -> None:
     """Add a LoRA's products to a network's weights [out, in], in place, summed in float32."""
     for name, (a, b) in lora.products.items():
         weight = net.get_submodule(name).get_parameter("weight")
-        weight.copy_(weight.float() + scale * (b @ a).to(weight.device))
+        weight.copy_(weight.float() + (b @ a).to(weight.device))
 
 
 @torch.no_grad()
@@ -147,8 +146,8 @@ def load_adapter(adapter: LoraModel, lora: LoraFile) -> None:
         to_b[:, : b.shape[1]].copy_(b)
 
 
-def joined(first: LoraFile, scale: float, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One LoRA that does what two do: products of the first, scaled, beside the second, in diffusers' keys.
+def joined(first: LoraFile, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One LoRA that does what two do: products of the first beside the second, in diffusers' keys.
 
     Every layer has the same rank, filled with zeros: without alphas diffusers takes one alpha for all layers.
     """
@@ -161,9 +160,7 @@ def joined(first: LoraFile, scale: float, second: Mapping[str, Tensor]) -> dict[
     rank = first.rank + max(a.shape[0] for a, _ in pairs.values())
     for name in sorted({*first.products, *pairs}):
         both = [p for p in (first.products.get(name), pairs.get(name)) if p is not None]
-        scales = [scale] * (name in first.products) + [1.0] * (name in pairs)
-        a = torch.cat([a for a, _ in both])
-        b = torch.cat([s * b for s, (_, b) in zip(scales, both, strict=True)], 1)
+        a, b = torch.cat([a for a, _ in both]), torch.cat([b for _, b in both], 1)
         out[f"transformer.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
         out[f"transformer.{name}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1]))
     return out

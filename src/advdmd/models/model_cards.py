@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 
 class CardSampling(NamedTuple):
-    """Steps and guidance of a model card; the guidance as the stock pipeline counts it."""
+    """Steps and guidance of a model card: guidance as the stock pipeline counts it, cfg as SamplerConfig.guidance_scale."""
 
     steps: int
     guidance: float
+    cfg: float
 
 
 def card_sampling(pipeline: str, transformer: Mapping[str, Any]) -> CardSampling:
@@ -18,12 +19,13 @@ def card_sampling(pipeline: str, transformer: Mapping[str, Any]) -> CardSampling
     """
     if pipeline == "StableDiffusion3Pipeline":
         if not transformer.get("qk_norm"):
-            return CardSampling(28, 7.0)  # SD3 Medium
+            return CardSampling(28, 7.0, 7.0)  # SD3 Medium
         medium = bool(transformer.get("dual_attention_layers"))
-        return CardSampling(40, 4.5) if medium else CardSampling(28, 3.5)  # SD3.5 Medium and Large
-    if pipeline == "FluxPipeline":
-        return CardSampling(50, 3.5) if transformer.get("guidance_embeds") else CardSampling(4, 0.0)  # dev and schnell
-    cards = {"QwenImagePipeline": CardSampling(50, 4.0), "ZImagePipeline": CardSampling(50, 4.0)}
+        return CardSampling(40, 4.5, 4.5) if medium else CardSampling(28, 3.5, 3.5)  # SD3.5 Medium and Large
+    if pipeline == "FluxPipeline":  # dev takes a guidance scale as an input, schnell has none
+        return CardSampling(50, 3.5, 1.0) if transformer.get("guidance_embeds") else CardSampling(4, 0.0, 1.0)
+    # Z-Image counts from no guidance at 0.
+    cards = {"QwenImagePipeline": CardSampling(50, 4.0, 4.0), "ZImagePipeline": CardSampling(50, 4.0, 5.0)}
     if pipeline not in cards:
         raise ValueError(f"{pipeline}: no model card is known, name steps and guidance")
     return cards[pipeline]

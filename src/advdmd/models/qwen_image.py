@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, scheduler_grid
+from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline
 from advdmd.types import Cond, Json
 
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -50,7 +50,7 @@ def use_2d_convs(vae: Module) -> Any:
     return vae
 
 
-class QwenImage:
+class QwenImage(Backbone):
     """A QwenImagePipeline as a backbone, for latents of side `side`.
 
     Latents are [N, C, H, W] here, packed 2 x 2 for the transformer and a video of one frame for the autoencoder. null_prompt:
@@ -88,25 +88,10 @@ class QwenImage:
             "max_sequence_length": self.pipe.tokenizer_max_length,
         }
 
-    def check_latent_size(self, height: int, width: int) -> None:
-        """Raises ValueError if latents of this size cannot be packed."""
-        if min(height, width) < 2 or height % 2 or width % 2:
-            raise ValueError(f"latents of {height} x {width}: Qwen-Image packs latents two by two, so their sides must be even")
-
     def text_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt in the pipeline's template, after its head."""
         texts = [self.pipe.prompt_template_encode.format(p) for p in prompts]
         return [len(ids) - TEMPLATE_TOKENS for ids in self.pipe.tokenizer(texts).input_ids]
-
-    def scheduler_grid(self, steps: int) -> Tensor:
-        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
-        equal = torch.linspace(1.0, 1 / steps, steps).tolist()
-        return scheduler_grid(self.pipe, steps, (self.latent_shape[-1] // 2) ** 2, equal)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.net.parameters()).device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -172,10 +157,6 @@ class QwenImage:
         mine, null = pack(v), pack(v_null)
         both = null + scale * (mine - null)
         return unpack(both * (mine.norm(dim=-1, keepdim=True) / both.norm(dim=-1, keepdim=True)), h, w)
-
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
-        """Image tokens [N, T, hidden_size] after the blocks `indices`; later blocks are not run."""
-        return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """The transformer's blocks, in order."""

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import ATTENTION, Module, Pipeline, block_outputs, kl_decode, kl_encode, scheduler_grid
+from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, padded_ids, scheduler_grid
 from advdmd.types import Cond, Json
 
 MLP = ("net.0.proj", "net.2")
 
 
-class SD3:
+class SD3(Backbone):
     """A StableDiffusion3Pipeline as a backbone.
 
     SD3 Medium, SD3.5 Medium and Large, and their miniatures.
@@ -66,11 +66,6 @@ class SD3:
         return scheduler_grid(self.pipe, steps, side**2)
 
     @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.net.parameters()).device
-
-    @property
     def encoders(self) -> list[nn.Module]:
         """Both CLIP text encoders, and T5 if the pipeline has it."""
         found = [self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3]
@@ -79,12 +74,7 @@ class SD3:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2 or 3, L] token ids: both CLIP tokenizers', padded to their full length, and T5's, padded to `t5_length`; rows
         are filled up with zeros to one L, which `encode_text` cuts off again."""
-        texts = list(prompts)
-        ids = [
-            t(texts, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
-            for t, n in zip(self.tokenizers, self._lengths, strict=True)
-        ]
-        return torch.stack([nn.functional.pad(i, (0, max(self._lengths) - i.shape[1])) for i in ids], 1)
+        return padded_ids(self.tokenizers, self._lengths, prompts)
 
     def text_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt by T5, or by CLIP where the pipeline has no T5."""
@@ -105,14 +95,6 @@ class SD3:
         t5 = self.encoders[2](rows[2])[0] if len(rows) > 2 else clip.new_zeros(len(ids), self.t5_length, width)
         return Cond(torch.cat([clip, t5], 1), torch.cat([o.text_embeds for o in out], -1))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
-        return kl_encode(self.vae, pixels)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
-        return kl_decode(self.vae, latents)
-
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]; SD3 takes t * 1000 and already points from data to noise."""
         cond = cond.to(self.dtype)
@@ -123,14 +105,6 @@ class SD3:
             pooled_projections=cond.pooled,
             return_dict=False,
         )[0].float()
-
-    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance of velocities [N, C, H, W] as the pipeline has it."""
-        return flow.guide(v, v_null, scale)
-
-    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
-        """Image tokens [N, T, hidden_size] after the blocks `indices`; later blocks are not run."""
-        return [out[1].float() for out in block_outputs(net, self.blocks(net), indices, lambda: self.velocity(net, x, t, cond))]
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """The transformer's blocks, in order."""

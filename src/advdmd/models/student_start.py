@@ -23,16 +23,17 @@ def read_start(source: str, backbone: Backbone, sampler: SamplerConfig, adapters
     hold one beside their pipeline. Raises ValueError if the source does not fit the teacher, or is sampled otherwise.
     """
     path = Path(source).expanduser()
-    is_pipeline = (path / "model_index.json").is_file() or not path.exists()  # what is not here is on the hub
-    if path.is_file() or not is_pipeline or (adapters and any((path / name).is_file() for name in FILE_NAMES)):
+    is_pipeline = (path / "model_index.json").is_file()
+    has_lora = path.is_dir() and any((path / name).is_file() for name in FILE_NAMES)
+    if adapters and is_pipeline and not has_lora:
+        raise ValueError(
+            f"student={source} is a whole model, and adapters (lora_rank > 0) start from a LoRA: name one, or set lora_rank=0"
+        )
+    if adapters or path.is_file() or (path.is_dir() and not is_pipeline):  # what is not here is on the hub
         lora = read_lora(source, backbone.net)
         _check_sampling(source, lora.record.get("sampling"), sampler)
         return lora
     folder = loading.pipeline_folder(source)
-    if adapters:
-        raise ValueError(
-            f"student={source} is a whole model, and adapters (lora_rank > 0) start from a LoRA: name one, or set lora_rank=0"
-        )
     index = loading.read_index(folder)
     parts = [k for k in index if k != "transformer"]
     net = loading.load_parts(folder, index, {"default": backbone.dtype}, skip=parts)["transformer"]
@@ -66,6 +67,8 @@ def _scheduler_sampling(folder: Path) -> Json:
 
 def _check_sampling(source: str, known: Json | None, sampler: SamplerConfig) -> None:
     known = known or {}
+    if known.get("guidance", 1) > 1:
+        raise ValueError(f"student={source} is sampled with guidance, so it is a teacher and no few-step model")
     changes = [
         f"algorithm.{key}={known[key]:g}"
         for key in ("steps", "shift", "eta")

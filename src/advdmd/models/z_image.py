@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from advdmd import flow
-from advdmd.models.backbone import Module, Pipeline, block_outputs, kl_decode, kl_encode, scheduler_grid
+from advdmd.models.backbone import Backbone, Module, Pipeline, block_outputs
 from advdmd.types import Cond, Json
 
 TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
 
 
-class ZImage:
+class ZImage(Backbone):
     """A ZImagePipeline as a backbone, for latents of side `side`.
 
     Its transformer takes lists, one latent and one caption per sample, counts time from noise (1 - t) and points from noise to
@@ -39,24 +38,9 @@ class ZImage:
         side = self.pipe.vae_scale_factor * self.latent_shape[-1]
         return {"num_inference_steps": steps, "guidance_scale": 0.0, "height": side, "width": side}
 
-    def check_latent_size(self, height: int, width: int) -> None:
-        """Raises ValueError if latents of this size cannot be read two by two."""
-        if min(height, width) < 2 or height % 2 or width % 2:
-            raise ValueError(f"latents of {height} x {width}: Z-Image reads latents two by two, so their sides must be even")
-
     def text_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt as a user's message."""
         return [len(ids) for ids in self.pipe.tokenizer(self._messages(prompts)).input_ids]
-
-    def scheduler_grid(self, steps: int) -> Tensor:
-        """Times [steps + 1] from noise to data at which the stock pipeline samples."""
-        equal = torch.linspace(1.0, 0.0, steps + 1)[:-1].tolist()
-        return scheduler_grid(self.pipe, steps, (self.latent_shape[-1] // 2) ** 2, equal)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.net.parameters()).device
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -80,14 +64,6 @@ class ZImage:
         hidden = self.pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w]."""
-        return kl_encode(self.vae, pixels)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, h, w] -> images [N, 3, H, W] in [-1, 1]."""
-        return kl_decode(self.vae, latents)
-
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]. Captions go in at their own lengths, which the transformer pads itself."""
         assert cond.mask is not None
@@ -95,10 +71,6 @@ class ZImage:
         images = list(x.to(self.dtype).unsqueeze(2).unbind(0))
         out = net(images, 1 - t, captions, return_dict=False)[0]
         return -torch.stack(list(out)).squeeze(2).float()
-
-    def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance of velocities [N, C, H, W]; the pipeline's own `guidance_scale` is this one minus 1."""
-        return flow.guide(v, v_null, scale)
 
     def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
         """Image tokens [N, T, hidden_size] after the layers `indices`, which hold them before the caption's.

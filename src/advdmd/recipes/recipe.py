@@ -18,7 +18,7 @@ MAX_ITERATIONS = 10**6
 class ValidationConfig:
     """Validation on prompts of one's own, every `eval_every` iterations.
 
-    prompts: a text file, a line each, or .jsonl with the key "prompt"; "": the data's own validation, if they have one.
+    prompts: a text file, a line each, or anything else that `advdmd encode` reads; "": the data's own, if they have some.
     scorers: "NAME:FOLDER", the first of which selects checkpoints. images: of each prompt. Raises ValueError on values out of
     range.
     """

@@ -48,46 +48,39 @@ class GradientHalves:
         """Count what was added since the last call as one rollout."""
         self.rollouts, self.weight, self.square = self.rollouts + 1, self.weight + 1, self.square + 1
 
-    @torch.no_grad()
-    def agreement(self, scales: Sequence[Tensor] | None) -> float:
-        """Cosine of the halves' gradients, each divided by `scales`, like the parameters' shards; 0 if a half is empty."""
-        if not self.sums[0]:
-            return 0.0
-        a, b = (self._scaled(half, scales) for half in self.sums)
-        ab, aa, bb = self._reduced([_dot(a, b), _dot(a, a), _dot(b, b)])
-        return ab / math.sqrt(max(aa * bb, 1e-60))
-
     def expected_agreement(self, rollouts: float | None = None) -> float:
         """The agreement in [0, 1] that earlier steps promise of so many rollouts, by default those since the last step."""
         n = (self.rollouts if rollouts is None else rollouts) * max(0.0, self.signal)
         return n / (1 + n)
 
     @torch.no_grad()
-    def step(self, scales: Sequence[Tensor] | None, lrs: Sequence[float]) -> float:
-        """Move the parameters against the sum of both halves, divided by `scales`. -> share in [0, 1].
+    def step(self, scales: Sequence[Tensor] | None, lrs: Sequence[float]) -> tuple[float, float]:
+        """Move the parameters against the sum of both halves, divided by `scales`, like the parameters' shards.
 
-        The step's root mean square is its learning rate in `lrs`, one for each parameter, times the share: the square root of
-        the sum's reliability, 2 c / (1 + c) of two halves with expected agreement c (Spearman-Brown), which estimates the
-        squared cosine of the sum with the true gradient. Halves that do not agree in the mean move nothing.
+        Returns the halves' agreement, the cosine of their gradients, and the step's share in [0, 1]. The step's root mean
+        square is its learning rate in `lrs`, one for each parameter, times the share: the square root of the sum's reliability,
+        2 c / (1 + c) of two halves with expected agreement c (Spearman-Brown), which estimates the squared cosine of the sum
+        with the true gradient. Halves that do not agree in the mean move nothing.
         """
         effective = self.weight**2 / self.square  # as many rollouts of equal weight are as reliable
-        found = min(0.9, self.agreement(scales))
+        a, b = (self._scaled(half, scales) for half in self.sums)
+        ab, aa, bb = self._reduced([_dot(a, b), _dot(a, a), _dot(b, b)])
+        agreement = ab / math.sqrt(max(aa * bb, 1e-60))
+        found = min(0.9, agreement)
         share_of_mean = (1 - SIGNAL_DECAY) / (1 - SIGNAL_DECAY ** (self.steps + 1))
         self.signal += share_of_mean * (found / (1 - found) / effective - self.signal)
         c = self.expected_agreement(effective)
         share = math.sqrt(2 * c / (1 + c))
-        total = [a + b for a, b in zip(*(self._scaled(half, scales) for half in self.sums), strict=True)]
-        (square,) = self._reduced([_dot(total, total)])
-        if share and square:
+        if share and (square := aa + bb + 2 * ab) > 0:
             rms = math.sqrt(square / sum(p.numel() for p in self.params))
-            for p, step, lr in zip(self.params, total, lrs, strict=True):
-                distributed.local_shard(p.data).add_(step.to(p.dtype), alpha=-lr * share / rms)
+            for p, x, y, lr in zip(self.params, a, b, lrs, strict=True):
+                distributed.local_shard(p.data).add_((x + y).to(p.dtype), alpha=-lr * share / rms)
         self.steps, self.rollouts = self.steps + 1, 0
         self.weight, self.square = self.momentum * self.weight, self.momentum**2 * self.square
         for half in self.sums if self.momentum else ():
             torch._foreach_mul_([distributed.local_shard(s) for s in half], self.momentum)
         self.sums = self.sums if self.momentum else ([], [])
-        return share
+        return agreement, share
 
     def state_dict(self, prefix: str) -> dict[str, Tensor]:
         """The sums [...] by names that begin with a prefix."""

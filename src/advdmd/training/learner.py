@@ -141,12 +141,11 @@ class Learner:
         """How many rollouts `accumulate` has added since the last step."""
         return self._halves[optimizer].rollouts
 
-    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str, scaled_by: str) -> tuple[Metrics, Aux]:
+    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str) -> tuple[Metrics, Aux]:
         """Add the gradients of a rollout's two halves, losses [n] of each, to those of earlier rollouts; nothing moves.
 
-        Returns the rollout's mean loss and gradient norm, the agreement of the halves since the last step, the one that earlier
-        steps promise, how many rollouts they hold, and the auxiliary values of all samples. scaled_by: as in
-        `step_by_agreement`. Raises FloatingPointError as `update`.
+        Returns the rollout's mean loss and gradient norm, how many rollouts there are since the last step, the agreement that
+        earlier steps promise of so many, and the auxiliary values of all samples. Raises FloatingPointError as `update`.
         """
         o, held = self._optimizers[optimizer], self._halves[optimizer]
         total, count, norms, every = 0.0, 0.0, list[float](), list[Aux]()
@@ -159,7 +158,6 @@ class Learner:
         metrics = {
             f"{o.log_prefix}loss": total / count,
             f"{o.log_prefix}grad_norm": max(norms),
-            f"{o.log_prefix}agreement": held.agreement(self._scales(scaled_by, o)),
             f"{o.log_prefix}expected_agreement": held.expected_agreement(),
             f"{o.log_prefix}rollouts": float(held.rollouts),
         }
@@ -176,10 +174,10 @@ class Learner:
         o = self._optimizers[optimizer]
         lr = o.config.learning_rate(o.updates)
         lrs = [lr * scale for group, scale in zip(o.params, o.lr_scales, strict=True) for _ in group]
-        share = self._halves[optimizer].step(self._scales(scaled_by, o), lrs)
+        agreement, share = self._halves[optimizer].step(self._scales(scaled_by, o), lrs)
         o.updates += 1
         self._update_ema()
-        return {f"{o.log_prefix}step_share": share}
+        return {f"{o.log_prefix}agreement": agreement, f"{o.log_prefix}step_share": share}
 
     def _scales(self, optimizer: str, of: _OptimizerState) -> list[Tensor] | None:
         """Roots of an optimizer's second moments, damped, like the shards of the other's parameters; None if it has none."""
