@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What policy updates are worth: a student of mini-sd3 without any is trained, then goes on in two ways with the same forwards:
+# What policy updates are worth: a student of TEACHER without any is trained, then goes on in two ways with the same forwards:
 # with policy updates on the forward process (forward), or without (none). checker: the exact checker as the only reward, the
-# upper bound of any. Resumable: what results/reinforce has is not done again. SEEDS, ARMS and BIN may be set;
+# upper bound of any. Resumable: what results/reinforce-TEACHER has is not done again. TEACHER, SEEDS, ARMS and BIN may be set;
 # RUNS_ONLY=1 leaves out the comparisons, so that several processes can work on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-seeds=${SEEDS:-0 1 2} arms=${ARMS:-forward none} bin=${BIN:-.venv/bin} recipe=mini-sd3-advdmd-reinforce
-work=runs/reinforce kept=results/reinforce commit=${COMMIT:-$(git rev-parse --short HEAD)}
+seeds=${SEEDS:-0 1 2} arms=${ARMS:-forward none} bin=${BIN:-.venv/bin} teacher=${TEACHER:-mini-sd3}
+work=runs/reinforce-$teacher kept=results/reinforce-$teacher commit=${COMMIT:-$(git rev-parse --short HEAD)}
 suites=(mini-geneval-test mini-dpg-test)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/comparisons" "$kept"
@@ -24,17 +24,17 @@ finish() { # RUN: score its student, also one that was trained on the checker, a
 
 for seed in $seeds; do
   if [ ! -d "$work/base-$seed/student" ]; then
-    "$bin/advdmd" train mini-sd3-advdmd-long iterations=500 algorithm.dm_only_iterations=99999 "seed=$seed" eval_every=100 \
+    "$bin/advdmd" train "$teacher-advdmd-long" iterations=500 algorithm.dm_only_iterations=99999 "seed=$seed" eval_every=100 \
       eval_images=96 --out "$work/base-$seed" >/dev/null
   fi
   [ -d "$kept/base-$seed" ] || finish "base-$seed"
   for arm in $arms; do
     [ -d "$kept/$arm-$seed" ] && continue
-    what=("$recipe" "student=$work/base-$seed/student" "seed=$((seed + 10))" eval_every=60 eval_images=96)
+    what=("$teacher-advdmd-reinforce" "student=$work/base-$seed/student" "seed=$((seed + 10))" eval_every=60 eval_images=96)
     case $arm in
       forward) ;;
       none) # distribution matching and GAN alone, an update of the student in every iteration after the same warm-up
-        what=(mini-sd3-advdmd-long "${what[@]:1}" iterations=850 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=99999
+        what=("$teacher-advdmd-long" "${what[@]:1}" iterations=850 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=99999
           algorithm.policy_ramp_iterations=0 algorithm.dm_every=1 algorithm.dm_updates=1 algorithm.discriminator_every_nth_sample=1
           dm_optimizer.lr=2e-4 dm_optimizer.decay_steps=0 policy_optimizer.lr=3e-4 "policy_optimizer.betas=[0.8,0.999]"
           policy_optimizer.decay_steps=0) ;;

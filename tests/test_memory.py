@@ -11,7 +11,10 @@ from advdmd.recipes.registry import resolve
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430), ("flux-dev", 11.901)],
+    [
+        *(("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430), ("flux-dev", 11.901)),
+        *(("flux2-klein-4b", 3.876), ("z-image", 6.155)),
+    ],
 )
 def test_parameters_are_the_published_models(name, billions):
     found = estimate(resolve(f"{name}-advdmd-4step-80gb")[1])
@@ -63,8 +66,8 @@ def test_a_card_that_is_too_small_gets_a_way_out():
 def test_a_transformer_that_is_not_counted_is_named(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "transformer/config.json").write_text('{"_class_name": "ZImageTransformer2DModel"}')
-    with pytest.raises(ValueError, match="has a ZImageTransformer2DModel: memory is counted for SD3Transformer2DModel and"):
+    (tmp_path / "transformer/config.json").write_text('{"_class_name": "SanaTransformer2DModel"}')
+    with pytest.raises(ValueError, match="has a SanaTransformer2DModel: memory is counted for SD3Transformer2DModel, Qwen"):
         estimate(resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tmp_path}"])[1])
 
 

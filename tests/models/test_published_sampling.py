@@ -16,6 +16,7 @@ from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.recipes.published import MODELS
 from tests.conftest import TINY
 from tests.tiny_flux import flux
+from tests.tiny_flux2 import flux2
 from tests.tiny_z_image import z_image
 
 PROMPTS = ["a picture of a red circle"]
@@ -26,6 +27,7 @@ FAMILIES = {
     "qwen": lambda: pipelines.qwen_image(VOCABULARY, TINY),
     "z-image": lambda: z_image(VOCABULARY, TINY),
     "flux": lambda: flux(VOCABULARY, TINY),
+    "flux2": lambda: flux2(VOCABULARY, TINY),
 }
 
 
@@ -53,6 +55,9 @@ def test_images_are_the_stock_pipelines_at_its_own_defaults(family, scheduler, t
         call |= {"latents": pack(noise[0]), "true_cfg_scale": how.guidance_scale, "negative_prompt": " "}
     elif family == "flux":
         call |= {"latents": pack(noise[0]), "guidance_scale": 3.5, "max_sequence_length": 12}
+    elif family == "flux2":
+        patches = backbone.pipe._patchify_latents(noise[0])
+        call |= {"latents": patches, "guidance_scale": how.guidance_scale, "max_sequence_length": 12}
     elif family == "z-image":
         call |= {"guidance_scale": how.guidance_scale - 1}
     else:
@@ -66,18 +71,22 @@ def test_images_are_the_stock_pipelines_at_its_own_defaults(family, scheduler, t
 
 
 def test_guidance_and_steps_are_those_of_each_models_card():
-    found = {
-        name: card_sampling(
-            {"SD3": "StableDiffusion3Pipeline", "Qwe": "QwenImagePipeline", "Flu": "FluxPipeline"}[m.transformer[:3]], m.config
-        )
-        for name, m in MODELS.items()
+    pipelines_of = {
+        "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+        "QwenImageTransformer2DModel": "QwenImagePipeline",
+        "FluxTransformer2DModel": "FluxPipeline",
+        "Flux2Transformer2DModel": "Flux2KleinPipeline",
+        "ZImageTransformer2DModel": "ZImagePipeline",
     }
+    found = {name: card_sampling(pipelines_of[m.transformer], m.config) for name, m in MODELS.items()}
     assert {k: (v.steps, v.guidance) for k, v in found.items()} == {
         "sd3-medium": (28, 7.0),
         "sd35-medium": (40, 4.5),
         "sd35-large": (28, 3.5),
         "qwen-image": (50, 4.0),
         "flux-dev": (50, 3.5),
+        "flux2-klein-4b": (50, 4.0),
+        "z-image": (50, 4.0),
     }
     assert all(MODELS[k].guidance == v.cfg for k, v in found.items()), "distillation guides by the card too"
     with pytest.raises(ValueError, match="SanaPipeline"):

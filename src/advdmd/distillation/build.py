@@ -20,7 +20,7 @@ from advdmd.models.quantization import import_bitsandbytes, quantize
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import decode
 from advdmd.models.student_start import Start, read_start, start_student
-from advdmd.models.target_time import TIME_EMBEDDING_LAYERS, TargetTime
+from advdmd.models.target_time import TargetTime
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import load_scorer, parse_reward
 from advdmd.training import checkpoint, distributed
@@ -143,7 +143,7 @@ class Builder:
         reach the layers of its embedding too (2512.05150, its LoRA code).
         """
         r, backbone = self.recipe, self.backbone
-        (net,), ema_net = self._copies("student", more_targets=TIME_EMBEDDING_LAYERS)
+        (net,), ema_net = self._copies("student", more_targets=backbone.time_embedding.layers)
         if ema_net is not None:
 
             def adapter(net: nn.Module, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
@@ -152,7 +152,7 @@ class Builder:
             student = self._learner(net, lambda *args: adapter(net, *args), ema_net, None, {"main": r.dm_optimizer})
             return student, torch.no_grad()(lambda *args: adapter(ema_net, *args))
         torch.manual_seed(r.seed)
-        target_net = TargetTime(net, self.backbone.time_scale, copied=isinstance(self.backbone, QwenImage))
+        target_net = TargetTime(net, backbone.time_embedding, copied=isinstance(self.backbone, QwenImage))
 
         def whole(net: TargetTime, x: Tensor, t: Tensor, target: Tensor, cond: Cond) -> Tensor:
             with net.targeting(target):

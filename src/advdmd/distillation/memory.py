@@ -3,22 +3,40 @@
 import functools
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from advdmd.files import read_object
-from advdmd.models import loading, quantization
-from advdmd.models.backbone import ATTENTION, Module
+from advdmd.models import flux, flux2, loading, quantization, qwen_image, sd3, z_image
+from advdmd.models.backbone import Module
 from advdmd.recipes.published import MODELS
 from advdmd.recipes.recipe import Recipe
 
 GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
-COUNTED_CLASSES = ("SD3Transformer2DModel", "QwenImageTransformer2DModel", "FluxTransformer2DModel")
 DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
+
+
+class Counted(NamedTuple):
+    """What must be known of a class of transformer: where adapters go, its blocks, and names in its configuration."""
+
+    lora_targets: tuple[str, ...]
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    text_width: str = "joint_attention_dim"
+
+
+BOTH = ("transformer_blocks", "single_transformer_blocks")
+COUNTED = {
+    "SD3Transformer2DModel": Counted(sd3.LORA_TARGETS),
+    "QwenImageTransformer2DModel": Counted(qwen_image.LORA_TARGETS),
+    "FluxTransformer2DModel": Counted(flux.LORA_TARGETS, BOTH),
+    "Flux2Transformer2DModel": Counted(flux2.LORA_TARGETS, BOTH),
+    "ZImageTransformer2DModel": Counted(z_image.LORA_TARGETS, ("layers",), "cap_feat_dim"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +73,8 @@ def transformer(teacher: str) -> tuple[Module, int]:
         name, metadata = config["_class_name"], loading.read_metadata(folder)
         text = {m.transformer: m.text for m in MODELS.values()}.get(name, DEFAULT_TEXT_TOKENS)
         text = DEFAULT_TEXT_TOKENS + metadata["t5_length"] if "t5_length" in metadata else text
-    if name not in COUNTED_CLASSES:
-        raise ValueError(f"{teacher} has a {name}: memory is counted for {' and '.join(COUNTED_CLASSES)} only")
+    if name not in COUNTED:
+        raise ValueError(f"{teacher} has a {name}: memory is counted for {', '.join(COUNTED)} only")
     cls = getattr(diffusers, name)
     with torch.device("meta"):
         return cls.from_config(config) if "_class_name" in config else cls(**config), text
@@ -69,14 +87,15 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
     ValueError if the transformer is of a class whose memory is not known.
     """
     net, text = transformer(r.teacher)
-    algorithm, base = r.algorithm, sum(p.numel() for p in net.parameters())
-    # Every adapted layer is a linear layer of a block, in attention or in the MLP after it.
-    layers = [m for k, m in net.named_modules() if isinstance(m, nn.Linear) and _is_adapted(k)]
+    algorithm, base, counted = r.algorithm, sum(p.numel() for p in net.parameters()), COUNTED[type(net).__name__]
+    linear = {f".{k}": m for k, m in net.named_modules() if isinstance(m, nn.Linear)}
+    layers = [m for k, m in linear.items() if k.endswith(tuple(f".{t}" for t in counted.lora_targets))]
     adapter = r.lora_rank * sum(m.in_features + m.out_features for m in layers)
     trained = algorithm.trained_networks(r.discriminator.trunk == "own")
     learned, n, bytes_each = adapter or base, len(trained), DTYPE_BYTES[r.base_dtype(gpus)]
-    linear = [m for k, m in net.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks." in k]
-    quantized = sum(m.weight.numel() for m in linear) if r.base_bits < 32 else 0
+    in_blocks = [m for k, m in linear.items() if k.startswith(tuple(f".{b}." for b in counted.blocks))]
+    quantized = sum(m.weight.numel() for m in in_blocks) if r.base_bits < 32 else 0
+    num_blocks = sum(len(list(net.get_submodule(b).children())) for b in counted.blocks)
     optimizers = [r.optimizers[name] for name in chain(*trained.values())]  # each keeps two moments
     at_once = max(sum(name in names for names in trained.values()) for name in r.optimizers)  # networks of one update
     parts = {
@@ -89,32 +108,25 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
     sharded = r.uses_fsdp(gpus)
     if sharded:  # every GPU holds its share, and the block that is used and the next one whole
         parts = {k: v / gpus for k, v in parts.items()}
-        parts["gathered"] = 2.0 * base / _num_blocks(net) * bytes_each
-    width = net.inner_dim
+        parts["gathered"] = 2.0 * base / num_blocks * bytes_each
+    width = getattr(net, "inner_dim", None) or net.config.dim
     patch = net.config.patch_size if type(net).__name__ == "SD3Transformer2DModel" else 2  # others are packed two by two
     tokens = (resolution // 8 // patch) ** 2 + text
     samples = 2 * algorithm.samples_per_pass(max(1, r.batch // gpus))  # guidance, or real beside generated, in one pass
     per_block = 1 if r.gradient_checkpointing else BLOCK_WIDTHS
-    kept = _num_blocks(net) * per_block + BLOCK_WIDTHS
+    kept = num_blocks * per_block + BLOCK_WIDTHS
     parts["activations"] = float(samples * tokens * width * bytes_each * kept)
     if adapter and r.base_bits == 32 and r.base_dtype(gpus) == "float32" and not r.gradient_checkpointing:
         # Merged weights (models/lora.py) of the networks of one graph: the student, and a trunk that follows it.
         parts["activations"] += 4.0 * min(n, 2) * sum(m.weight.numel() for m in layers)
-    trajectory = (2 * algorithm.steps + 3) * 16 * (resolution // 8) ** 2
-    words = text * net.config.joint_attention_dim * algorithm.conditions_per_sample
+    channels = 32 if type(net).__name__ == "Flux2Transformer2DModel" else 16
+    trajectory = (2 * algorithm.steps + 3) * channels * (resolution // 8) ** 2
+    words = text * net.config[counted.text_width] * algorithm.conditions_per_sample
     parts["trajectories and text"] = 4.0 * r.batch / gpus * (trajectory + words)
     if sharded:  # while samples are generated the first GPU holds the student whole, instead of what a pass takes
         standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "EMA"))
         parts["more during sampling"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
     return MemoryEstimate(base, adapter, n, parts)
-
-
-def _num_blocks(net: Module) -> int:
-    return net.config.num_layers + net.config.get("num_single_layers", 0)
-
-
-def _is_adapted(name: str) -> bool:
-    return "transformer_blocks." in name and (name.endswith((*ATTENTION, "proj_mlp")) or (".net." in name))
 
 
 def warning(r: Recipe, resolution: int, gpus: int, device: str) -> str:

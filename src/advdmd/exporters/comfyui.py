@@ -6,6 +6,13 @@ from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig
 from advdmd.types import Json
 
+# Pipelines with one text encoder: its file, and the loader's type.
+ONE_ENCODER = {
+    "QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"),
+    "ZImagePipeline": ("qwen_3_4b", "lumina2"),
+    "Flux2KleinPipeline": ("qwen_3_4b", "flux2"),
+}
+
 
 def _node(kind: str, **inputs: object) -> Json:
     return {"class_type": kind, "inputs": inputs}
@@ -25,9 +32,9 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
     files, shift, with_t5 = ("clip_l", "clip_g", "t5xxl"), "ModelSamplingSD3", len(backbone.encoders) == 3
     names = {f"clip_name{i}": f"{n}.safetensors" for i, n in enumerate(files[: len(backbone.encoders)], 1)}
     text = _node("TripleCLIPLoader", **names) if with_t5 else _node("DualCLIPLoader", **names, type="sd3")
-    if kind in (one := {"QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"), "ZImagePipeline": ("qwen_3_4b", "lumina2")}):
-        text = _node("CLIPLoader", clip_name=f"{one[kind][0]}.safetensors", type=one[kind][1])
-        shift = "ModelSamplingAuraFlow"
+    if kind in ONE_ENCODER:
+        name, of = ONE_ENCODER[kind]
+        text, shift = _node("CLIPLoader", clip_name=f"{name}.safetensors", type=of), "ModelSamplingAuraFlow"
     elif kind == "FluxPipeline":
         text = _node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl.safetensors", type="flux")
     nodes = {
@@ -53,7 +60,12 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
         nodes["tokens"] = _node("T5TokenizerOptions", clip=["clip", 0], min_padding=0, min_length=backbone.max_text_length)
         for name in ("prompt", "none"):
             nodes[name]["inputs"]["clip"] = ["tokens", 0]
-    if kind == "FluxPipeline":  # its node shifts by e to a number that grows with the image: here a constant
+    if kind == "Flux2KleinPipeline":
+        nodes["latent"]["class_type"] = "EmptyFlux2LatentImage"
+    if kind in (
+        "FluxPipeline",
+        "Flux2KleinPipeline",
+    ):  # its node's shift grows with the image: here a constant
         constant = round(math.log(sampler.shift or 1.0), 6)
         shifts = {"max_shift": constant, "base_shift": constant, "width": side, "height": side}
         nodes["shift"] = _node("ModelSamplingFlux", model=["model", 0], **shifts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +62,13 @@ def padded_ids(tokenizers: Sequence[Tokenizer], lengths: Sequence[int], prompts:
     return torch.stack([nn.functional.pad(i, (0, max(lengths) - i.shape[1])) for i in ids], 1)
 
 
-def scheduler_grid(pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[float] | None = None) -> Tensor:
+def scheduler_grid(
+    pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None
+) -> Tensor:
     """Times [steps + 1] from noise to data of a pipeline's own scheduler, with its own time shift.
 
-    tokens: of the image, by which some schedulers shift. sigmas: times before the shift, where the pipeline has some of its
-    own. Steps are Euler's, whatever solver the pipeline was saved with.
+    tokens: of the image, by which some schedulers shift: by `mu`, or by a line of the scheduler's. sigmas: times before the
+    shift, where the pipeline has some of its own. Steps are Euler's, whatever solver the pipeline was saved with.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -74,12 +76,24 @@ def scheduler_grid(pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[flo
     c, more = scheduler.config, {}
     if c.use_dynamic_shifting:
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        more["mu"] = c.base_shift + slope * (tokens - c.base_image_seq_len)
+        more["mu"] = c.base_shift + slope * (tokens - c.base_image_seq_len) if mu is None else mu
     if sigmas is None:
         scheduler.set_timesteps(steps, **more)
     else:
         scheduler.set_timesteps(sigmas=list(sigmas), **more)
     return scheduler.sigmas
+
+
+class TimeEmbedding(NamedTuple):
+    """Where a transformer embeds a time t in [0, 1]: the submodule `name` is given offset + scale * t first.
+
+    layers: endings of the names of its linear layers for times, which TwinFlow's adapters reach too.
+    """
+
+    name: str
+    scale: float
+    offset: float = 0.0
+    layers: tuple[str, ...] = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")
 
 
 class Backbone(Protocol):
@@ -95,7 +109,7 @@ class Backbone(Protocol):
     dtype: torch.dtype  # of the transformer's weights; velocities and features are returned in float32
     latent_shape: tuple[int, ...]  # [C, H, W]
     hidden_size: int  # of the image tokens that blocks return
-    time_scale: float  # what times are multiplied by before the transformer takes them
+    time_embedding: TimeEmbedding
     lora_targets: tuple[str, ...]  # endings of the names of the linear layers that adapters are put on
     null_prompt: str  # the negative prompt of guidance, by the model's card
     metadata: Json  # what must be known beside the pipeline to read it again (loading.backbone_from_pipeline)

@@ -56,7 +56,7 @@ class DiffusersSampling:
         known = inspect.signature(pipe.__call__).parameters
         kwargs, steps, guidance = dict(metadata.get("stock_call", {})), self.steps, self.guidance_scale
         if not metadata and type(pipe).__name__ in KNOWN_PIPELINES:  # the pipelines' own defaults are not the models'
-            card = card_sampling(type(pipe).__name__, pipe.transformer.config)
+            card = card_sampling(type(pipe).__name__, pipe.transformer.config, bool(pipe.config.get("is_distilled")))
             steps, guidance = steps or card.steps, card.guidance if guidance is None else guidance
         if steps is not None:
             kwargs.pop("sigmas", None)

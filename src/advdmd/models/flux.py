@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, padded_ids
+from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, TimeEmbedding, padded_ids
 from advdmd.models.qwen_image import pack, unpack
 from advdmd.types import Cond, Json
 
 TEXT_LENGTH = 512  # tokens of a prompt that T5 reads
 CARD_GUIDANCE = 3.5  # of FLUX.1 dev's model card
-MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+LORA_TARGETS = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
 
 
 class Flux(Backbone):
@@ -31,8 +31,8 @@ class Flux(Backbone):
             self.metadata["embedded_guidance"] = guidance
         self.dtype = pipe.transformer.dtype
         self.pipeline_load_kwargs: Json = {}
-        self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1.0
-        self.lora_targets: tuple[str, ...] = ATTENTION + MLP
+        self.hidden_size, self.time_embedding = pipe.transformer.inner_dim, TimeEmbedding("time_text_embed", scale=1000.0)
+        self.lora_targets: tuple[str, ...] = LORA_TARGETS
         self.null_prompt = ""
         self.check_latent_size(side, side)
         self.max_text_length = text_length

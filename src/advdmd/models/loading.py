@@ -15,12 +15,13 @@ from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone, Pipeline
 from advdmd.models.flux import Flux
+from advdmd.models.flux2 import Flux2
 from advdmd.models.folder_kinds import no_pipeline
 from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import QwenImage
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.sd3 import SD3
-from advdmd.models.target_time import ZERO_TARGET_TIME, attach_zero_target
+from advdmd.models.target_time import attach_zero_target
 from advdmd.models.z_image import ZImage
 from advdmd.types import Json
 
@@ -39,7 +40,7 @@ PIPELINE_FILES = (
     *(f"{part}/{kind}" for part in ("transformer", "scheduler", *ENCODERS) for kind in hub.SAFE_FILES),
 )
 DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)
-KNOWN_PIPELINES = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline")
+KNOWN_PIPELINES = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline", "Flux2KleinPipeline")
 
 
 def shipped() -> dict[str, Path]:
@@ -245,14 +246,14 @@ def default_sampling(path: Path) -> SamplerConfig:
             return SamplerConfig.from_json(sampling)
     except ValueError as e:
         raise ValueError(f"{path / METADATA_FILE}: {e}") from None
-    kind = read_index(path)["_class_name"]
-    card = card_sampling(kind, read_object(path / "transformer" / "config.json", hint=EXPORT_AGAIN))
+    index, config = read_index(path), read_object(path / "transformer" / "config.json", hint=EXPORT_AGAIN)
+    card = card_sampling(index["_class_name"], config, bool(index.get("is_distilled")))
     return SamplerConfig(steps=card.steps, shift=None, guidance_scale=card.cfg)
 
 
 def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
     """The backbone of a pipeline; its metadata may hold `t5_length` (SD3), the latents' `side`, a `null_prompt` (Qwen),
-    `embedded_guidance` and `text_length` (FLUX)."""
+    `embedded_guidance` (FLUX.1) and `text_length` (FLUX)."""
     kind = type(pipe).__name__
     if kind == "QwenImagePipeline":
         null = {"null_prompt": metadata["null_prompt"]} if "null_prompt" in metadata else {}
@@ -260,6 +261,8 @@ def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
     if kind == "FluxPipeline":
         names = {"side": "side", "embedded_guidance": "guidance", "text_length": "text_length"}
         return Flux(pipe, **{names[k]: v for k, v in metadata.items() if k in names})
+    if kind == "Flux2KleinPipeline":
+        return Flux2(pipe, **{k: v for k, v in metadata.items() if k in ("side", "text_length")})
     if kind == "ZImagePipeline":
         return ZImage(pipe, side=metadata.get("side", 128))
     return SD3(pipe, t5_length=metadata.get("t5_length", 256), side=metadata.get("side"))
@@ -289,9 +292,7 @@ def load(
         metadata = metadata | {"side": resolution // scale}
     backbone = backbone_from_pipeline(pipe, metadata)
     if (path / TARGET_TIME).is_file():
-        attach_zero_target(
-            backbone.net, read_tensors(path / TARGET_TIME, ZERO_TARGET_TIME, hint=EXPORT_AGAIN), backbone.time_scale
-        )
+        attach_zero_target(backbone.net, read_tensors(path / TARGET_TIME, hint=EXPORT_AGAIN), backbone.time_embedding)
     backbone.net.requires_grad_(False).eval()
     return backbone, default_sampling(path)
 

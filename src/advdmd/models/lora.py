@@ -84,14 +84,16 @@ class SharedBase:
 
         net.requires_grad_(False)
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+        every, ends = net.named_modules(), tuple(f".{t}" for t in targets)
+        layers = [k for k, m in every if isinstance(m, nn.Linear) and f".{k}".endswith(ends)]  # in full: others may end so
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             for name in names:  # made on the CPU, the same numbers on any device; each goes to its layer's
                 inject_adapter_in_model(config, net, name)
         self.net, self.names, self.active_adapter, self.frozen_adapters = net, tuple(names), "", frozenset[str]()
-        layers: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
-        for layer in layers:
+        tuners: list[Any] = [m for m in net.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in tuners:
             layer.shared_base, layer.forward = self, MethodType(_lora_forward, layer)
         for key, p in net.named_parameters():
             if "lora_" in key:  # peft made them of the base's type, in which small steps would be lost

@@ -249,20 +249,24 @@ SD3_BLOCK_MODULES = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
-# The same of Black Forest Labs' own FLUX.1.
-FLUX_MODULES = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    **{
-        f"{theirs}.{layer}": (f"time_text_embed.{ours}.linear_{i}",)
-        for theirs, ours in (
-            ("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"),
-        )
-        for i, layer in ((1, "in_layer"), (2, "out_layer"))
-    },
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": (f"norm_out.linear{SWAPPED}",),
-}  # fmt: skip
+
+
+def _flux_modules(embedding: str) -> dict[str, tuple[str, ...]]:
+    """The same of Black Forest Labs' own FLUX outside its blocks; embedding: diffusers' name for that of the times."""
+    parts = (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))
+    return {
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "final_layer.linear": ("proj_out",),
+        "final_layer.adaLN_modulation.1": (f"norm_out.linear{SWAPPED}",),
+        **{
+            f"{theirs}.{layer}": (f"{embedding}.{ours}.linear_{i}",)
+            for theirs, ours in parts
+            for i, layer in ((1, "in_layer"), (2, "out_layer"))
+        },
+    }
+
+
 FLUX_BLOCK_MODULES = {
     "double_blocks": {
         "img_attn.qkv": tuple(f"attn.{k}" for k in QKV),
@@ -282,6 +286,23 @@ FLUX_BLOCK_MODULES = {
         "modulation.lin": ("norm.linear",),
     },
 }
+FLUX2_MODULES = {
+    f"{name}.lin": (f"{name}.linear",)
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+}
+FLUX2_BLOCK_MODULES = {
+    "double_blocks": {
+        "img_attn.qkv": tuple(f"attn.{k}" for k in QKV),
+        "img_attn.proj": ("attn.to_out.0",),
+        "img_mlp.0": ("ff.linear_in",),
+        "img_mlp.2": ("ff.linear_out",),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "txt_attn.proj": ("attn.to_add_out",),
+        "txt_mlp.0": ("ff_context.linear_in",),
+        "txt_mlp.2": ("ff_context.linear_out",),
+    },
+    "single_blocks": {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+}
 Z_IMAGE_BLOCK_MODULES = {
     "attention.qkv": tuple(f"attention.{k}" for k in QKV),
     "attention.out": ("attention.to_out.0",),
@@ -300,11 +321,13 @@ def _layers(net: nn.Module) -> dict[str, tuple[str, ...]]:
             for name, targets in SD3_BLOCK_MODULES.items():
                 last = getattr(block, "context_pre_only", False) and name == "context_block.adaLN_modulation.1"
                 out[f"joint_blocks.{i}.{name}"] = tuple(f"transformer_blocks.{i}.{t}{SWAPPED * last}" for t in targets)
-    elif kind == "FluxTransformer2DModel":
-        out |= FLUX_MODULES
+    elif kind in ("FluxTransformer2DModel", "Flux2Transformer2DModel"):
+        first = kind == "FluxTransformer2DModel"
+        out |= _flux_modules("time_text_embed") if first else _flux_modules("time_guidance_embed") | FLUX2_MODULES
+        modules = FLUX_BLOCK_MODULES if first else FLUX2_BLOCK_MODULES
         for theirs, ours in (("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")):
             for i in range(len(list(net.get_submodule(ours).children()))):
-                for name, targets in FLUX_BLOCK_MODULES[theirs].items():
+                for name, targets in modules[theirs].items():
                     out[f"{theirs}.{i}.{name}"] = tuple(f"{ours}.{i}.{t}" for t in targets)
     elif kind == "ZImageTransformer2DModel":
         for group in ("layers", "noise_refiner", "context_refiner"):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline
+from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, TimeEmbedding
 from advdmd.types import Cond, Json
 
-MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+LORA_TARGETS = (*ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 CARD_NULL_PROMPT = " "
 TEMPLATE_TOKENS = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
@@ -71,8 +71,8 @@ class QwenImage(Backbone):
         self.net: Module = pipe.transformer
         self.dtype = self.net.dtype  # asked once: with adapters of another type the library's answer would change
         self.pipeline_load_kwargs: Json = {}
-        self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1.0
-        self.lora_targets: tuple[str, ...] = ATTENTION + MLP
+        self.hidden_size, self.time_embedding = pipe.transformer.inner_dim, TimeEmbedding("time_text_embed", scale=1.0)
+        self.lora_targets: tuple[str, ...] = LORA_TARGETS
         self.check_latent_size(side, side)
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
         self.max_text_length = pipe.tokenizer_max_length

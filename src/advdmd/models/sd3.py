@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, padded_ids, scheduler_grid
+from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, TimeEmbedding, padded_ids, scheduler_grid
 from advdmd.types import Cond, Json
 
-MLP = ("net.0.proj", "net.2")
+LORA_TARGETS = (*ATTENTION, "net.0.proj", "net.2")
 
 
 class SD3(Backbone):
@@ -28,8 +28,8 @@ class SD3(Backbone):
         self.net: Module = pipe.transformer
         self.vae, self.dtype = pipe.vae, pipe.transformer.dtype
         self.tokenizers = [t for t in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3) if t is not None]
-        self.hidden_size, self.time_scale = pipe.transformer.inner_dim, 1000.0
-        self.lora_targets: tuple[str, ...] = ATTENTION + MLP
+        self.hidden_size, self.time_embedding = pipe.transformer.inner_dim, TimeEmbedding("time_text_embed", scale=1000.0)
+        self.lora_targets: tuple[str, ...] = LORA_TARGETS
         self.null_prompt = ""
         side = int(side or pipe.transformer.config.sample_size)
         self.check_latent_size(side, side)
@@ -100,7 +100,7 @@ class SD3(Backbone):
         cond = cond.to(self.dtype)
         return net(
             hidden_states=x.to(self.dtype),
-            timestep=t * self.time_scale,
+            timestep=t * 1000,
             encoder_hidden_states=cond.embeds,
             pooled_projections=cond.pooled,
             return_dict=False,

@@ -13,35 +13,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from advdmd.models.backbone import TimeEmbedding
+
 Arguments = tuple[Any, ...]  # of a time embedding, times first
-EMBEDDING = "time_text_embed"  # diffusers' name, in SD3 and in Qwen-Image
-TIME_EMBEDDING_LAYERS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2")  # which TwinFlow's adapters reach too
-ZERO_TARGET_TIME = "standing"  # key of a file: the part of emb2(0) that is the same for all texts
 
 
-def _on_time_embedding(net: nn.Module, change: Callable[[Arguments, Tensor], Tensor]) -> RemovableHandle:
-    """Replace the embedding of the times by change(its arguments, embedding) in every pass until the handle is removed."""
+def _on_time_embedding(
+    net: nn.Module, time: TimeEmbedding, change: Callable[[Tensor, Arguments, Tensor], Tensor]
+) -> RemovableHandle:
+    """Replace the embedding of times by change(t [N], its arguments, embedding) in every pass until the handle is removed."""
 
     def hook(module: nn.Module, args: Arguments, out: Tensor) -> Tensor:
-        return change(args, out)
+        return change((args[0] - time.offset) / time.scale, args, out)
 
-    return net.get_submodule(EMBEDDING).register_forward_hook(hook)
+    return net.get_submodule(time.name).register_forward_hook(hook)
 
 
 class TargetTime(nn.Module):
     """Stands in for the transformer `net` and is called like it; the target time is r = 0 unless `targeting` sets another.
 
-    scale: what the family multiplies times by before the transformer takes them. copied: emb2 starts as a copy of emb, as
-    TwinFlow does for Qwen-Image, else from N(0, .02), as for SD3.5. Raises ValueError if the transformer has no time embedding
-    of the known kind.
+    time: where the transformer embeds times. copied: emb2 starts as a copy of emb, as TwinFlow does for Qwen-Image, else from
+    N(0, .02), as for SD3.5.
     """
 
-    def __init__(self, net: nn.Module, scale: float, copied: bool = False):
+    def __init__(self, net: nn.Module, time: TimeEmbedding, copied: bool = False):
         super().__init__()
-        self.net, self.scale = net, scale
-        if EMBEDDING not in dict(net.named_children()):
-            raise ValueError(f"TwinFlow has no second time embedding for a {type(net).__name__}: use AdvDMD or DMD2")
-        self.embed_target = copy.deepcopy(net.get_submodule(EMBEDDING))
+        self.net, self.time = net, time
+        self.embed_target = copy.deepcopy(net.get_submodule(time.name))
         if not copied:
             for name, p in self.embed_target.named_parameters():
                 p.data.copy_(torch.zeros(p.shape) if name.endswith("bias") else 0.02 * torch.randn(p.shape))
@@ -56,45 +54,38 @@ class TargetTime(nn.Module):
         finally:
             self._r = None
 
-    def forward(self, **inputs: object) -> object:
+    def forward(self, *args: object, **inputs: object) -> object:
         r = self._r
 
-        def change(args: Arguments, embedding: Tensor) -> Tensor:
-            t = args[0] / self.scale
+        def change(t: Tensor, args: Arguments, embedding: Tensor) -> Tensor:
             target = torch.zeros_like(t) if r is None else r
-            return embedding + self.embed_target(target * self.scale, *args[1:]) * (t - target)[:, None].to(embedding.dtype)
+            embedded = self.embed_target(self.time.offset + target * self.time.scale, *args[1:])
+            return embedding + embedded * (t - target)[:, None].to(embedding.dtype)
 
-        handle = _on_time_embedding(self.net, change)
+        handle = _on_time_embedding(self.net, self.time, change)
         try:
-            return self.net(**inputs)
+            return self.net(*args, **inputs)
         finally:
             handle.remove()
 
     @torch.no_grad()
     def zero_target_state_dict(self) -> dict[str, Tensor]:
-        """All that sampling needs of emb2, at r = 0: its time part [D], and the weights of its text part if there is one."""
-        embed: Any = self.embed_target
-        weight = next(embed.timestep_embedder.parameters())
-        times = embed.timestep_embedder(embed.time_proj(weight.new_zeros(1).float()).to(weight.dtype))
-        text = embed.text_embedder.state_dict() if hasattr(embed, "text_embedder") else {}
-        return {ZERO_TARGET_TIME: times[0].clone()} | {f"text_embedder.{k}": v.clone() for k, v in text.items()}
+        """What sampling needs beside the transformer, at r = 0: the weights of emb2."""
+        return {k: v.clone() for k, v in self.embed_target.state_dict().items()}
 
 
-def attach_zero_target(net: nn.Module, state: Mapping[str, Tensor], scale: float) -> None:
+def attach_zero_target(net: nn.Module, state: Mapping[str, Tensor], time: TimeEmbedding) -> None:
     """Make a plain transformer predict for r = 0 from now on, given its `zero_target_state_dict`.
 
-    A state of time alone is an earlier version's, whose emb2 had no text part. Raises ValueError if the weights do not fit.
+    Raises ValueError if the weights do not fit.
     """
-    times, text = state[ZERO_TARGET_TIME], None
-    if len(state) > 1:
-        text = copy.deepcopy(net.get_submodule(f"{EMBEDDING}.text_embedder"))
-        try:
-            text.load_state_dict({k.removeprefix("text_embedder."): v for k, v in state.items() if k != ZERO_TARGET_TIME})
-        except RuntimeError as e:
-            raise ValueError(f"the second time embedding does not fit the transformer: {e}") from None
+    embed = copy.deepcopy(net.get_submodule(time.name))
+    try:
+        embed.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"the second time embedding does not fit the transformer, export the student again: {e}") from None
 
-    def change(args: Arguments, out: Tensor) -> Tensor:
-        added = times.to(out) if text is None else times.to(out) + text.to(out)(args[1])
-        return out + (args[0] / scale)[:, None].to(out.dtype) * added
+    def change(t: Tensor, args: Arguments, out: Tensor) -> Tensor:
+        return out + t[:, None].to(out.dtype) * embed.to(out)(torch.full_like(args[0], time.offset), *args[1:])
 
-    _on_time_embedding(net, change)
+    _on_time_embedding(net, time, change)

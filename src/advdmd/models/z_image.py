@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from advdmd.models.backbone import Backbone, Module, Pipeline, block_outputs
+from advdmd.models.backbone import Backbone, Module, Pipeline, TimeEmbedding, block_outputs
 from advdmd.types import Cond, Json
 
 TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+# It counts time from noise: 1 - t.
+TIME_EMBEDDING = TimeEmbedding("t_embedder", scale=-1000.0, offset=1000.0, layers=("t_embedder.mlp.0", "t_embedder.mlp.2"))
 
 
 class ZImage(Backbone):
@@ -23,8 +26,8 @@ class ZImage(Backbone):
         self.net: Module = pipe.transformer
         self.dtype = self.net.dtype
         self.pipeline_load_kwargs: Json = {}
-        self.hidden_size, self.time_scale = self.net.config.dim, 1.0
-        self.lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+        self.hidden_size, self.time_embedding = self.net.config.dim, TIME_EMBEDDING
+        self.lora_targets: tuple[str, ...] = LORA_TARGETS
         self.null_prompt = ""
         self.check_latent_size(side, side)
         self.max_text_length = TEXT_LENGTH

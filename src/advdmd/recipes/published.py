@@ -41,6 +41,10 @@ SD3 = {
 SD35 = SD3 | {"qk_norm": "rms_norm"}
 MEDIUM = {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
 LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+KLEIN = {
+    **{"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    "guidance_embeds": False,
+}
 MODELS = {
     "sd3-medium": PublishedModel("stabilityai/stable-diffusion-3-medium-diffusers", 7.0, "SD3Transformer2DModel", SD3),
     "sd35-medium": PublishedModel("stabilityai/stable-diffusion-3.5-medium", 4.5, "SD3Transformer2DModel", SD35 | MEDIUM),
@@ -48,13 +52,15 @@ MODELS = {
     "qwen-image": PublishedModel("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
     # Its guidance is a number that the transformer takes (models.flux), so classifier-free guidance is off.
     "flux-dev": PublishedModel("black-forest-labs/FLUX.1-dev", 1.0, "FluxTransformer2DModel", {"guidance_embeds": True}, 512),
+    "flux2-klein-4b": PublishedModel("black-forest-labs/FLUX.2-klein-base-4B", 4.0, "Flux2Transformer2DModel", KLEIN, 512),
+    "z-image": PublishedModel("Tongyi-MAI/Z-Image", 5.0, "ZImageTransformer2DModel", text=512),
 }
 
 
 class Preset(NamedTuple):
     """What makes a model fit: the rank of its adapters (0: whole networks, sharded over the GPUs), samples a pass, GB of a
     GPU and how many of them, bits of the frozen base, side of the images in pixels. `advdmd show` says what that takes.
-    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits. Samples a pass fill up to 86 % of the GPU by the estimate,
+    Rank 64 is TwinFlow's (2512.05150), lower ones are what fits. Samples a pass fill up to 88 % of the GPU by the estimate,
     whose error was below 12 % (docs/performance.md): one sample takes as many launches of kernels as eight."""
 
     rank: int
@@ -76,6 +82,10 @@ PRESETS = {
     ("qwen-image", "80gb"): Preset(32, 2, 80),
     ("flux-dev", "24gb"): Preset(16, 6, 24, base_bits=4, resolution=512),
     ("flux-dev", "80gb"): Preset(64, 6, 80),
+    ("flux2-klein-4b", "24gb"): Preset(16, 3, 24),
+    ("flux2-klein-4b", "80gb"): Preset(64, 16, 80),
+    ("z-image", "24gb"): Preset(16, 4, 24, resolution=512),
+    ("z-image", "80gb"): Preset(64, 10, 80),
     ("sd3-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
     ("sd35-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
     ("sd35-large", "8x80gb"): Preset(0, 2, 80, gpus=8),
