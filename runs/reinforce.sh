@@ -12,11 +12,11 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/comparisons" "$kept"
 "$bin/python" runs/archive_run.py unpack "$kept" "$work/scores"
 
-finish() { # RUN: score its student, also one that was trained on the checker, and keep it
+finish() { # RUN MODEL: score a model, also one that was trained on the checker, and keep the run
   for job in "mini-geneval 192 96" "mini-dpg 768 384"; do
     read -r suite images prompts <<<"$job"
     [ -f "$work/scores/$1/$suite-test/scores.json" ] ||
-      "$bin/advdmd" eval "$work/$1/student" "$suite" --images "$images" --prompts "$prompts" --out "$work/scores/$1/$suite-test" \
+      "$bin/advdmd" eval "$2" "$suite" --images "$images" --prompts "$prompts" --out "$work/scores/$1/$suite-test" \
         --threads 1 --allow-training-reward >/dev/null
   done
   "$bin/python" runs/archive_run.py run "$work/$1" "$work/scores/$1" "$kept/$1"
@@ -27,7 +27,7 @@ for seed in $seeds; do
     "$bin/advdmd" train "$teacher-advdmd-long" iterations=500 algorithm.dm_only_iterations=99999 "seed=$seed" eval_every=100 \
       eval_images=96 --out "$work/base-$seed" >/dev/null
   fi
-  [ -d "$kept/base-$seed" ] || finish "base-$seed"
+  [ -d "$kept/base-$seed" ] || finish "base-$seed" "$work/base-$seed/student"
   for arm in $arms; do
     [ -d "$kept/$arm-$seed" ] && continue
     what=("$teacher-advdmd-reinforce" "student=$work/base-$seed/student" "seed=$((seed + 10))" eval_every=60 eval_images=96)
@@ -42,10 +42,11 @@ for seed in $seeds; do
       *) echo "ARMS: forward, none, checker; not $arm" >&2 && exit 2 ;;
     esac
     "$bin/advdmd" train "${what[@]}" --out "$work/$arm-$seed" >/dev/null
-    finish "$arm-$seed"
+    finish "$arm-$seed" "$work/$arm-$seed/student"
   done
 done
 [ -z "${RUNS_ONLY:-}" ] || exit 0
+grep -q '"run": "teacher"' "$kept/scores.jsonl" || finish teacher "$teacher"
 for suite in "${suites[@]}"; do
   files() { for seed in $seeds; do echo "$work/scores/$1-$seed/$suite/scores.json"; done; }
   for arm in $arms; do
@@ -53,6 +54,8 @@ for suite in "${suites[@]}"; do
       [ "$arm" = "$other" ] || "$bin/advdmd" compare $(files "$arm") $(files "$other" | sed 's/^/--against /') --commit "$commit" \
         --out "$work/comparisons/$suite-$arm-$other.json"
     done
+    "$bin/advdmd" compare $(files "$arm") --against "$work/scores/teacher/$suite/scores.json" --commit "$commit" \
+      --out "$work/comparisons/$suite-$arm-teacher.json"
   done
 done
 "$bin/python" runs/archive_run.py comparisons "$work/comparisons" "$kept"

@@ -247,13 +247,14 @@ def reinforcement(folder: Path) -> list[str]:
         rows.append((ARMS.index(ours), suite, LABELS[ours], LABELS[theirs], *both, difference, " / ".join(spread)))
     head = "suite | a student goes on | compared with | score | the other's | paired difference, strict | diversity"
     table = [row[1:] for row in sorted(rows)]
-    seeds = len({s["run"] for s in scores if s["run"].startswith("forward-")})
+    seeds = {arm: len({s["run"] for s in scores if s["run"].startswith(f"{arm}-")}) for arm in ARMS}
+    teacher = folder.name.removeprefix("reinforce-")
     return [
-        *("", "## What policy updates are worth", ""),
-        "`runs/reinforce.sh`: a student of mini-sd3 that has had no policy updates goes on from the same weights with the same "
-        f"forwards, with policy updates or without. Seeds: {seeds}; the checker as reward: fewer.",
+        *("", f"## What policy updates are worth: {teacher}", ""),
+        f"`TEACHER={teacher} runs/reinforce.sh`: a student of {teacher} that has had no policy updates goes on from the same weights with the same "
+        f"forwards, with policy updates or without. Seeds: {seeds['forward']}; the checker as reward: {seeds['checker']}.",
         *("", *grid(head, table), ""),
-        "![score and diversity against forwards](../results/reinforce/curves.png)",
+        f"![score and diversity against forwards](../results/{folder.name}/curves.png)",
     ]
 
 
@@ -416,7 +417,8 @@ def main() -> None:
     ]
     for name in CLAIMS:
         lines += claim(name)
-    lines += reinforcement(RESULTS / "reinforce")
+    for folder in sorted(RESULTS.glob("reinforce-*")):
+        lines += reinforcement(folder)
     for folder, title in ABLATIONS.items():
         if (RESULTS / folder / "comparisons.json").is_file():
             text = "`runs/ablations.sh` changes the recipe in one place. Forwards are equal, scores are strict."
