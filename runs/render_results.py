@@ -251,7 +251,8 @@ def reinforcement(folder: Path) -> list[str]:
     teacher = folder.name.removeprefix("reinforce-")
     return [
         *("", f"## What policy updates are worth: {teacher}", ""),
-        f"`TEACHER={teacher} runs/reinforce.sh`: a student of {teacher} that has had no policy updates goes on from the same weights with the same "
+        f"`TEACHER={teacher} runs/reinforce.sh`: a student of {teacher} that has had no policy updates goes on from the same "
+        "weights with the same "
         f"forwards, with policy updates or without. Seeds: {seeds['forward']}; the checker as reward: {seeds['checker']}.",
         *("", *grid(head, table), ""),
         f"![score and diversity against forwards](../results/{folder.name}/curves.png)",

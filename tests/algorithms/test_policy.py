@@ -239,7 +239,7 @@ def test_the_gan_fades_as_the_policy_takes_over():
 
 
 def test_the_checker_is_a_reward_of_the_miniature(tiny_folder):
-    assert parse_reward("2*checker") == (2.0, "checker", None)
+    assert parse_reward("2*checker") == (2.0, "checker", "")
     with pytest.raises(ValueError, match=r"checker:x.*write NAME:FOLDER"):
         parse_reward("1*checker:x")
     with pytest.raises(ValueError, match="discriminator_reward_weight=0 leaves no reward"):

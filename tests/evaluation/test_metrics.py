@@ -30,10 +30,10 @@ def test_scores_are_those_of_the_models_own_processor(weights):
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
-    pick, clips = (load_scorer(n, weights).score(IMAGES, PROMPTS) for n in ("pickscore", "clipscore"))
+    pick, clips = (load_scorer(n, str(weights)).score(IMAGES, PROMPTS) for n in ("pickscore", "clipscore"))
     torch.testing.assert_close(pick, logits, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(clips, (100 * logits / model.logit_scale.exp()).clamp(min=0), rtol=2e-3, atol=2e-2)
-    assert load_scorer("clipscore", weights).name == "clipscore[tiny-clip]"
+    assert load_scorer("clipscore", str(weights)).name == "clipscore[tiny-clip]"
 
 
 def test_hps_pads_to_a_square_where_clip_crops(weights):
@@ -43,7 +43,7 @@ def test_hps_pads_to_a_square_where_clip_crops(weights):
     assert torch.allclose(padded[:, 0, 0], black)
     assert (padded[0] > 0).sum() == 56 * 19
     assert (cropped[0] > 0).all()
-    assert not torch.allclose(*(load_scorer(n, weights).score(IMAGES, PROMPTS) for n in ("hpsv2", "clipscore")))
+    assert not torch.allclose(*(load_scorer(n, str(weights)).score(IMAGES, PROMPTS) for n in ("hpsv2", "clipscore")))
 
 
 def to_open_clip(state):
@@ -97,7 +97,7 @@ def test_open_clips_weights_become_a_clip_model(tmp_path):
     torch.save({"state_dict": theirs}, tmp_path / "hps.pt")
     base = tiny.save_clip(tmp_path / "base", hidden_act="gelu")
     clip.convert_hps(tmp_path / "hps.pt", base, tmp_path / "out")
-    want, found = (load_scorer("hpsv2", f).score(IMAGES, PROMPTS) for f in (base, tmp_path / "out"))
+    want, found = (load_scorer("hpsv2", str(f)).score(IMAGES, PROMPTS) for f in (base, tmp_path / "out"))
     assert torch.equal(want, found)
     with pytest.raises(ValueError, match="not empty"):
         clip.convert_hps(tmp_path / "hps.pt", base, tmp_path / "out")

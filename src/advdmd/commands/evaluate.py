@@ -30,7 +30,6 @@ from advdmd.recipes.registry import has_miniature
 from advdmd.types import Json
 
 MINI_SUITES = ("mini-geneval", "mini-dpg")
-JUDGES = "qwen-vl:FOLDER, mplug:INTERPRETER or endpoint:URL#MODEL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +103,9 @@ def make_judge(suite: Benchmark, detector: Path | None, clip: Path | None, judge
                 "comparable) and --clip (openai/clip-vit-large-patch14 as a folder)"
             )
         return geneval_detector.load_detector(download(detector), download(clip), device)
-    kind, _, where = (judge or "").partition(":")
-    if kind == "qwen-vl" and where:
-        return vqa.qwen_vl(download(where), device)
-    if kind == "mplug" and where:
-        return vqa.mplug(where)
-    if kind == "endpoint" and "#" in where:
-        url, _, model = where.rpartition("#")
-        return vqa.endpoint(url, model)
-    raise ValueError(f"judge {judge!r}: {suite.name} needs --judge {JUDGES}")
+    if judge is None:
+        raise ValueError(f"{suite.name} needs --judge {' or '.join(f'{k}:{v}' for k, v in vqa.JUDGES.items())}")
+    return vqa.make_judge(judge, device)
 
 
 def is_native(model: str) -> bool:
@@ -265,7 +258,7 @@ def score(suite: Benchmark, folder: Path, judge: Judge, options: ScoringOptions 
 
 def trained_on_metric(model: Json, name: str, allow: bool) -> bool:
     """Whether a model's metadata list a scorer or judge among its training rewards. Raises ValueError if so, unless `allow`."""
-    trained = name.partition("[")[0] in model.get("rewards", {})
+    trained = any(name.startswith(reward) for reward in model.get("rewards", {}))
     if trained and not allow:
         raise ValueError(
             f"this model was trained with {name} as a reward, so {name} is no evidence of its quality; --allow-training-reward "

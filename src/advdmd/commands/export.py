@@ -6,6 +6,7 @@ from pathlib import Path
 
 from advdmd.distillation.build import restore
 from advdmd.distillation.validation import load_best
+from advdmd.evaluation.judges.scorers import judge_name
 from advdmd.exporters.diffusers import export_adapter, export_student
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
@@ -72,7 +73,7 @@ def export_ema_student(
     if r.base_bits < 32:
         metadata["base_bits"] = r.base_bits
     if r.rewards:
-        metadata["rewards"] = {kind: weight for weight, kind, _ in map(parse_reward, r.rewards)}
+        metadata["rewards"] = {judge_name(kind, where): weight for weight, kind, where in map(parse_reward, r.rewards)}
     if r.student:
         metadata["started_from"] = _public_name(r.student)
     sampler, teacher = r.algorithm.sampler(), loading.pipeline_folder(r.teacher)

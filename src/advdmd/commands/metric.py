@@ -22,7 +22,8 @@ from advdmd.models.hub import download
 from advdmd.progress import Progress
 from advdmd.rewards.base import Scorer
 from advdmd.rewards.clip import clip_score
-from advdmd.rewards.registry import SCORERS, load_scorer
+from advdmd.rewards.registry import METRICS as LEARNED
+from advdmd.rewards.registry import load_scorer
 from advdmd.types import Json
 
 SET_METRICS = (
@@ -33,7 +34,7 @@ SET_METRICS = (
     "kid",
 )  # one figure for all images, in features; the last two Inception's
 DISTANCES = {"frechet": distances.frechet, "kernel": distances.kernel, "fid": distances.frechet, "kid": distances.kernel}
-METRICS = (*SCORERS, *SET_METRICS)
+METRICS = (*LEARNED, *SET_METRICS)
 BATCH = 16
 
 
@@ -60,8 +61,8 @@ def compute_metric(
         raise ValueError(f"{folder}: {len(lost)} of {len(paths)} images are missing, the first {lost[0]}; {LAYOUTS}")
     taught = trained_on_metric(read_manifest(folder).get("model") or {}, metric, allow_training_reward)
     about = {"suite": suite.name, "suite_hash": suite_hash(suite.items()), "images": len(paths)}
-    if metric in SCORERS:
-        found = _mean_score(wanted, paths, load_scorer(metric, download(weights), device))
+    if metric in LEARNED:
+        found = _mean_score(wanted, paths, load_scorer(metric, str(weights), device))
     else:
         found = _set_metric(metric, paths, [item.prompt for item, _ in wanted], weights, reference, device)
     result = {**about, **found, "name": found["name"] + (tables.OWN_REWARD if taught else "")}

@@ -17,7 +17,7 @@ from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.registry import register_scorer
 from advdmd.training.optimizer import OptimizerConfig
 
-register_scorer("checker", CheckerScorer)
+register_scorer("checker", lambda where, device: CheckerScorer())
 
 
 def autoencoder() -> PretrainingStage:

@@ -19,8 +19,8 @@ class ValidationConfig:
     """Validation on prompts of one's own, every `eval_every` iterations.
 
     prompts: a text file, a line each, or anything else that `advdmd encode` reads; "": the data's own, if they have some.
-    scorers: "NAME:FOLDER", the first of which selects checkpoints. images: of each prompt. Raises ValueError on values out of
-    range.
+    scorers: "NAME:FOLDER" and the other forms of rewards.registry; the first selects checkpoints. images: of each prompt.
+    Raises ValueError on values out of range.
     """
 
     prompts: str = ""

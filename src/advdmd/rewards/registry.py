@@ -1,47 +1,57 @@
-"""Scorers by name: what `advdmd metric` measures with, and what a recipe may use as a reward beside the discriminator."""
+"""Scorers by name: what `advdmd metric` measures with, what validates a run, and further rewards of a recipe."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from advdmd.models.hub import download
 from advdmd.rewards.base import Scorer
 from advdmd.rewards.clip import clip_score, hps_v2, pick_score
 from advdmd.rewards.imagereward import image_reward
 
-SCORERS = {"clipscore": clip_score, "pickscore": pick_score, "hpsv2": hps_v2, "imagereward": image_reward}
-_without_weights: dict[str, Callable[[], Scorer]] = {}
+
+class _Registered(NamedTuple):
+    argument: str  # what is written behind the name and a colon; empty: nothing is
+    make: Callable[[str, str], Scorer]  # (that text, device)
 
 
-def register_scorer(name: str, make: Callable[[], Scorer]) -> None:
-    """Add a scorer that needs no folder of weights. Raises ValueError if the name is taken."""
-    if name in known_scorers():
+def _of_folder(make: Callable[[Path, str], Scorer]) -> _Registered:
+    return _Registered("FOLDER", lambda where, device: make(download(Path(where).expanduser()), device))
+
+
+METRICS = ("clipscore", "pickscore", "hpsv2", "imagereward")  # learned metrics, from folders of weights
+_scorers: dict[str, _Registered] = {
+    name: _of_folder(make) for name, make in zip(METRICS, (clip_score, pick_score, hps_v2, image_reward), strict=True)
+}
+
+
+def register_scorer(name: str, make: Callable[[str, str], Scorer], argument: str = "") -> None:
+    """Add a scorer: make(what is written behind its name and a colon, device).
+
+    argument: what that text is, in messages; empty: none is written. Raises ValueError if the name is taken.
+    """
+    if name in _scorers:
         raise ValueError(f"scorer {name!r} is registered already")
-    _without_weights[name] = make
+    _scorers[name] = _Registered(argument, make)
 
 
-def known_scorers() -> tuple[str, ...]:
-    """The names of all scorers."""
-    return (*SCORERS, *_without_weights)
+def load_scorer(kind: str, where: str = "", device: str = "cpu") -> Scorer:
+    """A scorer as `parse_scorer` reads it. Raises ValueError if what it needs is missing or does not fit."""
+    parse_scorer(f"{kind}:{where}" if where else kind)
+    return _scorers[kind].make(where, device)
 
 
-def load_scorer(kind: str, weights: Path | None = None, device: str = "cpu") -> Scorer:
-    """A scorer by name. Raises ValueError if there is no such scorer, or if its weights do not fit."""
-    if kind in _without_weights and weights is None:
-        return _without_weights[kind]()
-    if kind not in SCORERS or weights is None:
-        raise ValueError(f"scorer {kind!r}: write {' or '.join(_forms())}")
-    return SCORERS[kind](weights, device)
-
-
-def parse_scorer(text: str) -> tuple[str, Path | None]:
-    """ "pickscore:FOLDER" -> ("pickscore", FOLDER); "checker" -> ("checker", None). Raises ValueError naming the rule."""
+def parse_scorer(text: str) -> tuple[str, str]:
+    """ "pickscore:FOLDER" -> ("pickscore", "FOLDER"); "checker" -> ("checker", ""). Raises ValueError naming the rule."""
     kind, colon, where = text.partition(":")
-    if not (kind in SCORERS and where) and not (kind in _without_weights and not colon):
+    known = _scorers.get(kind)
+    if known is None or bool(known.argument) != bool(where) or bool(colon) != bool(where):
         raise ValueError(f"scorer {text!r}: write {' or '.join(_forms())}")
-    return kind, Path(where) if colon else None
+    return kind, where
 
 
-def parse_reward(text: str) -> tuple[float, str, Path | None]:
-    """ "0.5*pickscore:FOLDER" -> (0.5, "pickscore", FOLDER). Raises ValueError naming the rule."""
+def parse_reward(text: str) -> tuple[float, str, str]:
+    """ "0.5*pickscore:FOLDER" -> (0.5, "pickscore", "FOLDER"). Raises ValueError naming the rule."""
     weight, star, rest = text.partition("*")
     try:
         value = float(weight)
@@ -56,5 +66,5 @@ def parse_reward(text: str) -> tuple[float, str, Path | None]:
 
 
 def _forms() -> list[str]:
-    names = f"NAME:FOLDER with NAME one of {', '.join(SCORERS)}"
-    return [names, *_without_weights]
+    names = f"NAME:FOLDER with NAME one of {', '.join(METRICS)}"
+    return [names, *(f"{k}:{v.argument}" if v.argument else k for k, v in _scorers.items() if k not in METRICS)]

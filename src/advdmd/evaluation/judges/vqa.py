@@ -23,6 +23,7 @@ from PIL import Image
 
 from advdmd.evaluation.benchmark import Judgement, SuiteItem
 from advdmd.models.backbone import Module, Tokenizer
+from advdmd.models.hub import download
 from advdmd.models.pretrained import load_pretrained_strict, load_tokenizer, weights_hash
 from advdmd.types import Json
 
@@ -30,6 +31,7 @@ QUESTION_TEMPLATE = "{q} Answer with yes or no only."
 IMAGE = "<|image_pad|>"
 YES_WORDS, NO_WORDS = ("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No")
 Answer = Callable[[Image.Image, str], float]  # probability of yes
+JUDGES = {"qwen-vl": "FOLDER", "mplug": "INTERPRETER", "endpoint": "URL#MODEL"}  # what is written behind the name and a colon
 
 
 class VQAJudge:
@@ -228,3 +230,16 @@ class Endpoint:
 def endpoint(url: str, model: str) -> VQAJudge:
     """A judge behind a chat endpoint, with the name of its model."""
     return VQAJudge(model, _mark("endpoint", url, model, QUESTION_TEMPLATE), Endpoint(url, model))
+
+
+def make_judge(text: str, device: str = "cpu") -> VQAJudge:
+    """The judge "NAME:WHERE" of JUDGES. Raises ValueError if it is none of them, or if its weights do not fit."""
+    kind, _, where = text.partition(":")
+    if kind == "qwen-vl" and where:
+        return qwen_vl(download(Path(where).expanduser()), device)
+    if kind == "mplug" and where:
+        return mplug(where)
+    if kind == "endpoint" and "#" in where:
+        url, _, model = where.rpartition("#")
+        return endpoint(url, model)
+    raise ValueError(f"judge {text!r}: write {' or '.join(f'{k}:{v}' for k, v in JUDGES.items())}")
