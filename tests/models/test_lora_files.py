@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from torch import nn
 
 from advdmd.commands import train
 from advdmd.commands.export import export
+from advdmd.distillation.validation import start_table
 from advdmd.models import loading
+from advdmd.models.images import image_sampler
 from advdmd.models.lora import LoraModel
 from advdmd.models.lora_files import fuse, load_adapter, parse_lora, read_lora
 from advdmd.models.networks import trainable_copies
 from advdmd.models.student_start import read_start
+from advdmd.monitoring.health import read_metrics
+from advdmd.monitoring.html_report import write_report
 from advdmd.recipes.registry import resolve
 from tests.test_product import SMALL, cli, trained  # noqa: F401
 
@@ -275,6 +280,25 @@ def test_a_student_starts_where_it_is_told_and_waits_for_the_others(trained, tin
     forwards = r.forwards(0)
     assert forwards["distribution matching"] == 0
     assert json.loads((tmp_path / "run/student/advdmd.json").read_text())["started_from"] == start.name
+
+
+def test_a_starts_own_scores_are_the_first_and_stand_beside_the_students(trained, tiny_folder, tmp_path):  # noqa: F811
+    """Of the start itself, not of a student that has moved; a run that goes on keeps them."""
+    start, out = trained / "student", tmp_path / "run"
+    words = [*START, f"teacher={tiny_folder}", f"student={start}", "eval_every=2", "eval_images=6"]
+    name, r = resolve("mini-sd35-advdmd", words)
+    train.train(name, replace(r, iterations=2), out)
+    kept = json.loads((out / "start.json").read_text())
+    assert set(kept) >= {"score", "diversity"}
+    backbone, sampler = loading.load(str(start))
+    own = r.data.open(r.teacher).validation(6)(image_sampler(backbone, backbone.net, sampler))
+    assert kept == pytest.approx(own, abs=0.05)
+    train.train(name, replace(r, iterations=4), out)
+    assert json.loads((out / "start.json").read_text()) == kept
+    head, *rows = start_table(out, read_metrics(out))
+    assert head[:2] == ["validation", "the start"]
+    assert {row[0] for row in rows} == set(kept)
+    assert "Start and student" in write_report([out], [], tmp_path / "r.html").read_text()
 
 
 def test_a_run_goes_on_without_its_start(trained, tiny_folder, tmp_path):  # noqa: F811

@@ -131,13 +131,16 @@ def train(
 ) -> None:
     """Distil a teacher by a recipe; rerun the same command to resume."""
     from advdmd.commands.train import train as run
+    from advdmd.distillation.validation import start_table
+    from advdmd.evaluation.tables import markdown_table
     from advdmd.monitoring import health
     from advdmd.recipes import registry
 
     name, r = registry.resolve(recipe, changes or [])
-    student = run(name, r, out, overwrite, report_to or ())
+    student, metrics = run(name, r, out, overwrite, report_to or ()), health.read_metrics(out)
+    print(markdown_table(start_table(out, metrics)), end="")
     print(f"student: {student}")
-    print(f"health: {health.summary(health.read_metrics(out), r)}")
+    print(f"health: {health.summary(metrics, r)}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from advdmd.distillation.build import setup
 from advdmd.distillation.prompt_validation import encoded_prompts, load_scorers, prompt_validation, read_prompts
 from advdmd.distillation.run_folder import create_or_resume, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
-from advdmd.distillation.validation import record, should_stop_early
+from advdmd.distillation.validation import START_FILE, record, record_start, should_stop_early
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
@@ -83,8 +83,12 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
         if validation is None or not (main or shared):
             return {}
         found = validation(image_sampler(backbone, net, sampler, encode=encode))
-        return record(r, found, net, folder, iteration) if main else {}
+        if main and not iteration:
+            record_start(found, folder)
+        return record(r, found, net, folder, iteration) if main and iteration else {}
 
+    if r.student and r.eval_every and begins and not (folder / START_FILE).is_file():
+        scores(0)
     if source.warning and main:
         print(source.warning, file=sys.stderr)
     Trainer(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from advdmd.recipes.recipe import Recipe
 from advdmd.types import Json, Metrics
 
 HINT = "delete best.json: the EMA of the last iteration is then exported"
+START_FILE = "start.json"  # scores of the few-step model that a run's student starts from
 
 
 def record(r: Recipe, scores: Metrics, net: nn.Module, folder: Path, iteration: int) -> Metrics:
@@ -31,6 +33,22 @@ def record(r: Recipe, scores: Metrics, net: nn.Module, folder: Path, iteration: 
             older.unlink()
     forwards = {"eval/forwards_per_sample": r.forwards_until(iteration)}
     return forwards | {f"eval/{name}": score for name, score in scores.items()}
+
+
+def record_start(scores: Metrics, folder: Path) -> None:
+    """Keep the scores of the model that a run's student starts from, before any update."""
+    write_text(folder / START_FILE, json.dumps(scores))
+
+
+def start_table(folder: Path, metrics: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    """Scores of a run's start beside those of its best student so far, names first; empty without either."""
+    best = read_best(folder)["step"]
+    found = next((m for m in metrics if m["step"] == best - 1 and "eval/score" in m), None)
+    if found is None or not (folder / START_FILE).is_file():
+        return []
+    start = read_object(folder / START_FILE, "score", hint=f"delete {START_FILE}")
+    rows = [[k, f"{v:.3f}", f"{found[f'eval/{k}']:.3f}", f"{found[f'eval/{k}'] - v:+.3f}"] for k, v in start.items()]
+    return [["validation", "the start", f"student after {best} iterations", "difference"], *rows]
 
 
 def should_stop_early(r: Recipe, folder: Path) -> bool:

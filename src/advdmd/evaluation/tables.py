@@ -1,6 +1,6 @@
 """Summaries of evaluations as tables: one column per model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from advdmd.evaluation.benchmark import PUBLISHED
 from advdmd.types import Json
@@ -19,8 +19,13 @@ def _headline(summary: Json) -> tuple[str, str]:
 
 def markdown(summaries: Mapping[str, Json]) -> str:
     """`table_cells` of summaries by name, as a table of Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in table_cells(summaries)]
-    return "\n".join([lines[0], "|---" * (len(summaries) + 1) + "|", *lines[1:]]) + "\n"
+    return markdown_table(table_cells(summaries))
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the head first, as a table of Markdown; empty without any."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n" if lines else ""
 
 
 def table_cells(summaries: Mapping[str, Json]) -> list[list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from advdmd.distillation.validation import start_table
 from advdmd.evaluation import failure_gallery, results, tables
 from advdmd.evaluation.reward_knowledge import with_interval
 from advdmd.files import read_object, write_text
@@ -100,6 +101,7 @@ def write_report(folders: Sequence[Path], scores: Sequence[Path], out: Path) -> 
     parts = [
         _overview(runs),
         _comparisons(runs),
+        _starts(runs),
         _scores(found) or _tables(folders),
         _validation(runs),
         _samples(runs),
@@ -238,6 +240,12 @@ def _comparisons(runs: Sequence[RunRecord]) -> str:
             picture = f'<figure class="wide"><img alt="comparison" src="{url}"><figcaption>{caption}</figcaption></figure>'
             out.append(f'<p>{_key(i, r.label)}</p><div class="grids">{picture}</div>')
     return _part("Teacher beside student", "".join(out))
+
+
+def _starts(runs: Sequence[RunRecord]) -> str:
+    """The scores of a few-step model that a student starts from beside the student's."""
+    tables = ((i, r, start_table(r.folder, r.metrics)) for i, r in enumerate(runs))
+    return _part("Start and student", "".join(f"<p>{_key(i, r.label)}</p>{_table(rows)}" for i, r, rows in tables if rows))
 
 
 def _scores(found: Sequence[Path]) -> str:
