@@ -31,3 +31,20 @@ def test_another_runtime_error_is_no_user_error(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["advdmd", "train"])
     with pytest.raises(RuntimeError, match="a bug"):
         main.main()
+
+
+def test_what_apples_gpus_lack_is_named_with_the_way_out(monkeypatch, capsys):
+    text = "The operator 'aten::x' is not currently implemented for the MPS device. If you want this op, comment on the issue."
+
+    def fail():
+        raise NotImplementedError(text)
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["advdmd", "train"])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: device=mps: The operator 'aten::x' is not currently implemented for the MPS device. Set PYTORCH"
+    )

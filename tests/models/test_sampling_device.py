@@ -76,5 +76,5 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="dtype='int8': one of auto, float32, bfloat16, float16"):
         loading.load_for_sampling("mini-sd35", "cpu", "int8")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="torch sees no GPU here"):
+        with pytest.raises(ValueError, match="torch sees no such GPU here"):
             loading.load_for_sampling("mini-sd35", "cuda")

@@ -47,7 +47,7 @@ Tolerant = Annotated[bool, typer.Option("--keep-going", help="Count images on wh
 TrainingReward = Annotated[
     bool, typer.Option("--allow-training-reward", help="Score a model by its own training reward; the table says so.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on the CPU, as stored on a GPU.")]
 
 

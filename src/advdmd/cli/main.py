@@ -68,7 +68,7 @@ def pretrain(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates; by default the recipe's.")] = None,
     threads: Threads = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Train a stage of the miniature's teachers from scratch; rerun to resume."""
     from advdmd.commands.pretrain import pretrain as run
@@ -96,7 +96,7 @@ def encode(
     image_column: Annotated[str | None, typer.Option(help="Key or column of images, where it has another name.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     batch: Annotated[int, typer.Option(help="Prompts or images at a time.")] = 8,
     threads: Threads = 2,
 ) -> None:
@@ -273,6 +273,7 @@ OUT_OF_MEMORY = (
     "Training: lower algorithm.micro_batch_size or lora_rank, set gradient_checkpointing=true, base_bits=4 or a smaller "
     "resolution; advdmd show RECIPE prints the memory by part. Sampling: --dtype bfloat16 or --device cpu"
 )
+WITHOUT_MPS = "Set PYTORCH_ENABLE_MPS_FALLBACK=1 to have the CPU do it, or use device=cpu"
 RENAMED_OPTIONS = {
     "--track": "--report-to",
     "--card": "--gpu-memory",
@@ -305,7 +306,10 @@ def main() -> None:
     except FloatingPointError as e:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(3)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
+        if "MPS" in str(e):  # what torch says of an operation or a type that Apple's GPUs lack
+            print(f"error: device=mps: {str(e).split('. ')[0]}. {WITHOUT_MPS}", file=sys.stderr)
+            sys.exit(2)
         if type(e).__name__ != "OutOfMemoryError":  # torch's; importing torch for its name takes seconds
             raise
         print(f"error: the GPU's memory is not enough: {str(e).split('.')[0]}. {OUT_OF_MEMORY}", file=sys.stderr)

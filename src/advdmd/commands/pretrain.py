@@ -24,8 +24,8 @@ def pretrain(
     """Run one stage by name into `folder`, or resume it; returns the autoencoder or the pipeline.
 
     start: what the stage starts from: nothing, an autoencoder's vae folder, or a pipeline of the miniature (or a shipped name).
-    device: auto, cpu or cuda. Scenes are drawn by as many processes as there are `threads`. Raises ValueError on an unknown
-    stage, a start that does not fit, or a folder of another stage.
+    device: one of loading.DEVICES. Scenes are drawn by as many processes as there are `threads`. Raises ValueError on an
+    unknown stage, a start that does not fit, or a folder of another stage.
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: one of {', '.join(STAGES)}")

@@ -51,6 +51,7 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
         fuse(backbone.net, read_lora(r.teacher_lora, backbone.net))
     data = source.load(backbone, BatchConfig(r.prompts_per_step, r.algorithm.group_size, r.seed, ranks))
     device = loading.resolve_device(r.device)
+    loading.check_dtype(device, r.base_dtype(ranks.world_size))
     if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shards
         if r.base_bits < 32:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)

@@ -26,6 +26,7 @@ from advdmd.models.z_image import ZImage
 from advdmd.types import Json
 
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # what a user may ask for when images are generated
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
@@ -300,8 +301,8 @@ def load(
 def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Backbone, SamplerConfig]:
     """A backbone with all its parts on a device, and how it is sampled.
 
-    device: auto, cpu or cuda. dtype: of transformer and text encoders, one of DTYPES; auto is float32 on the CPU, the type of
-    the transformer's file on a GPU. The autoencoder is float32.
+    device: one of DEVICES. dtype: of transformer and text encoders, one of DTYPES; auto is float32 on the CPU, the type of the
+    transformer's file on a GPU that has it. The autoencoder is float32.
 
     Raises ValueError as `load`, if there is no such device, or on another dtype.
     """
@@ -310,8 +311,10 @@ def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> t
     device = resolve_device(device)
     if dtype == "auto":
         kind = torch.float32 if device == "cpu" else stored_dtype(pipeline_folder(name))
+        kind = kind if has_dtype(device, kind) else torch.float32
     else:
         kind = getattr(torch, dtype)
+        check_dtype(device, dtype)
     backbone, sampler = load(name, dtype=kind, text_dtype=kind)
     for module in (*backbone.encoders, backbone.net, backbone.vae):
         module.to(device)
@@ -319,10 +322,28 @@ def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> t
 
 
 def resolve_device(device: str) -> str:
-    """The device to use for `device`: auto, cpu or cuda. Raises ValueError if a GPU is wanted and there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here; use device=cpu or auto")
+    """The device to use for `device`, one of DEVICES: auto is cuda or cpu. Raises ValueError if a GPU is not there."""
+    if device not in DEVICES:
+        raise ValueError(f"device={device}: one of {', '.join(DEVICES)}")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device, True):
+        raise ValueError(f"device={device}: torch sees no such GPU here; use device=cpu or auto")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_dtype(device: str, dtype: torch.dtype) -> bool:
+    """Whether a device has numbers of a type: older Apple GPUs have no bfloat16."""
+    try:
+        torch.zeros(1, dtype=dtype, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def check_dtype(device: str, dtype: str) -> None:
+    """Raises ValueError if a device has no numbers of a type."""
+    if not has_dtype(device, getattr(torch, dtype)):
+        raise ValueError(f"dtype={dtype}: device={device} has no such numbers here; use dtype=float32")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Recipe:
     base_bits: Literal[4, 8, 32] = 32  # of a frozen base's weights in its blocks (bitsandbytes); 32: as dtype says
     fsdp: bool = False  # shard whole networks over torchrun's processes (FSDP2); otherwise each has a replica
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base and of a sharded network's passes
-    device: Literal["auto", "cpu", "cuda"] = "cpu"  # auto: a GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # auto: an NVIDIA GPU if there is one; mps: Apple's
     compile: Literal["auto", "blocks", "none"] = "auto"  # torch.compile of transformer blocks; auto: on a GPU
     gradient_checkpointing: bool = False  # keep only the inputs of blocks and run them twice: less memory, a forward more
     data: DataConfig

@@ -58,6 +58,11 @@ def init_distributed(device: str = "cpu") -> Generator[Ranks, None, None]:
         dist.destroy_process_group()
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type of sums over many numbers: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _device() -> torch.device:
     """Where tensors must be to be exchanged."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -134,7 +139,7 @@ def grad_norm(grads: Sequence[Tensor]) -> float:
     if not shards:
         return torch.nn.utils.get_total_norm(grads).item()
     squares = all_reduce_sum(torch.stack([local_shard(g).double().square().sum() for g in shards]).sum(), shards)
-    plain = [g.double().square().sum() for g in grads if not is_sharded(g)]
+    plain = [g.double().square().sum() for g in grads if not is_sharded(g)]  # shards are never on Apple's GPUs
     return torch.stack([squares, *plain]).sum().sqrt().item()
 
 
@@ -205,7 +210,7 @@ def all_reduce_gradients(params: Sequence[nn.Parameter], *numbers: float) -> lis
     """
     if not dist.is_initialized():
         return list(numbers)
-    device, dtype = params[0].device, torch.float64
+    device, dtype = params[0].device, widest_float(params[0].device)
     params = [p for p in params if not is_sharded(p)]  # the others' are sums already
     has = torch.tensor([float(p.grad is not None) for p in params] + list(numbers), dtype=dtype, device=device)
     dist.all_reduce(has)

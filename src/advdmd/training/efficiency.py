@@ -45,4 +45,6 @@ class EfficiencyMeter:
 def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
     return time.perf_counter()

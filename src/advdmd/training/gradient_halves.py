@@ -113,11 +113,13 @@ class GradientHalves:
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The scalar product of two lists of tensors [...], in float64."""
-    return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum()
+    """The scalar product of two lists of tensors [...], in the widest type of their device."""
+    dtype = distributed.widest_float(a[0].device)
+    return torch.stack([(x * y).sum(dtype=dtype) for x, y in zip(a, b, strict=True)]).sum()
 
 
 def damped(scales: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """Scales [...], shards of the parameters' sizes, plus DAMPING times their mean over all parameters."""
-    total = distributed.all_reduce_sum(torch.stack([s.sum(dtype=torch.float64) for s in scales]).sum(), params).item()
+    dtype = distributed.widest_float(scales[0].device)
+    total = distributed.all_reduce_sum(torch.stack([s.sum(dtype=dtype) for s in scales]).sum(), params).item()
     return list(torch._foreach_add(list(scales), DAMPING * total / sum(p.numel() for p in params)))

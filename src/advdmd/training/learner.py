@@ -205,7 +205,7 @@ class Learner:
         shared = [p for p in first if p in second]
         pairs = [(distributed.local_shard(first[p]["exp_avg"]), distributed.local_shard(second[p]["exp_avg"])) for p in shared]
         dots = torch.stack([torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs])
-        ab, aa, bb = distributed.all_reduce_sum(dots.double().sum(0), shared).tolist()
+        ab, aa, bb = distributed.all_reduce_sum(dots.sum(0, dtype=distributed.widest_float(dots.device)), shared).tolist()
         return {
             f"{self.name}/{other}_{name}_cosine": ab / math.sqrt(max(aa * bb, 1e-60)),
             f"{self.name}/{other}_{name}_ratio": math.sqrt(bb / max(aa, 1e-60)),
