@@ -44,6 +44,51 @@ def test_the_same_seed_draws_the_same_and_another_another(models):
     assert (a[0] != a[1]).any()
 
 
+def test_where_there_is_no_picture_the_sheet_is_transparent():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    found = np.asarray(demo.sheet(pictures))
+    scale = 512 // 16
+    alpha = found[..., 3].reshape(20, scale, 20, scale)[:, 0, :, 0]
+    assert alpha[1:9, 1:9].min() == alpha[1:9, 11:19].min() == alpha[11:19, 1:9].min() == 255
+    assert not alpha[10:].reshape(10, 2, 10)[:, 1].any(), "the fourth is missing"
+    assert not alpha[0].any(), "nor is there a frame"
+    assert (found[..., :3].reshape(20, scale, 20, scale, 3)[1:9, 0, 11:19, 0] == pictures[1]).all()
+
+
+def test_two_students_of_one_recipe_have_names_of_their_own(models, tmp_path):
+    other = shutil.copytree(models[1], tmp_path / "other")
+    names = [models[1], str(other)]
+    shown = [m.label for m in demo.distinct([demo.DemoModel.read(n) for n in names], names)]
+    assert shown == ["student of mini-sd35-advdmd (student)", "student of mini-sd35-advdmd (other)"]
+    assert [m.label for m in demo.distinct([demo.DemoModel.read(m) for m in models], models)][
+        1
+    ] == "student of mini-sd35-advdmd"
+
+
+def test_an_error_is_said_and_clears_old_pictures(models):
+    shown = [demo.DemoModel.read(m) for m in models]
+    for asked, said in ((("a dog", 4, 0, 1), "dog"), ((PROMPT, 4, -3, 1), "seed=-3"), ((PROMPT, 4, 2**31, 1), "seed=2")):
+        status, *rest = demo.answers(shown, *asked)
+        assert said in status
+        assert rest == [None, "", None, ""]
+    status, *rest = demo.answers(shown, PROMPT, 4, 0, 1)
+    assert (status, [type(x).__name__ for x in rest]) == ("", ["Image", "str"] * 2)
+
+
+def test_empty_boxes_of_the_page_have_their_models_names(models):
+    pytest.importorskip("gradio")
+    script = """
+import json, sys
+from advdmd.commands import demo
+config = demo.page([demo.DemoModel.read(m) for m in sys.argv[1:]]).get_config_file()
+images = [c["props"] for c in config["components"] if c["type"] == "image"]
+print(json.dumps([[p["label"], p["elem_classes"]] for p in images]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, *models], capture_output=True, text=True)
+    want = [["teacher tiny", ["small"]], ["student of mini-sd35-advdmd", ["small"]]]
+    assert [[label.replace(models[0].rpartition("/")[2], "tiny"), look] for label, look in json.loads(done.stdout)] == want
+
+
 def test_the_verdict_is_the_checkers():
     backbone, _ = loading.load("mini-sd35")
     red = SceneObject("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"])

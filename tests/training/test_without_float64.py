@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advdmd.commands import train
-from advdmd.models import loading
+from advdmd.models import devices
 from advdmd.recipes.registry import resolve
 from advdmd.training import distributed
 
@@ -58,13 +58,13 @@ def test_a_device_that_is_not_there_is_named():
     for device in ("mps", "cuda"):
         if not {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}[device]:
             with pytest.raises(ValueError, match=f"device={device}: torch sees no such GPU here"):
-                loading.resolve_device(device)
+                devices.resolve_device(device)
     with pytest.raises(ValueError, match="device=tpu: one of auto, cpu, cuda, mps"):
-        loading.resolve_device("tpu")
+        devices.resolve_device("tpu")
 
 
 def test_a_type_that_a_device_lacks_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(loading, "has_dtype", lambda device, dtype: dtype != torch.bfloat16)
-    loading.check_dtype("cpu", "float32")
+    monkeypatch.setattr(devices, "has_dtype", lambda device, dtype: dtype != torch.bfloat16)
+    devices.check_dtype("cpu", "float32")
     with pytest.raises(ValueError, match="dtype=bfloat16: device=cpu has no such numbers here; use dtype=float32"):
-        loading.check_dtype("cpu", "bfloat16")
+        devices.check_dtype("cpu", "bfloat16")

@@ -93,15 +93,15 @@ def evaluate(
 
     from advdmd.commands import evaluate as commands
     from advdmd.evaluation import results, tables
-    from advdmd.models import loading
+    from advdmd.models import devices
     from advdmd.models.diffusers_pipeline import DiffusersSampling
 
     torch.set_num_threads(threads)
     bench = commands.make_suite(suite, images, prompts, split, world, csv, mode)
     part = worker_of(worker)
-    if dtype not in loading.DTYPES:
-        raise ValueError(f"--dtype {dtype!r}: one of {', '.join(loading.DTYPES)}")
-    device = loading.resolve_device(device)
+    if dtype not in devices.DTYPES:
+        raise ValueError(f"--dtype {dtype!r}: one of {', '.join(devices.DTYPES)}")
+    device = devices.resolve_device(device)
     if against is not None:
         results.read_scores(against)
     suite_judge = commands.make_judge(bench, detector, clip, judge, device)
@@ -147,11 +147,11 @@ def score(
     """Judge images that are already there, of whatever model; joins workers."""
     from advdmd.commands import evaluate as commands
     from advdmd.evaluation import results, tables
-    from advdmd.models import loading
+    from advdmd.models import devices
 
     bench = commands.make_suite(suite, images, prompts, split, world, csv, mode)
     options = commands.ScoringOptions(worker=worker_of(worker), allow_partial=allow_partial, tolerant=keep_going)
-    suite_judge = commands.make_judge(bench, detector, clip, judge, loading.resolve_device(device))
+    suite_judge = commands.make_judge(bench, detector, clip, judge, devices.resolve_device(device))
     print(tables.markdown({folder.name: commands.score(bench, folder, suite_judge, options)}))
     if against is not None:
         commands.write_comparison_gallery(folder, against)
@@ -184,10 +184,10 @@ def metric(
     """Measure images that are already generated with a learned metric."""
     from advdmd.commands.evaluate import make_suite
     from advdmd.commands.metric import compute_metric
-    from advdmd.models import loading
+    from advdmd.models import devices
 
     bench = make_suite(suite, images, prompts, split, world, csv)
-    found = compute_metric(bench, folder, name, weights, reference, loading.resolve_device(device), allow_training_reward)
+    found = compute_metric(bench, folder, name, weights, reference, devices.resolve_device(device), allow_training_reward)
     low, high = found.get("interval", (None, None))
     spread = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
     print(f"{found['name']}: {found['mean']:.4f}{spread} over {found['images']} images of {found['suite']}")

@@ -105,7 +105,7 @@ def encode(
 
     from advdmd.commands.encode import encode as run
     from advdmd.data.sources import Columns
-    from advdmd.models.loading import resolve_device
+    from advdmd.models.devices import resolve_device
     from advdmd.training import distributed
 
     torch.set_num_threads(threads)

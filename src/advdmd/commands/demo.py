@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,14 @@ from advdmd.models import loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_grid, image_sampler
 from advdmd.models.sampler import SamplerConfig
+from advdmd.monitoring.html_report import labels
 from advdmd.recipes.registry import has_miniature
 
 MOST_STEPS, MOST_IMAGES, QUEUE, LONGEST = 50, 16, 8, 400  # what a visitor may ask for; characters of a prompt
 EXAMPLE = "a picture of a red circle left of a blue square"
+SMALL = 64  # pixels of a side
+WIDE = 300  # pixels of a control: on a phone one below the other
+STYLE = ".small img { image-rendering: pixelated; width: auto; max-width: 100%; margin: auto }"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class DemoModel:
     def is_teacher(self) -> bool:
         """Whether it takes any number of steps, as the ODE does."""
         return self.sampler.eta is None and self.sampler.last_time is None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its images are shown enlarged, without smoothing."""
+        return self.backbone.pipe.vae_scale_factor * self.backbone.latent_shape[-1] <= SMALL
 
     @classmethod
     def read(cls, name: str, device: str = "auto", dtype: str = "auto") -> "DemoModel":
@@ -86,15 +96,33 @@ def compare(
             raise ValueError(f"{name}={value - (name == 'seed'):g}: a whole number from {int(name != 'seed')} to {most}")
     for m in models:
         check_prompts(m.backbone, [prompt])
-    out = []
-    for m in models:
-        drawn, line = m.sample(prompt, int(seed), int(images), int(steps))
-        columns = math.ceil(math.sqrt(len(drawn)))
-        blank = np.full((-len(drawn) % columns, *drawn.shape[1:]), 255, np.uint8)
-        rows = np.concatenate([drawn, blank]).reshape(-1, columns, *drawn.shape[1:])
-        scale = max(1, 512 // (columns * drawn.shape[1]))
-        out.append((image_grid(list(rows), scale), line))
-    return out
+    drawn = [m.sample(prompt, int(seed), int(images), int(steps)) for m in models]
+    return [(sheet(found), line) for found, line in drawn]
+
+
+def answers(models: Sequence[DemoModel], *asked: Any) -> list[Any]:
+    """What the page shows: a status, then a sheet and a line for each model; after an error nothing of an earlier question."""
+    try:
+        found = compare(models, *asked)
+    except ValueError as e:
+        return [f"**{e}**", *[None, ""] * len(models)]
+    return ["", *(x for pair in found for x in pair)]
+
+
+def sheet(images: np.ndarray) -> Image.Image:
+    """Images [N, H, W, 3] uint8 on a square sheet; between them and where there is none it is transparent."""
+    columns = math.ceil(math.sqrt(len(images)))
+    opaque = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255)
+    rows = np.pad(opaque, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0))).reshape(-1, columns, *opaque.shape[1:])
+    return image_grid(list(rows), max(1, 512 // (columns * images.shape[1])), gap=0)
+
+
+def distinct(models: Sequence[DemoModel], names: Sequence[str]) -> list[DemoModel]:
+    """The models with labels that tell them apart: by the ends of their folders' paths where two are called the same."""
+    if len({m.label for m in models}) == len(models):
+        return list(models)
+    ends = labels([loading.shipped_or_path(n) for n in names])
+    return [replace(m, label=f"{m.label} ({end})") for m, end in zip(models, ends, strict=True)]
 
 
 def page(models: Sequence[DemoModel]) -> Any:
@@ -110,37 +138,41 @@ def page(models: Sequence[DemoModel]) -> Any:
         gr.Markdown("# Teacher beside students\nThe same prompt and noise for all. Students take the steps they were made for.")
         prompt = gr.Textbox(EXAMPLE, label="Prompt", max_length=LONGEST, elem_id="prompt")
         with gr.Row():
-            steps = gr.Slider(1, MOST_STEPS, teacher.sampler.steps, step=1, label="Teacher's steps")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-            images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images, each with noise of its own")
+            steps = gr.Slider(1, MOST_STEPS, teacher.sampler.steps, step=1, label="Teacher's steps", min_width=WIDE)
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=WIDE)
+            images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images, each with noise of its own", min_width=WIDE)
         button = gr.Button("Generate", variant="primary", elem_id="draw")
         status = gr.Markdown(elem_id="status")
         shown: list[Any] = []
         with gr.Row():
-            for i in range(len(models)):
+            for i, m in enumerate(models):
                 with gr.Column(min_width=260):
-                    shown.append(
-                        gr.Image(format="png", show_label=False, buttons=["download", "fullscreen"], elem_id=f"picture-{i}")
+                    picture = gr.Image(
+                        format="png",
+                        label=m.label,
+                        buttons=["download", "fullscreen"],
+                        elem_id=f"picture-{i}",
+                        elem_classes=["small"] if m.is_small else [],
                     )
+                    shown.append(picture)
                     shown.append(gr.Markdown(elem_id=f"line-{i}"))
 
-        def draw(*asked: Any) -> list[Any]:
-            try:
-                found = compare(models, *asked)
-            except ValueError as e:
-                return [f"**{e}**", *[gr.skip()] * len(shown)]
-            return ["", *(x for pair in found for x in pair)]
-
         for event in (button.click, prompt.submit):
-            event(draw, [prompt, steps, seed, images], [status, *shown], concurrency_limit=1, concurrency_id="draw")
+            event(
+                partial(answers, models),
+                [prompt, steps, seed, images],
+                [status, *shown],
+                concurrency_limit=1,
+                concurrency_id="draw",
+            )
     return blocks.queue(max_size=QUEUE)
 
 
 def serve(names: Sequence[str], port: int, threads: int, device: str = "auto", dtype: str = "auto") -> None:
     """Show the models on loopback until interrupted. Raises ValueError, before anything is served, on what cannot be loaded."""
     torch.set_num_threads(threads)
-    blocks = page([DemoModel.read(n, device, dtype) for n in names])
+    blocks = page(distinct([DemoModel.read(n, device, dtype) for n in names], names))
     import gradio as gr
 
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no fonts from afar
-    blocks.launch(server_name="127.0.0.1", server_port=port, share=False, theme=plain, show_error=False)
+    blocks.launch(server_name="127.0.0.1", server_port=port, share=False, theme=plain, css=STYLE, show_error=False)

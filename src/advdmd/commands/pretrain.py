@@ -12,7 +12,7 @@ from advdmd.mini import pipelines
 from advdmd.mini.pretraining import GUIDANCE_SCALE, PretrainingStage, train_autoencoder, train_flow
 from advdmd.mini.prompts import SAMPLE_PROMPTS
 from advdmd.mini.world.caption import VOCABULARY
-from advdmd.models import loading
+from advdmd.models import devices, loading
 from advdmd.models.backbone import Backbone, Module, Pipeline
 from advdmd.models.sampler import SamplerConfig, encode_prompts
 from advdmd.recipes.mini import STAGES
@@ -24,7 +24,7 @@ def pretrain(
     """Run one stage by name into `folder`, or resume it; returns the autoencoder or the pipeline.
 
     start: what the stage starts from: nothing, an autoencoder's vae folder, or a pipeline of the miniature (or a shipped name).
-    device: one of loading.DEVICES. Scenes are drawn by as many processes as there are `threads`. Raises ValueError on an
+    device: one of devices.DEVICES. Scenes are drawn by as many processes as there are `threads`. Raises ValueError on an
     unknown stage, a start that does not fit, or a folder of another stage.
     """
     if stage not in STAGES:
@@ -33,10 +33,10 @@ def pretrain(
     if steps is not None:
         plan = replace(plan, steps=steps, optimizer=replace(plan.optimizer, decay_steps=steps))
     torch.set_num_threads(threads)
-    device = loading.resolve_device(device)
+    device = devices.resolve_device(device)
     source = None if plan.origin == "nothing" else _check_start(stage, plan.origin, start)
     _create_or_resume(folder, plan, file_hash(loading.weights_file(source)) if source else "nothing")
-    with loading.exact_convolutions():
+    with devices.exact_convolutions():
         if plan.model.endswith("autoencoder"):
             vae = _load_autoencoder(source) if source else _new_autoencoder(plan)
             return train_autoencoder(plan, folder, vae, device)

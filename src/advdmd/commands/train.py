@@ -15,7 +15,7 @@ from advdmd.distillation.prompt_validation import encoded_prompts, load_scorers,
 from advdmd.distillation.run_folder import create_or_resume, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
 from advdmd.distillation.validation import START_FILE, record, record_start, should_stop_early
-from advdmd.models import loading
+from advdmd.models import devices, loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
 from advdmd.models.lora_files import lora_file
@@ -42,7 +42,7 @@ def train(name: str, recipe: Recipe, out: str | Path, overwrite: bool = False, t
     check_trackers(trackers)
     if recipe.uses_bitsandbytes:
         import_bitsandbytes()
-    with distributed.init_distributed(loading.resolve_device(recipe.device)) as ranks, loading.exact_convolutions():
+    with distributed.init_distributed(devices.resolve_device(recipe.device)) as ranks, devices.exact_convolutions():
         recipe.check_world_size(ranks.world_size)
         return _train(name, recipe, Path(out), overwrite and not ranks.rank, ranks, trackers)
 
@@ -124,7 +124,7 @@ def _warn_of_memory(r: Recipe, resolution: int | None, ranks: Ranks) -> None:
     """One line on stderr if the GPU is too small. resolution: of encoded images, None: of the miniature, which always fits."""
     if resolution is None or ranks.rank:
         return
-    if text := memory.warning(r, resolution, ranks.world_size, loading.resolve_device(r.device)):
+    if text := memory.warning(r, resolution, ranks.world_size, devices.resolve_device(r.device)):
         print(f"warning: {text}; measured peaks were within 12 % of such estimates", file=sys.stderr)
 
 

@@ -12,7 +12,7 @@ from advdmd.algorithms.base import RATIO_TOLERANCE, ROUNDED_RATIO_TOLERANCE, Dis
 from advdmd.data.aspect_buckets import CachedData
 from advdmd.data.loader import BatchConfig, DataSource, TrainingData
 from advdmd.distillation.run_folder import run_fingerprint
-from advdmd.models import loading, networks
+from advdmd.models import devices, loading, networks
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import to_uint8
 from advdmd.models.lora_files import fuse, read_lora
@@ -50,8 +50,8 @@ def setup(r: Recipe, source: DataSource, ranks: Ranks = ONE_RANK) -> Setup:
     if r.teacher_lora:
         fuse(backbone.net, read_lora(r.teacher_lora, backbone.net))
     data = source.load(backbone, BatchConfig(r.prompts_per_step, r.algorithm.group_size, r.seed, ranks))
-    device = loading.resolve_device(r.device)
-    loading.check_dtype(device, r.base_dtype(ranks.world_size))
+    device = devices.resolve_device(r.device)
+    devices.check_dtype(device, r.base_dtype(ranks.world_size))
     if not r.uses_fsdp(ranks.world_size):  # otherwise it goes there in shards
         if r.base_bits < 32:
             quantize(backbone.blocks(backbone.net), r.base_bits, backbone.dtype, device)
@@ -177,7 +177,7 @@ class Builder:
             r.seed,
             r.gradient_checkpointing,
             (*self.backbone.lora_targets, *more_targets),
-            "inductor" if r.compiles(loading.resolve_device(r.device)) else "",
+            "inductor" if r.compiles(devices.resolve_device(r.device)) else "",
         )
         if self.start is not None:
             start_student(nets[0], self.start)
@@ -219,7 +219,7 @@ class Builder:
         if not r.uses_fsdp(self.ranks.world_size):
             return None
         base: Any = backbone.net
-        kind, config, device = type(base), base.config, loading.resolve_device(r.device)
+        kind, config, device = type(base), base.config, devices.resolve_device(r.device)
         for net in nets:  # made on the CPU; each goes to the devices in shards
             distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device)
         distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
@@ -227,7 +227,7 @@ class Builder:
 
     def _ratio_tolerance(self) -> float:
         r = self.recipe
-        exact = r.base_dtype(self.ranks.world_size) == "float32" and not r.compiles(loading.resolve_device(r.device))
+        exact = r.base_dtype(self.ranks.world_size) == "float32" and not r.compiles(devices.resolve_device(r.device))
         return RATIO_TOLERANCE if exact else ROUNDED_RATIO_TOLERANCE
 
     def _extra_rewards(self) -> ExtraRewards | None:

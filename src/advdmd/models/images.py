@@ -40,9 +40,9 @@ def image_sampler(
     return generate
 
 
-def image_grid(rows: Sequence[np.ndarray], scale: int = 3) -> Image.Image:
-    """Rows of images [n, H, W, 3] uint8 as one picture, enlarged without smoothing, with a gap of two pixels."""
-    gap = np.pad(np.stack(rows), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    r, n, h, w, c = gap.shape
-    sheet = Image.fromarray(gap.transpose(0, 2, 1, 3, 4).reshape(r * h, n * w, c))
+def image_grid(rows: Sequence[np.ndarray], scale: int = 3, gap: int = 255) -> Image.Image:
+    """Rows of images [n, H, W, 3 or 4] uint8 as one picture, enlarged without smoothing; gaps are two pixels of value `gap`."""
+    framed = np.pad(np.stack(rows), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=gap)
+    r, n, h, w, c = framed.shape
+    sheet = Image.fromarray(framed.transpose(0, 2, 1, 3, 4).reshape(r * h, n * w, c))
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)

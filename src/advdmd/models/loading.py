@@ -3,8 +3,7 @@
 import importlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import nn
 from advdmd.files import file_hash, folder_hash, read_object, read_tensors
 from advdmd.models import hub
 from advdmd.models.backbone import Backbone, Pipeline
+from advdmd.models.devices import DTYPES, check_dtype, has_dtype, resolve_device
 from advdmd.models.flux import Flux
 from advdmd.models.flux2 import Flux2
 from advdmd.models.folder_kinds import no_pipeline
@@ -26,8 +26,6 @@ from advdmd.models.z_image import ZImage
 from advdmd.types import Json
 
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # what a user may ask for when images are generated
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
@@ -319,39 +317,3 @@ def load_for_sampling(name: str, device: str = "auto", dtype: str = "auto") -> t
     for module in (*backbone.encoders, backbone.net, backbone.vae):
         module.to(device)
     return backbone, sampler
-
-
-def resolve_device(device: str) -> str:
-    """The device to use for `device`, one of DEVICES: auto is cuda or cpu. Raises ValueError if a GPU is not there."""
-    if device not in DEVICES:
-        raise ValueError(f"device={device}: one of {', '.join(DEVICES)}")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device, True):
-        raise ValueError(f"device={device}: torch sees no such GPU here; use device=cpu or auto")
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def has_dtype(device: str, dtype: torch.dtype) -> bool:
-    """Whether a device has numbers of a type: older Apple GPUs have no bfloat16."""
-    try:
-        torch.zeros(1, dtype=dtype, device=device)
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
-
-def check_dtype(device: str, dtype: str) -> None:
-    """Raises ValueError if a device has no numbers of a type."""
-    if not has_dtype(device, getattr(torch, dtype)):
-        raise ValueError(f"dtype={dtype}: device={device} has no such numbers here; use dtype=float32")
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Inside, a GPU's convolutions are as exact as the CPU's: cuDNN would round float32 to TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
