@@ -86,7 +86,7 @@ FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.0, 0.999))
 # within a prompt is .17 for final images, .08 without mismatched captions, 0 when the trunk is frozen.
 DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75, 1.0), hidden_size=96)
 # A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator forgets in 300
-# iterations what it knew of correctness: its correlation falls from .17 to .12, at a fifth it rises to .26 (docs/log.md).
+# iterations what it knew of correctness: its correlation falls from .17 to .12, at a fifth it rises to .26 (docs/log.md). Not tried on mini-qwen.
 SLOW_DISCRIMINATOR = {"discriminator_lr_scale": 0.2, "trunk_lr_scale": 0.2}
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 
@@ -238,7 +238,8 @@ def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
     mini-geneval at equal forward passes (docs/log.md).
     """
     short = advdmd(name, guidance, iterations, gan=GAN_LOSS_WEIGHT[name], rate=7e-4, policy=5e-5, alone=2 / 3)
-    return override(_longer(short, iterations, discriminator_every_nth_sample=2), SLOW_DISCRIMINATOR)
+    longer = _longer(short, iterations, discriminator_every_nth_sample=2)
+    return longer if name == "mini-qwen" else override(longer, SLOW_DISCRIMINATOR)
 
 
 def dmd2_long(name: str, guidance: float, iterations: int = 1380) -> Recipe:
