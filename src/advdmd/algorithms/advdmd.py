@@ -137,7 +137,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         if shared_start:
             noise = torch.cat([noise[:1, self.first_of_group(n, noise.device)], noise[1:]])
         grid = flow.grid(self.steps, self.shift, noise.device)
-        return rollout(models.student, batch.cond, noise, grid, cps(self.eta), self.micro_batch_size)
+        return rollout(models.student, batch.cond, noise, grid, cps(self.eta), self.samples_of_a_pass)
 
     def update_fake_score_and_discriminator(
         self, models: DistillationModels, trajectory: Trajectory, batch: Batch, iteration: int, rng: Rng
@@ -152,11 +152,11 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
             rng,
             inputs if trains else None,
             updates=self.fake_score_updates,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.samples_of_a_pass,
             renoise_range=self.renoise_range,
             scale=self.discriminator_every_nth_sample,
             mismatched_weight=self.mismatched_caption_weight,
-            one_pass=2 * self.micro_batch_size >= 3 * n,  # no larger than the teacher's pass under guidance
+            one_pass=2 * self.samples_of_a_pass >= 3 * n,  # no larger than the teacher's pass under guidance
         )
         if not trains:
             return metrics
@@ -211,7 +211,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
             batch.cond,
             rng,
             updates=self.dm_updates,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.samples_of_a_pass,
             renoise_range=self.renoise_range,
             gan_loss_weight=gan_weight,
             gan_levels=gan_levels,
@@ -243,10 +243,6 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         """Student, fake score, and the discriminator's trunk if it has one."""
         trunk: dict[str, Sequence[str]] = {"discriminator": ("fake_score_optimizer",)} if discriminator_trunk else {}
         return {"student": ("dm_optimizer", "policy_optimizer"), "fake_score": ("fake_score_optimizer",), **trunk}
-
-    def samples_per_pass(self, samples: int) -> int:
-        """At most micro_batch_size of `samples`."""
-        return min(self.micro_batch_size, samples)
 
     @property
     def conditions_per_sample(self) -> int:

@@ -1,7 +1,8 @@
 """What an algorithm must offer, and what it is given: networks to build from, models to train, samples of a step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol, TypeVar, overload
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from advdmd.types import ONE_RANK, Batch, Cond, Metrics, Ranks
 
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay, passes in fp32: more means that the trajectory is not the policy's own
 ROUNDED_RATIO_TOLERANCE = 0.05  # the same of passes in bfloat16 or compiled, whose graphs with and without gradient round apart
+ALL_SAMPLES = 2**20  # more than any iteration has
 Aux = dict[str, Tensor]  # per-sample values [n] beside a loss, detached
 
 # (x0 [N, ...], prompt index [N]) -> name of a reward -> (its weight, the reward [N])
@@ -180,3 +182,26 @@ class Algorithm(Protocol[Models]):
     def check_batch(self, prompts: int, world_size: int) -> None:
         """Raises ValueError if a step's prompts cannot be divided among `world_size` ranks."""
         Ranks(world_size=world_size).local_slice(prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """The samples of a forward-backward pass, of algorithms that make several passes an optimizer step.
+
+    No result depends on them. auto: as many as the GPU holds (distillation.micro_batch). Raises ValueError below 1.
+    """
+
+    micro_batch_size: int | Literal["auto"] = 64
+
+    def __post_init__(self) -> None:
+        if self.samples_of_a_pass < 1:
+            raise ValueError(f"{type(self).__name__}(micro_batch_size={self.micro_batch_size}): must be at least 1")
+
+    @property
+    def samples_of_a_pass(self) -> int:
+        """micro_batch_size as a number; all samples where the GPU has not said yet."""
+        return ALL_SAMPLES if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    def samples_per_pass(self, samples: int) -> int:
+        """At most micro_batch_size of `samples`."""
+        return min(self.samples_of_a_pass, samples)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from advdmd import flow, losses
-from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, ModelBuilder
+from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, MicroBatches, ModelBuilder
 from advdmd.algorithms.objectives import DiscriminatorInputs
 from advdmd.algorithms.updates import update_auc, update_fake_score, update_student
 from advdmd.models.sampler import SamplerConfig
@@ -18,7 +18,7 @@ from advdmd.types import Batch, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMD2(Algorithm[DistillationModels]):
+class DMD2(MicroBatches, Algorithm[DistillationModels]):
     """Hyperparameters of DMD2; with gan_loss_weight = 0 it is DMD alone on backward-simulated inputs.
 
     Raises ValueError on values out of range.
@@ -31,7 +31,6 @@ class DMD2(Algorithm[DistillationModels]):
     warmup_iterations: int = 0  # at first, without updates of the student: for one that is a few-step model already
     dm_every: int = 1  # iterations per rollout with student updates; DMD2's own schedule is 5 here, fake_score_updates = 1
     dm_updates: int = 1  # optimizer steps of the student per rollout, where they are due
-    micro_batch_size: int = 64  # samples per forward-backward pass
     gan_loss_weight: float = 5e-3  # of the generator's GAN loss
     renoise_range: tuple[float, float] = (0.02, 0.98)  # noise levels of all losses
     auc_decay: float = 0.9  # of the running AUC
@@ -39,7 +38,8 @@ class DMD2(Algorithm[DistillationModels]):
     name: ClassVar[str] = "dmd2"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "group_size", "fake_score_updates", "dm_every", "dm_updates", "micro_batch_size"):
+        super().__post_init__()
+        for name in ("steps", "group_size", "fake_score_updates", "dm_every", "dm_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DMD2({name}={getattr(self, name)}): must be at least 1")
         flow.grid(self.steps, self.shift)
@@ -61,7 +61,7 @@ class DMD2(Algorithm[DistillationModels]):
         _, *shape = batch.real_latents.shape
         noise = rng.normal("rollout", (self.steps, *shape)).transpose(0, 1)
         grid = flow.grid(self.steps, self.shift, noise.device)
-        trajectory = rollout(models.student, batch.cond, noise, grid, renoise, self.micro_batch_size)
+        trajectory = rollout(models.student, batch.cond, noise, grid, renoise, self.samples_of_a_pass)
 
         # 1. Fake score and discriminator follow the student.
         metrics, logits = update_fake_score(
@@ -71,7 +71,7 @@ class DMD2(Algorithm[DistillationModels]):
             rng,
             self.discriminator_inputs(trajectory, batch, rng) if self.gan_loss_weight else None,
             updates=self.fake_score_updates,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.samples_of_a_pass,
             renoise_range=self.renoise_range,
         )
         metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size).item()
@@ -89,7 +89,7 @@ class DMD2(Algorithm[DistillationModels]):
             batch.cond,
             rng,
             updates=self.dm_updates,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.samples_of_a_pass,
             renoise_range=self.renoise_range,
             gan_loss_weight=self.gan_loss_weight,
             gan_levels=lambda name, k, u: u,
@@ -131,10 +131,6 @@ class DMD2(Algorithm[DistillationModels]):
         """Student, fake score, and the discriminator's trunk if it has one."""
         trunk: dict[str, Sequence[str]] = {"discriminator": ("fake_score_optimizer",)} if discriminator_trunk else {}
         return {"student": ("dm_optimizer",), "fake_score": ("fake_score_optimizer",), **trunk}
-
-    def samples_per_pass(self, samples: int) -> int:
-        """At most micro_batch_size of `samples`."""
-        return min(self.micro_batch_size, samples)
 
     def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
         """Forward passes per sample of an iteration by part, in units of one without gradient."""

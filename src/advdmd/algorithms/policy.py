@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advdmd import losses
-from advdmd.algorithms.base import Aux, DistillationModels
+from advdmd.algorithms.base import Aux, DistillationModels, MicroBatches
 from advdmd.algorithms.objectives import discriminator_rewards, forward_policy_loss, policy_loss
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory
@@ -38,7 +38,7 @@ class Advantages(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyUpdates:
+class PolicyUpdates(MicroBatches):
     """Hyperparameters of policy updates. Raises ValueError on values out of range.
 
     policy: `grpo` scores the steps that a trajectory took (Flow-GRPO), `forward` the student's predictions of its final images
@@ -49,7 +49,6 @@ class PolicyUpdates:
     steps: int = 4  # K
     eta: float = 1.0  # noise share of a step; 1 runs in stock schedulers
     group_size: int = 8  # samples per prompt; a group is never split between ranks
-    micro_batch_size: int = 64  # samples per forward-backward pass
     policy: Literal["grpo", "forward"] = "grpo"
     policy_step: Literal["adam", "agreement"] = "adam"
     min_agreement: float = 0.1  # expected cosine of the halves of gathered gradients at which a step is made
@@ -69,7 +68,8 @@ class PolicyUpdates:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)!r}): one of {', '.join(known)}")
-        for name in ("micro_batch_size", "max_policy_rollouts", "forward_draws"):
+        super().__post_init__()
+        for name in ("max_policy_rollouts", "forward_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"AdvDMD({name}={getattr(self, name)}): must be at least 1")
         if not 0 <= self.min_agreement <= 1:
@@ -132,7 +132,7 @@ class PolicyUpdates:
 
     def _passes(self, loss_of: LossOf, samples: Tensor, draws: int) -> Iterator[tuple[Tensor, Aux]]:
         """The losses of samples with these indices [n], micro-batch by micro-batch."""
-        for i in micro_batches(len(samples), self.micro_batch_size, samples.device):
+        for i in micro_batches(len(samples), self.samples_of_a_pass, samples.device):
             for draw in range(draws):
                 yield loss_of(samples[i], draw)
 
@@ -169,7 +169,7 @@ class PolicyUpdates:
         e = rng.normal("reward.e", trajectory.x.shape[2:])[self.first_of_group(len(batch), trajectory.x.device)]
         final_only = self.policy == "forward"
         by_step, final = discriminator_rewards(
-            models, trajectory, batch.cond, self.final_noise_levels, e, self.micro_batch_size, with_steps=not final_only
+            models, trajectory, batch.cond, self.final_noise_levels, e, self.samples_of_a_pass, with_steps=not final_only
         )
         if not (by_step.isfinite().all() and final.isfinite().all()):
             raise FloatingPointError("policy: a reward is not finite")

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from advdmd.algorithms.audit import Auditor
+from advdmd.distillation import memory
 from advdmd.distillation.audit import AuditConfig, Scores, run_audit
 from advdmd.distillation.build import Setup, restore
+from advdmd.distillation.micro_batch import fitted
 from advdmd.evaluation.reward_knowledge import with_interval
 from advdmd.files import write_text
+from advdmd.models import devices
 from advdmd.models.images import to_uint8
 from advdmd.models.sampler import decode, encode_prompts
 from advdmd.monitoring import health
@@ -49,6 +52,7 @@ def audit(
     if not r.algorithm.uses_extra_rewards:
         raise ValueError(f"{run} is a run of {r.algorithm.name}: audit is for AdvDMD, whose discriminator is the reward")
     torch.set_num_threads(r.threads)
+    r = fitted(r, r.data.open(r.teacher).resolution, 1, memory.this_gpu(devices.resolve_device(r.device)))
     ready, step = restore(folder, r)
     backbone, data, models = ready
     auditor = Auditor(r.algorithm, models, config.images, config.seed)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from advdmd.distillation import memory
 from advdmd.distillation.memory import GB
+from advdmd.distillation.micro_batch import fitted, is_automatic
 from advdmd.recipes import registry
 from advdmd.recipes.overrides import dump
 from advdmd.recipes.published import PRESETS, preset_from_name
@@ -67,6 +68,11 @@ def describe(
         resolution = resolution or preset.resolution
     gpus, resolution = gpus or 1, resolution or 1024
     r.check_world_size(gpus)
+    if is_automatic(r):
+        r = fitted(r, resolution, gpus, gpu_memory)
+        lines.append(
+            f"algorithm.micro_batch_size=auto: {r.algorithm.samples_per_pass(r.batch)} samples a pass, by the estimate"
+        )
     need = memory.estimate(r, resolution, gpus)
     adapters = f", {need.adapter / 1e6:.0f} M in each of {need.networks} adapters" if need.adapter else ""
     which = "one GPU" if gpus == 1 else f"each of {gpus} GPUs"

@@ -11,6 +11,7 @@ from advdmd.commands.export import export_ema_student
 from advdmd.data.loader import BatchFn
 from advdmd.distillation import memory
 from advdmd.distillation.build import setup
+from advdmd.distillation.micro_batch import fitted, is_automatic, proven
 from advdmd.distillation.prompt_validation import encoded_prompts, load_scorers, prompt_validation, read_prompts
 from advdmd.distillation.run_folder import create_or_resume, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
@@ -63,7 +64,11 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
         return student_folder
     _warn_of_memory(r, source.resolution, ranks)
     begins = checkpoint.latest(folder / "checkpoints") is None  # a run that goes on has its student's weights
+    automatic = is_automatic(r)
+    r = fitted(r, source.resolution, ranks.world_size, memory.this_gpu(devices.resolve_device(r.device)))
     backbone, data, models = setup(r if begins else replace(r, student=""), source, ranks)
+    if automatic and not r.uses_fsdp(ranks.world_size):
+        r = proven(r, backbone, models, data.batch_fn, ranks)
     sampler, validation, encode, shared = r.algorithm.sampler(), source.validation(r.eval_images), None, False
     if r.validation.prompts:
         shared = not r.uses_fsdp(ranks.world_size)  # of sharded networks the first process alone has a whole one

@@ -131,14 +131,21 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
 
 def warning(r: Recipe, resolution: int, gpus: int, device: str) -> str:
     """What to change if this process's GPU has less memory than a recipe takes; empty if it fits or cannot be known."""
-    if not device.startswith("cuda"):
+    gpu_memory = this_gpu(device)
+    if gpu_memory is None:
         return ""
     try:
         need = estimate(r, resolution, gpus)
     except ValueError:  # a class of transformer whose memory is not known
         return ""
-    gpu_memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GB
     return "" if need.total / GB <= gpu_memory * USABLE else fit_advice(r, need, round(gpu_memory))
+
+
+def this_gpu(device: str) -> float | None:
+    """GB of this process's GPU; None on another device."""
+    if not device.startswith("cuda"):
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GB
 
 
 def fit_advice(r: Recipe, found: MemoryEstimate, gpu_memory: float) -> str:

@@ -85,8 +85,9 @@ FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.0, 0.999))
 # A trunk that learns, from mismatched captions too, rewards what the prompt says. The correlation of its logit with correctness
 # within a prompt is .17 for final images, .08 without mismatched captions, 0 when the trunk is frozen.
 DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75, 1.0), hidden_size=96)
-# A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator forgets in 300
-# iterations what it knew of correctness: its correlation falls from .17 to .12, at a fifth it rises to .26 (docs/log.md). Not tried on mini-qwen.
+# A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator forgets what it
+# knew of correctness: in 300 iterations its correlation falls from .17 to .12, at a fifth it rises to .26 (docs/log.md). Not
+# tried on mini-qwen.
 SLOW_DISCRIMINATOR = {"discriminator_lr_scale": 0.2, "trunk_lr_scale": 0.2}
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 

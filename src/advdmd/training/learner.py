@@ -320,6 +320,7 @@ class Learner:
         self.ema_updates = counters["ema_updates"]
         for key, o in self._optimizers.items():
             o.updates, moved = counters["optimizers"][key]["updates"], counters["optimizers"][key]["moved"]
+            o.adam.state.clear()  # what has not moved when the state was saved has none
             for i, p in enumerate(o.all_params):
                 if saved := part(f"adam/{key}/{i}/"):
                     o.adam.state[p] = {k: v.to(p.device, copy=True) for k, v in saved.items()}

@@ -1,0 +1,71 @@
+"""algorithm.micro_batch_size=auto as a number: as many samples a pass as the GPU holds."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from advdmd.data.loader import BatchFn
+from advdmd.distillation import memory
+from advdmd.models.backbone import Backbone
+from advdmd.recipes.recipe import Recipe
+from advdmd.rng import Rng
+from advdmd.training.dry_run import fits
+from advdmd.types import Ranks
+
+FILL = 0.88  # of a GPU's memory by the estimate, whose error was below 12 %
+
+
+def is_automatic(r: Recipe) -> bool:
+    """Whether a recipe leaves the samples of a pass to the GPU."""
+    return getattr(r.algorithm, "micro_batch_size", None) == "auto"
+
+
+def with_micro_batch(r: Recipe, samples: int) -> Recipe:
+    """The recipe with `samples` a pass."""
+    algorithm: Any = r.algorithm
+    return replace(r, algorithm=replace(algorithm, micro_batch_size=samples))
+
+
+def fitted(r: Recipe, resolution: int | None, gpus: int, gpu_memory: float | None) -> Recipe:
+    """A recipe whose micro_batch_size is a number: the largest share of an iteration's samples that fills a GPU to FILL.
+
+    resolution: side of the images in pixels, None for the miniature's. gpu_memory in GB; None on a CPU. All samples of a
+    process go in one pass on a CPU, for the miniature, and where the transformer's memory is not known.
+    """
+    if not is_automatic(r):
+        return r
+    samples = max(1, r.batch // gpus)
+    if gpu_memory is None or resolution is None:
+        return with_micro_batch(r, samples)
+    passes = 1
+    while passes < samples:
+        tried = with_micro_batch(r, -(-samples // passes))
+        try:
+            if memory.estimate(tried, resolution, gpus).total <= FILL * gpu_memory * memory.GB:
+                return tried
+        except ValueError:  # a class of transformer whose memory is not known
+            return with_micro_batch(r, samples)
+        passes += 1
+    return with_micro_batch(r, 1)
+
+
+def proven(r: Recipe, backbone: Backbone, models: Any, batch_fn: BatchFn, ranks: Ranks) -> Recipe:
+    """The recipe after an iteration with all kinds of updates was tried: half the samples a pass as often as memory ran out.
+
+    Says so on stderr. All ranks take the same number. Networks that are sharded are not tried.
+    """
+    full = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))
+    batch, samples = batch_fn(full)
+    batch = batch.to(backbone.device)
+    while True:
+        algorithm: Any = r.algorithm
+        rng = Rng(r.seed, full, samples, ranks, backbone.device)
+        enough = fits(algorithm, models, batch, full, rng, algorithm.extra_state(models))
+        if ranks.gather(torch.tensor([float(enough)], device=backbone.device)).min() > 0 or algorithm.micro_batch_size == 1:
+            break
+        r = with_micro_batch(r, algorithm.micro_batch_size // 2)
+    if not ranks.rank:
+        print(f"algorithm.micro_batch_size=auto: {algorithm.micro_batch_size} samples a pass", file=sys.stderr)
+    return r
