@@ -170,7 +170,7 @@ def test_the_library_trains_a_real_pipeline_without_the_miniature(tmp_path):
     from PIL import Image
 
     from tests.evaluation.tiny import save_dpg
-    from tests.tiny_t5 import sd3_with_t5
+    from tests.tiny_pipelines import sd3_with_t5
 
     model, photos = tmp_path / "model", tmp_path / "photos"
     sd3_with_t5().save_pretrained(model)

@@ -84,7 +84,7 @@ def stand_ins(tmp_path):
     from PIL import Image
 
     from tests.evaluation import tiny
-    from tests.tiny_t5 import sd3_with_t5
+    from tests.tiny_pipelines import sd3_with_t5
 
     model, photos = tmp_path / "sd3", tmp_path / "photos"
     sd3_with_t5().save_pretrained(model)

@@ -20,9 +20,7 @@ from advdmd.rng import Rng
 from advdmd.types import Batch
 from tests.conftest import TINY
 from tests.test_product import SMALL
-from tests.tiny_flux import flux
-from tests.tiny_flux2 import flux2
-from tests.tiny_z_image import z_image
+from tests.tiny_pipelines import flux, flux2, z_image
 from tests.toy import as_cond, classes
 
 MAKE = {

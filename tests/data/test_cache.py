@@ -34,7 +34,7 @@ from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
 from advdmd.types import Cond
 from tests.conftest import TINY
-from tests.tiny_t5 import save_teacher, sd3_with_t5
+from tests.tiny_pipelines import save_teacher, sd3_with_t5
 
 CAPTIONS = ["a picture of a red circle", "a picture of two stars", "a blue square", "three green crosses", "a star"]
 WORDS = [

@@ -19,7 +19,7 @@ from advdmd.models import fingerprints, loading
 from advdmd.recipes.registry import resolve
 from tests.conftest import TINY
 from tests.data.test_cache import CAPTIONS, WORDS
-from tests.tiny_t5 import save_teacher, sd3_with_t5
+from tests.tiny_pipelines import save_teacher, sd3_with_t5
 
 RECIPE = "sd35-medium-dmd2-2step-24gb"
 DMD2_WORDS = [w for w in WORDS if "dm_only" not in w and "ramp" not in w]

@@ -19,7 +19,7 @@ from advdmd.recipes.registry import resolve
 from advdmd.rollout import rollout
 from advdmd.transitions import renoise
 from tests.conftest import TINY
-from tests.tiny_flux import flux
+from tests.tiny_pipelines import flux
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
 METADATA = {"name": "tiny-flux", "sampling": {"steps": 4, "guidance": 1.0}, "side": 8, "text_length": 12}

@@ -20,7 +20,7 @@ from advdmd.rollout import rollout
 from advdmd.transitions import renoise
 from tests.conftest import TINY
 from tests.models.test_flux import SMALL
-from tests.tiny_flux2 import flux2
+from tests.tiny_pipelines import flux2
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
 METADATA = {"name": "tiny-flux2", "sampling": {"steps": 4, "guidance": 1.0}, "side": 8, "text_length": 40}

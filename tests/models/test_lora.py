@@ -13,7 +13,7 @@ from advdmd.models.discriminator import DiscriminatorConfig
 from advdmd.models.lora import LoraModel, SharedBase, _MergedLoraLinear
 from advdmd.rollout import rollout
 from advdmd.transitions import cps
-from tests import tiny_z_image
+from tests import tiny_pipelines
 from tests.conftest import TINY
 
 RANK = 4
@@ -153,7 +153,7 @@ def test_the_teachers_gradient_in_its_input_is_the_bases_to_the_bit(scene):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: pipelines.qwen_image(VOCABULARY, TINY), lambda: tiny_z_image.z_image(VOCABULARY, TINY)]
+    "make", [lambda: pipelines.qwen_image(VOCABULARY, TINY), lambda: tiny_pipelines.z_image(VOCABULARY, TINY)]
 )
 def test_other_families_run_their_blocks_again_with_the_same_gradient(make):
     backbone = loading.backbone_from_pipeline(make(), {"side": pipelines.LATENT})

@@ -11,7 +11,7 @@ from advdmd.exporters.diffusers import export_student
 from advdmd.models import loading
 from advdmd.models.lora import LoraModel, SharedBase
 from advdmd.models.sampler import SamplerConfig
-from tests.tiny_t5 import sd3_with_t5
+from tests.tiny_pipelines import sd3_with_t5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from advdmd.models import hub, loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
-from tests.tiny_t5 import save_teacher, sd3_with_t5
+from tests.tiny_pipelines import save_teacher, sd3_with_t5
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,7 @@ from advdmd.models.qwen_image import pack
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.recipes.published import MODELS
 from tests.conftest import TINY
-from tests.tiny_flux import flux
-from tests.tiny_flux2 import flux2
-from tests.tiny_z_image import z_image
+from tests.tiny_pipelines import flux, flux2, z_image
 
 PROMPTS = ["a picture of a red circle"]
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift": 1.0}

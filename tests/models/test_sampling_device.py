@@ -12,7 +12,7 @@ from advdmd.cli import main
 from advdmd.commands.evaluate import generate_images, is_native
 from advdmd.mini.suites import MiniSuite
 from advdmd.models import loading
-from tests.tiny_t5 import sd3_with_t5
+from tests.tiny_pipelines import sd3_with_t5
 
 COMMAND = typer.main.get_command(main.app)
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from advdmd.models import loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
-from tests.tiny_t5 import save_teacher
+from tests.tiny_pipelines import save_teacher
 
 FILES = {
     "transformer": "diffusion_pytorch_model.safetensors",

@@ -16,7 +16,7 @@ from advdmd.rollout import rollout
 from advdmd.transitions import renoise
 from advdmd.types import Cond
 from tests.conftest import TINY
-from tests.tiny_z_image import z_image
+from tests.tiny_pipelines import z_image
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
 

@@ -1,8 +1,8 @@
 """What an algorithm must offer, and what it is given: networks to build from, models to train, samples of a step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar, overload
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -165,6 +165,15 @@ class Algorithm(Protocol[Models]):
         return samples
 
     @property
+    def fits_passes_to_gpu(self) -> bool:
+        """Whether the samples of a pass are still to be chosen, by what the GPU holds (distillation.micro_batch)."""
+        return False
+
+    def with_samples_per_pass(self, samples: int) -> Self:
+        """The same with so many samples a pass, where they can be chosen."""
+        return self
+
+    @property
     def conditions_per_sample(self) -> int:
         """Conditions that a step holds per sample: 2 if each also has a mismatched caption."""
         return 1
@@ -205,3 +214,12 @@ class MicroBatches:
     def samples_per_pass(self, samples: int) -> int:
         """At most micro_batch_size of `samples`."""
         return min(self.samples_of_a_pass, samples)
+
+    @property
+    def fits_passes_to_gpu(self) -> bool:
+        """Whether micro_batch_size is auto."""
+        return self.micro_batch_size == "auto"
+
+    def with_samples_per_pass(self, samples: int) -> Self:
+        """The same with so many samples a pass."""
+        return replace(self, micro_batch_size=samples)

@@ -42,6 +42,7 @@ def show(
     gpu_memory: Annotated[float | None, typer.Option(help="GB of each GPU; by default those of the preset.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; by default that of the preset.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default that of the preset.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h100 or h200: prints the hours of the run on it.")] = None,
 ) -> None:
     """Print a resolved recipe, what an iteration costs and the GPU memory it takes; nothing is loaded."""
     from advdmd.commands.show import describe, recipe_table
@@ -50,7 +51,7 @@ def show(
     if recipe is None:
         print(recipe_table())
         return
-    print(describe(*registry.resolve(recipe, changes or []), gpu_memory, gpus, resolution))
+    print(describe(*registry.resolve(recipe, changes or []), gpu_memory, gpus, resolution, gpu))
 
 
 @app.command()

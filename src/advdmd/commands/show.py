@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from advdmd.distillation import memory
+from advdmd.distillation import cost, memory
 from advdmd.distillation.memory import GB
-from advdmd.distillation.micro_batch import fitted, is_automatic
+from advdmd.distillation.micro_batch import fitted
 from advdmd.recipes import registry
 from advdmd.recipes.overrides import dump
 from advdmd.recipes.published import PRESETS, preset_from_name
@@ -46,12 +46,18 @@ def _parts(name: str) -> tuple[str, str, str, str]:
 
 
 def describe(
-    name: str, r: Recipe, gpu_memory: float | None = None, gpus: int | None = None, resolution: int | None = None
+    name: str,
+    r: Recipe,
+    gpu_memory: float | None = None,
+    gpus: int | None = None,
+    resolution: int | None = None,
+    gpu: str | None = None,
 ) -> str:
     """A recipe's settings, the forward passes of an iteration and, for published models, the memory of each GPU.
 
     gpu_memory in GB, gpus and resolution in pixels default to the preset of the recipe's name, then to one GPU and 1024 pixels.
-    Raises ValueError if the GPUs cannot share an iteration, or if the transformer's memory is not known.
+    gpu: a kind of GPU (distillation.cost.GPUS), for the hours. Raises ValueError if the GPUs cannot share an iteration, if
+    rates of the GPU were not measured, or if the transformer's memory is not known.
     """
     full: Mapping[str, float] = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
     mean = r.forwards_until(r.iterations) / r.iterations
@@ -61,14 +67,14 @@ def describe(
         f"forwards per sample, a full iteration: {parts} = {sum(full.values()):g}",
         f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples",
     ]
-    if r.data.has_validation and gpu_memory is None:  # of the miniature, which any machine holds
+    if r.data.has_validation and gpu_memory is None and gpu is None:  # of the miniature, which any machine holds
         return "\n".join(lines)
     if preset := preset_from_name(name):
         gpu_memory, gpus = gpu_memory or preset.gpu_memory, gpus or preset.gpus
         resolution = resolution or preset.resolution
     gpus, resolution = gpus or 1, resolution or 1024
     r.check_world_size(gpus)
-    if is_automatic(r):
+    if r.algorithm.fits_passes_to_gpu:
         r = fitted(r, resolution, gpus, gpu_memory)
         lines.append(
             f"algorithm.micro_batch_size=auto: {r.algorithm.samples_per_pass(r.batch)} samples a pass, by the estimate"
@@ -83,4 +89,6 @@ def describe(
     ]
     if gpu_memory is not None:
         lines.append(memory.fit_advice(r, need, gpu_memory))
+    if gpu is not None:
+        lines.append(cost.hours(r, name, gpu, resolution, gpus))
     return "\n".join(lines)

@@ -11,7 +11,8 @@ from advdmd.commands.export import export_ema_student
 from advdmd.data.loader import BatchFn
 from advdmd.distillation import memory
 from advdmd.distillation.build import setup
-from advdmd.distillation.micro_batch import fitted, is_automatic, proven
+from advdmd.distillation.cost import forward_operations
+from advdmd.distillation.micro_batch import fitted, proven
 from advdmd.distillation.prompt_validation import encoded_prompts, load_scorers, prompt_validation, read_prompts
 from advdmd.distillation.run_folder import create_or_resume, run_fingerprint
 from advdmd.distillation.sample_grids import save_sample_grid
@@ -24,7 +25,7 @@ from advdmd.models.quantization import import_bitsandbytes
 from advdmd.monitoring import health
 from advdmd.recipes.recipe import Recipe
 from advdmd.training import checkpoint, distributed
-from advdmd.training.efficiency import EfficiencyMeter
+from advdmd.training.efficiency import EfficiencyMeter, matrix_rate
 from advdmd.training.trackers import check_trackers
 from advdmd.training.trainer import Trainer
 from advdmd.types import ONE_RANK, Metrics, Ranks
@@ -64,7 +65,7 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
         return student_folder
     _warn_of_memory(r, source.resolution, ranks)
     begins = checkpoint.latest(folder / "checkpoints") is None  # a run that goes on has its student's weights
-    automatic = is_automatic(r)
+    automatic = r.algorithm.fits_passes_to_gpu
     r = fitted(r, source.resolution, ranks.world_size, memory.this_gpu(devices.resolve_device(r.device)))
     backbone, data, models = setup(r if begins else replace(r, student=""), source, ranks)
     if automatic and not r.uses_fsdp(ranks.world_size):
@@ -143,6 +144,12 @@ def _efficiency_meter(r: Recipe, backbone: Backbone, batch_fn: BatchFn) -> Effic
     batch = batch_fn(0)[0].to(backbone.device)
     n = r.algorithm.samples_per_pass(len(batch))
     x, t, cond = batch.real_latents[:n], torch.full((n,), 0.5, device=backbone.device), batch.cond[:n]
+    known = type(backbone.net).__name__ in memory.COUNTED
     return EfficiencyMeter(
-        lambda: backbone.velocity(backbone.net, x, t, cond), n, lambda i: sum(r.forwards(i).values()), len(batch)
+        lambda: backbone.velocity(backbone.net, x, t, cond),
+        n,
+        lambda i: sum(r.forwards(i).values()),
+        len(batch),
+        forward_operations(backbone.net, memory.tokens_of(backbone.net, *x.shape[-2:]), cond.embeds.shape[1]) if known else 0.0,
+        lambda: matrix_rate(backbone.device, backbone.dtype) if known else 0.0,
     )

@@ -110,8 +110,7 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
         parts = {k: v / gpus for k, v in parts.items()}
         parts["gathered"] = 2.0 * base / num_blocks * bytes_each
     width = getattr(net, "inner_dim", None) or net.config.dim
-    patch = net.config.patch_size if type(net).__name__ == "SD3Transformer2DModel" else 2  # others are packed two by two
-    tokens = (resolution // 8 // patch) ** 2 + text
+    tokens = tokens_of(net, resolution // 8, resolution // 8) + text
     samples = 2 * algorithm.samples_per_pass(max(1, r.batch // gpus))  # guidance, or real beside generated, in one pass
     per_block = 1 if r.gradient_checkpointing else BLOCK_WIDTHS
     kept = num_blocks * per_block + BLOCK_WIDTHS
@@ -127,6 +126,12 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
         standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "EMA"))
         parts["more during sampling"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
     return MemoryEstimate(base, adapter, n, parts)
+
+
+def tokens_of(net: Module, height: int, width: int) -> int:
+    """Tokens of an image by the size of its latents."""
+    patch = net.config.patch_size if type(net).__name__ == "SD3Transformer2DModel" else 2  # others are packed two by two
+    return (height // patch) * (width // patch)
 
 
 def warning(r: Recipe, resolution: int, gpus: int, device: str) -> str:

@@ -17,15 +17,9 @@ from advdmd.types import Ranks
 FILL = 0.88  # of a GPU's memory by the estimate, whose error was below 12 %
 
 
-def is_automatic(r: Recipe) -> bool:
-    """Whether a recipe leaves the samples of a pass to the GPU."""
-    return getattr(r.algorithm, "micro_batch_size", None) == "auto"
-
-
 def with_micro_batch(r: Recipe, samples: int) -> Recipe:
     """The recipe with `samples` a pass."""
-    algorithm: Any = r.algorithm
-    return replace(r, algorithm=replace(algorithm, micro_batch_size=samples))
+    return replace(r, algorithm=r.algorithm.with_samples_per_pass(samples))
 
 
 def fitted(r: Recipe, resolution: int | None, gpus: int, gpu_memory: float | None) -> Recipe:
@@ -34,7 +28,7 @@ def fitted(r: Recipe, resolution: int | None, gpus: int, gpu_memory: float | Non
     resolution: side of the images in pixels, None for the miniature's. gpu_memory in GB; None on a CPU. All samples of a
     process go in one pass on a CPU, for the miniature, and where the transformer's memory is not known.
     """
-    if not is_automatic(r):
+    if not r.algorithm.fits_passes_to_gpu:
         return r
     samples = max(1, r.batch // gpus)
     if gpu_memory is None or resolution is None:
@@ -60,12 +54,12 @@ def proven(r: Recipe, backbone: Backbone, models: Any, batch_fn: BatchFn, ranks:
     batch, samples = batch_fn(full)
     batch = batch.to(backbone.device)
     while True:
-        algorithm: Any = r.algorithm
+        algorithm, now = r.algorithm, r.algorithm.samples_per_pass(r.batch)
         rng = Rng(r.seed, full, samples, ranks, backbone.device)
         enough = fits(algorithm, models, batch, full, rng, algorithm.extra_state(models))
-        if ranks.gather(torch.tensor([float(enough)], device=backbone.device)).min() > 0 or algorithm.micro_batch_size == 1:
+        if ranks.gather(torch.tensor([float(enough)], device=backbone.device)).min() > 0 or now == 1:
             break
-        r = with_micro_batch(r, algorithm.micro_batch_size // 2)
+        r = with_micro_batch(r, now // 2)
     if not ranks.rank:
-        print(f"algorithm.micro_batch_size=auto: {algorithm.micro_batch_size} samples a pass", file=sys.stderr)
+        print(f"algorithm.micro_batch_size=auto: {now} samples a pass", file=sys.stderr)
     return r

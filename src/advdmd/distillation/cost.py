@@ -1,0 +1,92 @@
+"""Operations of a forward pass, counted from a transformer's layers, and the hours of a run by rates that were measured."""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from advdmd.distillation import memory
+from advdmd.models.backbone import Module
+from advdmd.recipes.recipe import Recipe
+
+# What a layer is applied to, by its name: once a sample (times, guidance, modulation), text and image, or text; else the image.
+ONCE = re.compile(r"norm|mod|adaLN|(^|\.)(t|text|timestep|guidance)_embedder")
+BOTH = re.compile(r"^(single_transformer_blocks|layers)\.")
+Z_IMAGE_MULTIPLE = 32  # tokens
+TEXT = re.compile(r"context|add_|txt|cap_embedder")
+
+
+def forward_operations(net: Module, image_tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of a forward pass of one sample: those of linear layers and of attention."""
+    if type(net).__name__ == "ZImageTransformer2DModel":  # which pads each to a multiple
+        image_tokens, text_tokens = (-(-n // Z_IMAGE_MULTIPLE) * Z_IMAGE_MULTIPLE for n in (image_tokens, text_tokens))
+    total = 0.0
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Linear):
+            total += 2.0 * layer.in_features * layer.out_features * _tokens(name, image_tokens, text_tokens)
+        elif name.endswith((".attn", ".attn2", ".attention")):
+            alone = {"noise_refiner": image_tokens, "context_refiner": text_tokens}.get(name.partition(".")[0])
+            tokens = image_tokens if name.endswith(".attn2") else alone or image_tokens + text_tokens
+            total += 4.0 * tokens**2 * (getattr(net, "inner_dim", None) or net.config.dim)
+    return total
+
+
+def _tokens(name: str, image_tokens: int, text_tokens: int) -> int:
+    if ONCE.search(name):
+        return 1
+    if BOTH.search(name):
+        return image_tokens + text_tokens
+    return text_tokens if TEXT.search(name) else image_tokens
+
+
+class GPU(NamedTuple):
+    """A GPU with its measured rate of bfloat16 matrix products, and the share of the rate that full iterations reached.
+
+    share: by model and side in pixels (docs/performance.md).
+    """
+
+    name: str
+    teraflops: float
+    share: dict[tuple[str, int], float]
+
+
+GPUS = {
+    "h100": GPU("H100", 771, {("sd35-medium", 512): 0.073, ("sd35-large", 512): 0.15}),
+    "h200": GPU(
+        "H200",
+        731,
+        {
+            **{("sd35-medium", 512): 0.067, ("sd35-medium", 1024): 0.242, ("sd35-large", 1024): 0.32},
+            **{("qwen-image", 512): 0.27, ("qwen-image", 1024): 0.443},
+        },
+    ),
+}
+
+
+def hours(r: Recipe, name: str, gpu: str, resolution: int, gpus: int = 1) -> str:
+    """One line: the operations of a run of a recipe called `name`, and its hours on `gpus` GPUs of a kind of GPUS.
+
+    At the share of the GPU's rate that was measured for the model, or at the lowest and highest of any. Raises ValueError on
+    another GPU, and if the transformer's class is not known.
+    """
+    if gpu.lower() not in GPUS:
+        raise ValueError(f"gpu={gpu}: rates were measured on {', '.join(GPUS)}")
+    kind, (net, text) = GPUS[gpu.lower()], memory.transformer(r.teacher)
+    tokens = memory.tokens_of(net, resolution // 8, resolution // 8)
+    total = forward_operations(net, tokens, text) * r.forwards_until(r.iterations) * r.batch
+
+    def at(share: float) -> float:
+        return total / (share * kind.teraflops * 1e12 * gpus) / 3600
+
+    measured = next((s for (model, side), s in kind.share.items() if name.startswith(model) and side == resolution), None)
+    many = f"{gpus} {kind.name}s" if gpus > 1 else f"one {kind.name}"
+    head = f"{total / 1e18:.1f} million TFLOP: "
+    if measured is not None:
+        return (
+            f"{head}{at(measured):.1f} hours on {many}, at the {measured:.0%} of its matrix rate measured for uncompiled blocks"
+        )
+    low, high = min(kind.share.values()), max(kind.share.values())
+    return (
+        f"{head}{at(high):.1f} to {at(low):.1f} hours on {many}, at {low:.0%} to {high:.0%} of its matrix rate as measured for "
+        "other models and sizes"
+    )

@@ -1,0 +1,69 @@
+"""Operations as torch counts them, hours by measured rates, and the share of the matrix rate that a run logs."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from advdmd.commands import train
+from advdmd.commands.show import describe
+from advdmd.distillation.cost import GPUS, forward_operations
+from advdmd.distillation.memory import tokens_of, transformer
+from advdmd.mini import pipelines
+from advdmd.models import loading
+from advdmd.recipes.registry import resolve
+from tests.algorithms.test_twinflow import MAKE
+from tests.test_product import SMALL
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_operations_are_what_torch_counts(family):
+    backbone = loading.backbone_from_pipeline(MAKE[family](), {"t5_length": 0, "side": pipelines.LATENT, "text_length": 30})
+    with torch.no_grad():
+        cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"]))
+        x = torch.randn(1, *backbone.latent_shape)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            backbone.velocity(backbone.net, x, torch.rand(1), cond)
+    found = forward_operations(backbone.net, tokens_of(backbone.net, *x.shape[-2:]), cond.embeds.shape[1])
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("hub", "resolution", "measured"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", 512, 2.44),
+        ("stabilityai/stable-diffusion-3.5-medium", 1024, 11.25),
+        ("Qwen/Qwen-Image", 1024, 88.95),
+    ],
+)
+def test_operations_of_published_models_are_those_that_were_counted_on_a_gpu(hub, resolution, measured):
+    net, text = transformer(hub)
+    tokens = tokens_of(net, resolution // 8, resolution // 8)
+    assert forward_operations(net, tokens, text) / 1e12 == pytest.approx(measured, rel=2e-3)
+
+
+def test_hours_are_those_of_the_measured_rate():
+    """The page says 21 hours of an H200 for SD3.5 Medium at 512 pixels; eight GPUs take an eighth."""
+    name, r = resolve("sd35-medium-advdmd-4step-80gb")
+
+    def line(**asked):
+        return describe(name, r, **asked).splitlines()[-1]
+
+    one = line(gpu="H200", resolution=512)
+    assert "one H200, at the 7% of its matrix rate measured" in one
+    found = float(one.split(": ")[1].split(" hours")[0])
+    assert found == pytest.approx(21, abs=1.5)
+    eight = line(gpu="h200", resolution=512, gpus=4)
+    assert float(eight.split(": ")[1].split(" hours")[0]) == pytest.approx(found / 4, abs=0.1)
+    assert "as measured for other models and sizes" in line(gpu="h100", resolution=1024)
+    with pytest.raises(ValueError, match="gpu=b200: rates were measured on h100, h200"):
+        line(gpu="b200")
+    assert all(0 < share < 1 for gpu in GPUS.values() for share in gpu.share.values())
+
+
+def test_a_run_logs_its_share_of_the_matrix_rate(tiny_folder, tmp_path):
+    train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), tmp_path / "run")
+    found = [json.loads(line)["cost/mfu"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < x < 1.5 for x in found)
