@@ -85,10 +85,10 @@ FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.0, 0.999))
 # A trunk that learns, from mismatched captions too, rewards what the prompt says. The correlation of its logit with correctness
 # within a prompt is .17 for final images, .08 without mismatched captions, 0 when the trunk is frozen.
 DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75, 1.0), hidden_size=96)
-# A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator forgets what it
-# knew of correctness: in 300 iterations its correlation falls from .17 to .12, at a fifth it rises to .26 (docs/log.md). Not
-# tried on mini-qwen.
-SLOW_DISCRIMINATOR = {"discriminator_lr_scale": 0.2, "trunk_lr_scale": 0.2}
+# A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator of mini-sd3 forgets
+# what it knew of correctness: in 300 iterations its correlation falls from .17 to .12, at a fifth it rises to .26. A student of
+# mini-sd35 scores less with it (docs/log.md).
+SLOW_DISCRIMINATOR = {"mini-sd3": {"discriminator_lr_scale": 0.2, "trunk_lr_scale": 0.2}}
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 
 
@@ -240,7 +240,7 @@ def advdmd_long(name: str, guidance: float, iterations: int = 1200) -> Recipe:
     """
     short = advdmd(name, guidance, iterations, gan=GAN_LOSS_WEIGHT[name], rate=7e-4, policy=5e-5, alone=2 / 3)
     longer = _longer(short, iterations, discriminator_every_nth_sample=2)
-    return longer if name == "mini-qwen" else override(longer, SLOW_DISCRIMINATOR)
+    return override(longer, SLOW_DISCRIMINATOR.get(name, {}))
 
 
 def dmd2_long(name: str, guidance: float, iterations: int = 1380) -> Recipe:
