@@ -98,7 +98,7 @@ KEYS = (
     (0, "epoch", 1),
     (0, "bucket", 1),
 )
-CLOCKS = ("cost/efficiency", "cost/seconds")
+CLOCKS = ("cost/efficiency", "cost/mfu", "cost/seconds")
 
 
 def digest(*chunks: bytes) -> str:

@@ -87,7 +87,7 @@ def digest(folder: Path) -> dict[str, str]:
         if f.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.decode().splitlines()]
             data = json.dumps(
-                [{k: v for k, v in r.items() if k not in ("cost/efficiency", "cost/seconds")} for r in rows]
+                [{k: v for k, v in r.items() if k not in ("cost/efficiency", "cost/mfu", "cost/seconds")} for r in rows]
             ).encode()
         found[str(f.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found

@@ -144,7 +144,7 @@ def _efficiency_meter(r: Recipe, backbone: Backbone, batch_fn: BatchFn) -> Effic
     batch = batch_fn(0)[0].to(backbone.device)
     n = r.algorithm.samples_per_pass(len(batch))
     x, t, cond = batch.real_latents[:n], torch.full((n,), 0.5, device=backbone.device), batch.cond[:n]
-    known = type(backbone.net).__name__ in memory.COUNTED
+    known = type(backbone.net).__name__.removeprefix("FSDP") in memory.COUNTED  # FSDP2's name of a sharded class
     return EfficiencyMeter(
         lambda: backbone.velocity(backbone.net, x, t, cond),
         n,

@@ -219,10 +219,11 @@ class Builder:
         if not r.uses_fsdp(self.ranks.world_size):
             return None
         base: Any = backbone.net
+        hybrid = r.fsdp_sharding == "hybrid"
         kind, config, device = type(base), base.config, devices.resolve_device(r.device)
         for net in nets:  # made on the CPU; each goes to the devices in shards
-            distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device)
-        distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device)
+            distributed.fully_shard_(net.float(), backbone.blocks(net), backbone.dtype, device, hybrid)
+        distributed.fully_shard_(backbone.net, backbone.blocks(backbone.net), backbone.dtype, device, hybrid)
         return lambda: kind.from_config(config).to(backbone.dtype).to(device).requires_grad_(False).eval()
 
     def _ratio_tolerance(self) -> float:

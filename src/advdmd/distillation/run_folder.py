@@ -34,7 +34,7 @@ RUN_FILES = (
 # What a run may go on with: where things are, how long the run is, how often it saves and looks.
 CHANGEABLE = (
     "iterations", "data.folder", "threads", "device", "compile", "save_every", "sample_every", "eval_every", "patience",
-    "algorithm.micro_batch_size",
+    "algorithm.micro_batch_size", "fsdp_sharding",
 )  # fmt: skip
 # What a recipe fits to its iterations: these may change together with them.
 SCHEDULE = ("*.dm_only_iterations", "*.policy_ramp_iterations", "*.decay_steps")

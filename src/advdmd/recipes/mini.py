@@ -85,9 +85,9 @@ FAKE_SCORE_OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.0, 0.999))
 # A trunk that learns, from mismatched captions too, rewards what the prompt says. The correlation of its logit with correctness
 # within a prompt is .17 for final images, .08 without mismatched captions, 0 when the trunk is frozen.
 DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75, 1.0), hidden_size=96)
-# A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator of mini-sd3 forgets
-# what it knew of correctness: in 300 iterations its correlation falls from .17 to .12, at a fifth it rises to .26. A student of
-# mini-sd35 scores less with it (docs/log.md).
+# A fifth of the fake score's learning rate, for heads and trunk. At that of the fake score the discriminator of mini-sd3
+# forgets what it knew of correctness: in 300 iterations its correlation falls from .17 to .12, at a fifth it rises to .26. A
+# student of mini-sd35 scores less with it (docs/log.md).
 SLOW_DISCRIMINATOR = {"mini-sd3": {"discriminator_lr_scale": 0.2, "trunk_lr_scale": 0.2}}
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 

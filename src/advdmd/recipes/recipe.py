@@ -61,6 +61,7 @@ class Recipe:
     lora_rank: int = 0  # of each network's adapter on one shared teacher; 0: every network is a whole copy
     base_bits: Literal[4, 8, 32] = 32  # of a frozen base's weights in its blocks (bitsandbytes); 32: as dtype says
     fsdp: bool = False  # shard whole networks over torchrun's processes (FSDP2); otherwise each has a replica
+    fsdp_sharding: Literal["full", "hybrid"] = "full"  # over all processes, or over those of a node, with replicas across nodes
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base and of a sharded network's passes
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # auto: an NVIDIA GPU if there is one; mps: Apple's
     compile: Literal["auto", "blocks", "none"] = "auto"  # torch.compile of transformer blocks; auto: on a GPU
@@ -103,6 +104,8 @@ class Recipe:
             raise ValueError(f"lora_rank={self.lora_rank}: the rank of adapters, 0 for full fine-tuning")
         if self.fsdp and (self.lora_rank or not self.algorithm.supports_fsdp):
             raise ValueError("fsdp=true: shards the whole networks of AdvDMD and DMD2; adapters and TwinFlow are replicated")
+        if self.fsdp_sharding == "hybrid" and not self.fsdp:
+            raise ValueError("fsdp_sharding=hybrid: set fsdp=true too; adapters are replicated on all nodes anyway")
         if self.dtype != "float32" and not (self.lora_rank or self.fsdp):
             raise ValueError(f"dtype={self.dtype}: whole networks learn in float32; bfloat16 needs lora_rank or fsdp=true")
         if self.base_bits < 32 and not self.lora_rank:

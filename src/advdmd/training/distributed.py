@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from advdmd.files import file_hash, folder_hash
 from advdmd.types import ONE_RANK, Metrics, Ranks
 
+BUCKET = 2**23  # numbers of gradients that are exchanged at once: 32 MB
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait while the first saves samples, a few minutes, or validates
 
 
@@ -80,16 +82,29 @@ def _gather_number(number: float) -> Tensor:
     return _gather(torch.tensor([float(number)], device=_device()))
 
 
-def fully_shard_(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, device: str) -> None:
-    """Shard a network's parameters over all ranks' devices, in place (FSDP2).
-
-    A block at a time is gathered for a pass, in `dtype`, and freed after it. Gradients arrive as sums over ranks, in float32.
-    Every rank must make as many passes. Inputs keep their type: a rounded time would be another time.
-    """
+def _mesh(device: str, hybrid: bool) -> DeviceMesh:
+    """All ranks in a row or, if `hybrid`, a row for each node: what a row's ranks shard, the rows replicate."""
     from torch.distributed.device_mesh import init_device_mesh
+
+    size = dist.get_world_size()
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if hybrid else size
+    if size % each:
+        raise ValueError(f"fsdp_sharding=hybrid: {size} processes are not the same number on every node ({each} on this one)")
+    if each == size:
+        return init_device_mesh(device, (size,))
+    return init_device_mesh(device, (size // each, each), mesh_dim_names=("replicate", "shard"))
+
+
+def fully_shard_(net: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype, device: str, hybrid: bool = False) -> None:
+    """Shard a network's parameters over all ranks' devices or, if `hybrid`, over those of a node, in place (FSDP2).
+
+    Nodes then hold replicas, so that gradients alone cross the network between them. A block at a time is gathered for a pass,
+    in `dtype`, and freed after it. Gradients arrive as sums over ranks, in float32. Every rank must make as many passes. Inputs
+    keep their type: a rounded time would be another time. Raises ValueError if the nodes have other numbers of ranks.
+    """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = _mesh(device, hybrid)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, net):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -124,12 +139,13 @@ def distribute_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def all_reduce_sum(values: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Sums over this rank's shards, values [...], made sums over all ranks, in place, if any of the tensors `of` is sharded.
+    """Sums over this rank's shards, values [...], made sums over all shards, in place, if any of the tensors `of` is sharded.
 
-    Same shape.
+    Same shape. Replicas of a shard count once.
     """
-    if any(is_sharded(x) for x in of):
-        dist.all_reduce(values)
+    mesh = next((x.device_mesh for x in of if isinstance(x, DTensor)), None)
+    if mesh is not None:
+        dist.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))
     return values
 
 
@@ -204,7 +220,7 @@ def load_sharded(folder: Path, template: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def all_reduce_gradients(params: Sequence[nn.Parameter], *numbers: float) -> list[float]:
-    """Sums of numbers over all ranks; all gradients of replicas are summed too, in one exchange, in place.
+    """Sums of numbers over all ranks; all gradients of replicas are summed too, in place, BUCKET numbers at a time.
 
     A gradient that one rank lacks (it had no sample of a minibatch) counts as zero; one that all ranks lack stays absent.
     """
@@ -214,13 +230,25 @@ def all_reduce_gradients(params: Sequence[nn.Parameter], *numbers: float) -> lis
     params = [p for p in params if not is_sharded(p)]  # the others' are sums already
     has = torch.tensor([float(p.grad is not None) for p in params] + list(numbers), dtype=dtype, device=device)
     dist.all_reduce(has)
-    used = [p for p, n in zip(params, has, strict=False) if n > 0]
-    if used:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+    for bucket in _buckets([p for p, n in zip(params, has, strict=False) if n > 0]):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for p, g in zip(used, flat.split([p.numel() for p in used]), strict=True):
-            p.grad = g.view_as(p).clone()
+        for p, g, total in zip(bucket, grads, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.copy_(total.view_as(g))
     return has[len(params) :].tolist()
+
+
+def _buckets(params: Sequence[nn.Parameter]) -> Generator[list[nn.Parameter], None, None]:
+    """Parameters in order, in groups of at most BUCKET numbers, or of one."""
+    group, size = list[nn.Parameter](), 0
+    for p in params:
+        if group and size + p.numel() > BUCKET:
+            yield group
+            group, size = [], 0
+        group, size = [*group, p], size + p.numel()
+    if group:
+        yield group
 
 
 def mean_over_ranks(metrics: Metrics) -> Metrics:
