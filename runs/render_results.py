@@ -299,6 +299,15 @@ def reliability() -> None:
             text += f" {r['others ended of themselves']} times the other process ended by itself. The remaining times it still"
             text += " waited a minute later, where torchrun ends it at once."
         between(page, ("<!-- kills -->", "<!-- /kills -->"), "\n".join([*lines, "", text]))
+    if (file := RELIABILITY / "two_nodes.json").is_file():
+        r = json.loads(file.read_text())
+        killed, starts, apart = (r[k] for k in list(r)[3:5] + list(r)[6:])
+        text = (
+            f"The second node's processes were killed after the checkpoint at {killed} of {r['iterations']} iterations. The "
+            f"agents started {starts[0]} and {starts[1]} times. Every iteration was logged once. Weights differ from those of one "
+            f"process by {apart:.1g} at most."
+        )
+        between(page, ("<!-- nodes -->", "<!-- /nodes -->"), text)
     if (file := RELIABILITY / "drift.json").is_file():
         stored = json.loads(file.read_text())
         rows = [

@@ -146,10 +146,14 @@ def test_group_spread_is_the_deviation_within_prompts_whatever_lies_between_them
 
 
 def test_auc_is_the_probability_of_the_right_order(gen):
-    assert losses.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
-    assert losses.auc(torch.tensor([1.0]), torch.tensor([1.0])) == 0.5
+    every = torch.ones(2000, dtype=torch.bool)
+    assert losses.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]), every[:2]) == 1
+    assert losses.auc(torch.tensor([1.0]), torch.tensor([1.0]), every[:1]) == 0.5
     a, b = torch.randn(2000, generator=gen()) + 1, torch.randn(2000, generator=gen(1))
-    assert abs(losses.auc(a, b) - 0.760) < 0.02  # Phi(1 / sqrt 2)
+    assert abs(losses.auc(a, b, every) - 0.760) < 0.02  # Phi(1 / sqrt 2)
+    some = torch.arange(2000) % 7 == 3
+    assert losses.auc(a, b, some) == losses.auc(a[some], b[some], every[: int(some.sum())])
+    assert losses.auc(a, b, ~every).isnan()
 
 
 def test_policy_gradient_is_reinforce_at_ratio_one_and_stops_outside_the_clip_range():

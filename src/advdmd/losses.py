@@ -77,13 +77,13 @@ def auc_gate(auc: Tensor, low: float = 0.55, width: float = 0.10) -> Tensor:
     return ((auc - low) / width).clamp(0, 1)
 
 
-def gated_advantage(by_step: Tensor, final: Tensor, gate: Tensor, share: float) -> tuple[Tensor, float]:
-    """Advantages of steps [K - 1, N] and of final images [1, N] under the gates of K levels [K], and the mean gate.
+def gated_advantage(by_step: Tensor, final: Tensor, gate: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Advantages of steps [K - 1, N] and of final images [1, N] under the gates of K levels [K], and the mean gate [].
 
     share in [0, 1]: of the final image in a step's credit.
     """
     advantage = (1 - share) * by_step * gate[:-1, None] + share * final * gate[-1]
-    return advantage, ((1 - share) * gate[:-1].mean() + share * gate[-1]).item()
+    return advantage, (1 - share) * gate[:-1].mean() + share * gate[-1]
 
 
 def ppo_clip(neg_mse: Tensor, neg_mse_old: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
@@ -92,7 +92,11 @@ def ppo_clip(neg_mse: Tensor, neg_mse_old: Tensor, advantage: Tensor, clip_range
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
-def auc(real: Tensor, fake: Tensor) -> Tensor:
-    """Probability that a real logit exceeds a generated one, ties count half, [N], [M] -> []. .5: blind, 1: separated."""
-    d = real.float()[:, None] - fake.float()[None]
-    return (d > 0).float().mean() + 0.5 * (d == 0).float().mean()
+def auc(real: Tensor, fake: Tensor, at: Tensor) -> Tensor:
+    """Probability that a real logit exceeds a generated one, ties count half, of samples [N] where `at` [N] is true. -> []
+
+    .5: blind, 1: separated; nan if `at` is true nowhere.
+    """
+    d, pairs = real.float()[:, None] - fake.float()[None], at[:, None] & at[None]
+    higher = ((d > 0) & pairs).sum() + 0.5 * ((d == 0) & pairs).sum()
+    return higher / pairs.sum()

@@ -84,12 +84,10 @@ def step_distribution(
     """One step of a student from x [N, ...] at t [] to s [].
 
     The distribution of the next state, and the prediction x0 [N, ...].
-
-    The step to s = 0 has no noise, whatever the coefficients are.
     """
     t, s = t.expand(len(x)), s.expand(len(x))
     v = velocity(x, t, cond)
-    return transition(coefficients if s[0] > 0 else ode, x, v, t, s), flow.x0_from_velocity(x, v, t)
+    return transition(coefficients, x, v, t, s), flow.x0_from_velocity(x, v, t)
 
 
 @torch.no_grad()
@@ -118,8 +116,8 @@ def _rollout(velocity: Velocity, cond: Cond, noise: Tensor, grid: Tensor, coeffi
     predictions: list[Tensor] = []
     neg_mse: list[Tensor] = []
     for k in range(len(grid) - 1):
-        step, x0 = step_distribution(velocity, x, grid[k], grid[k + 1], cond, coefficients)
-        last = k == len(grid) - 2
+        last = k == len(grid) - 2  # the step to 0 has no noise, whatever the coefficients are
+        step, x0 = step_distribution(velocity, x, grid[k], grid[k + 1], cond, ode if last else coefficients)
         x = step.mean if last else step.sample(noise[k + 1])
         if not last:
             neg_mse.append(step.neg_mse(x))

@@ -64,6 +64,6 @@ def transition(coefficients: StepCoefficients, x: Tensor, v: Tensor, t: Tensor, 
     """The distribution of the state at s [N] after x [N, ...] at t [N], given the velocity v [N, ...] at x. All in fp32."""
     x, v = x.float(), v.float()
     c, d = (flow.bcast(a, x) for a in coefficients(t, s))
-    # With c = 0 the product is skipped, so that re-noising equals stock schedulers to the last bit.
     mean = (1 - flow.bcast(s, x)) * flow.x0_from_velocity(x, v, t)
-    return Gaussian(mean if not c.any() else mean + c * flow.noise_from_velocity(x, v, t), d)
+    # Re-noising has c = 0. Whether c is 0 is not asked of the device, which would have to be waited for.
+    return Gaussian(mean if coefficients is renoise else mean + c * flow.noise_from_velocity(x, v, t), d)

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Metrics = dict[str, float]  # log key -> number
+StepMetrics = dict[str, float | Tensor]  # log key -> number, or a tensor [] that is still on the device; nan: not measured
 Json = dict[str, Any]  # an object of a JSON file
+
+
+def as_floats(values: Tensor) -> list[float]:
+    """The numbers [n] of a tensor. On a GPU the program waits for all that comes before."""
+    return values.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def test_the_rectification_is_a_mean_over_its_quarter():
         return student.loss, log.get("twinflow/rectification_loss")
 
     (without, _), (with_it, mean) = run(0.0), run(0.5)
-    assert with_it - without == pytest.approx(mean, rel=1e-4)
+    assert with_it - without == pytest.approx(float(mean), rel=1e-4)
 
 
 def test_targets_are_guided_by_the_teacher_where_it_is_the_target_network():

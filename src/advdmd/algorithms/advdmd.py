@@ -12,12 +12,12 @@ from advdmd import flow, losses
 from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, ModelBuilder
 from advdmd.algorithms.objectives import DiscriminatorInputs
 from advdmd.algorithms.policy import PolicyUpdates
-from advdmd.algorithms.updates import update_auc, update_fake_score, update_student
+from advdmd.algorithms.updates import logit_gap, update_auc, update_fake_score, update_student
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import cps
-from advdmd.types import Batch, Metrics
+from advdmd.types import Batch, StepMetrics
 
 FINAL_NOISE_RANGE = (0.02, 0.3)  # noise levels at which the discriminator is shown final images
 
@@ -92,7 +92,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         if not 0 < low < high < 1:
             raise ValueError(f"AdvDMD(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
 
-    def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+    def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> StepMetrics:
         """One AdvDMD iteration (arXiv 2604.28126).
 
         One rollout, then updates of fake score and discriminator, of the policy, and of distribution matching, as the schedule
@@ -105,7 +105,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
         # 1. Fake score and discriminator follow the student.
         metrics = self.update_fake_score_and_discriminator(models, trajectory, batch, iteration, rng)
-        spread = losses.within_group_std(trajectory.x[-1], self.group_size).item()
+        spread = losses.within_group_std(trajectory.x[-1], self.group_size)
         metrics["student/within_group_std" + "_shared_start" * shared_start] = spread
         # 2. Policy gradient, before distribution matching moves the student: every ratio is 1.
         if updates.policy:
@@ -141,7 +141,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
     def update_fake_score_and_discriminator(
         self, models: DistillationModels, trajectory: Trajectory, batch: Batch, iteration: int, rng: Rng
-    ) -> Metrics:
+    ) -> StepMetrics:
         """Fake score and, while it trains, discriminator learn from the trajectory; moves the running AUC of each level."""
         n, trains = len(batch), self.discriminator_trains(iteration)
         inputs, level = self.discriminator_inputs(trajectory, batch, rng)
@@ -164,10 +164,9 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         real, fake, shown, level = models.ranks.gather(columns)  # every rank computes the same AUC
         for k in range(1, self.steps + 1):
             at = (shown > 0) & (level == k)
-            metrics[f"discriminator/auc_{k}"] = update_auc(models, real[at], fake[at], k, self.auc_decay)
-            if at.any():  # of all ranks' samples, so all of them agree
-                metrics[f"discriminator/logit_gap_{k}"] = (real[at].mean() - fake[at].mean()).item()
-        metrics["discriminator/logit_gap"] = (real[shown > 0].mean() - fake[shown > 0].mean()).item()
+            metrics[f"discriminator/auc_{k}"] = update_auc(models, real, fake, at, k, self.auc_decay)
+            metrics[f"discriminator/logit_gap_{k}"] = logit_gap(real, fake, at)
+        metrics["discriminator/logit_gap"] = logit_gap(real, fake, shown > 0)
         return metrics
 
     def discriminator_inputs(self, trajectory: Trajectory, batch: Batch, rng: Rng) -> tuple[DiscriminatorInputs, Tensor]:
@@ -198,7 +197,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
     def update_student(
         self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng, gan_weight: float
-    ) -> Metrics:
+    ) -> StepMetrics:
         """Optimizer steps of the student on distribution matching and, with a weight >= 0, on the GAN."""
 
         def gan_levels(name: str, k: Tensor, u: Tensor) -> Tensor:

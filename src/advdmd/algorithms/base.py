@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Velocity
-from advdmd.types import ONE_RANK, Batch, Cond, Metrics, Ranks
+from advdmd.types import ONE_RANK, Batch, Cond, Ranks, StepMetrics
 
 RATIO_TOLERANCE = 1e-5  # of |ratio - 1| on replay, passes in fp32: more means that the trajectory is not the policy's own
 ROUNDED_RATIO_TOLERANCE = 0.05  # the same of passes in bfloat16 or compiled, whose graphs with and without gradient round apart
@@ -32,14 +32,14 @@ class Trainable(Protocol):
 
     def __call__(self, x: Tensor, t: Tensor, /, *conditions: object) -> Tensor: ...
     @overload
-    def update(self, losses: Iterable[Tensor], optimizer: str = "main", lr_scale: float = 1.0) -> Metrics: ...
+    def update(self, losses: Iterable[Tensor], optimizer: str = "main", lr_scale: float = 1.0) -> StepMetrics: ...
     @overload
     def update(
         self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
-    ) -> tuple[Metrics, Aux]: ...
+    ) -> tuple[StepMetrics, Aux]: ...
     def accumulated_rollouts(self, optimizer: str) -> int: ...
-    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str) -> tuple[Metrics, Aux]: ...
-    def step_by_agreement(self, optimizer: str, scaled_by: str) -> Metrics: ...
+    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str) -> tuple[StepMetrics, Aux]: ...
+    def step_by_agreement(self, optimizer: str, scaled_by: str) -> StepMetrics: ...
 
 
 class TargetTimeVelocity(Protocol):
@@ -136,7 +136,7 @@ class Algorithm(Protocol[Models]):
         """The models that `train_step` is given."""
         ...
 
-    def train_step(self, models: Models, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+    def train_step(self, models: Models, batch: Batch, iteration: int, rng: Rng) -> StepMetrics:
         """One iteration: the rollout and every update that is due.
 
         Draws are made by name (`rng.normal("rollout", shape)`), networks learn by `Learner.update` only. Branches depend on

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from advdmd import flow, losses
 from advdmd.algorithms.base import Algorithm, Costs, DistillationModels, MicroBatches, ModelBuilder
 from advdmd.algorithms.objectives import DiscriminatorInputs
-from advdmd.algorithms.updates import update_auc, update_fake_score, update_student
+from advdmd.algorithms.updates import logit_gap, update_auc, update_fake_score, update_student
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, rollout
 from advdmd.transitions import renoise
-from advdmd.types import Batch, Metrics
+from advdmd.types import Batch, StepMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class DMD2(MicroBatches, Algorithm[DistillationModels]):
         if not 0 < low < high < 1:
             raise ValueError(f"DMD2(renoise_range={self.renoise_range}): needs 0 < low < high < 1")
 
-    def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+    def train_step(self, models: DistillationModels, batch: Batch, iteration: int, rng: Rng) -> StepMetrics:
         """One DMD2 iteration (arXiv 2405.14867).
 
         One rollout (backward simulation), then updates of fake score and discriminator and, where due, of the student.
@@ -74,12 +75,13 @@ class DMD2(MicroBatches, Algorithm[DistillationModels]):
             micro_batch_size=self.samples_of_a_pass,
             renoise_range=self.renoise_range,
         )
-        metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size).item()
+        metrics["student/within_group_std"] = losses.within_group_std(trajectory.x[-1], self.group_size)
         if logits:
             real, fake = models.ranks.gather(logits["real_logit"]), models.ranks.gather(logits["fake_logit"])
+            every = torch.ones_like(real, dtype=torch.bool)
             for k in range(1, self.steps + 1):  # all entries move alike: DMD2's discriminator sees all levels at once
-                metrics["discriminator/auc"] = update_auc(models, real, fake, k, self.auc_decay)
-            metrics["discriminator/logit_gap"] = (real.mean() - fake.mean()).item()
+                metrics["discriminator/auc"] = update_auc(models, real, fake, every, k, self.auc_decay)
+            metrics["discriminator/logit_gap"] = logit_gap(real, fake, every)
         if not self.updates_student(iteration):
             return metrics
         # 2. Distribution matching and GAN through one step of the trajectory, both at the same noise level.

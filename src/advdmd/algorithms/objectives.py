@@ -66,7 +66,9 @@ def discriminator_loss(
     "real_logit" and "fake_logit" [N], 0 where a sample is not shown. If no sample is shown, one is passed and counts for
     nothing: sharded networks need as many passes on every rank.
     """
-    n, at = len(inputs), inputs.shown.nonzero()[:, 0]
+    n = len(inputs)
+    # If all are shown, the device is not asked which.
+    at = torch.arange(n, device=inputs.t.device) if scale == 1 else inputs.shown.nonzero()[:, 0]
     zeros = torch.zeros(n, device=inputs.t.device)
     if not len(at) and models.ranks.world_size == 1:
         return zeros, {"real_logit": zeros, "fake_logit": zeros}

@@ -14,7 +14,7 @@ from advdmd.algorithms.objectives import discriminator_rewards, forward_policy_l
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory
 from advdmd.transitions import cps
-from advdmd.types import Batch, Metrics, Ranks, micro_batches
+from advdmd.types import Batch, Ranks, StepMetrics, as_floats, micro_batches
 
 CREDIT = {"step": 0.0, "final": 1.0, "both": 0.5}  # the final reward's share of a step's credit
 CHOICES = {
@@ -34,7 +34,7 @@ class Advantages(NamedTuple):
 
     by_step: Tensor
     gate: float
-    metrics: Metrics
+    metrics: StepMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class PolicyUpdates(MicroBatches):
         """Whether the discriminator is no reward at all."""
         return self.discriminator_reward_weight == 0
 
-    def update_policy(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> Metrics:
+    def update_policy(self, models: DistillationModels, trajectory: Trajectory, batch: Batch, rng: Rng) -> StepMetrics:
         """The policy gradient of a rollout, and an optimizer step of the student where one is due.
 
         policy_step=adam: one of every rollout, at a learning rate scaled by the mean gate. agreement: the gradients of two
@@ -125,7 +125,7 @@ class PolicyUpdates(MicroBatches):
                 updated |= models.student.step_by_agreement("policy", scaled_by="dm")
         if "ratio_error" not in aux:
             return found.metrics | updated
-        error = models.ranks.gather(aux["ratio_error"].max()[None]).max().item()
+        (error,) = as_floats(models.ranks.gather(aux["ratio_error"].max()[None]).max()[None])
         if error > models.ratio_tolerance:
             raise FloatingPointError(f"policy: |ratio - 1| = {error:.2g} on replay, expected 0")
         return found.metrics | updated | {"policy/max_ratio_error": error}
@@ -171,13 +171,11 @@ class PolicyUpdates(MicroBatches):
         by_step, final = discriminator_rewards(
             models, trajectory, batch.cond, self.final_noise_levels, e, self.samples_of_a_pass, with_steps=not final_only
         )
-        if not (by_step.isfinite().all() and final.isfinite().all()):
-            raise FloatingPointError("policy: a reward is not finite")
         auc = models.discriminator_auc
         gate = losses.auc_gate(auc) if self.auc_gating else torch.ones_like(auc)
         advantage = self.group_advantage(models.ranks, final[None])
         if final_only:
-            advantage, trusted = advantage * gate[-1], gate[-1].item()
+            advantage, trusted = advantage * gate[-1], gate[-1]
         else:
             a_step = self.group_advantage(models.ranks, by_step)
             advantage, trusted = losses.gated_advantage(a_step, advantage, gate, CREDIT[self.credit])
@@ -189,13 +187,16 @@ class PolicyUpdates(MicroBatches):
             advantage = advantage + weight * self.group_advantage(models.ranks, r[None])
             trusted, total = trusted + weight, total + weight
             rewards[name] = r
-        mean_gate = trusted / total
+        finite = torch.stack([by_step.isfinite().all(), final.isfinite().all()]).all()
+        is_finite, mean_gate = as_floats(torch.stack([finite, trusted / total]))
+        if not is_finite:
+            raise FloatingPointError("policy: a reward is not finite")
         advantage = advantage / max(mean_gate, 1e-6)
-        metrics: Metrics = {"policy/gate": mean_gate}
+        metrics: StepMetrics = {"policy/gate": mean_gate}
         for name, r in rewards.items():
-            metrics[f"reward/{name}"] = r.mean().item()
-            metrics[f"reward/{name}_std"] = r.reshape(*r.shape[:-1], -1, self.group_size).std(-1).mean().item()
-        metrics["policy/frac_zero_advantage"] = (advantage.abs() < 1e-3).float().mean().item()
+            metrics[f"reward/{name}"] = r.mean()
+            metrics[f"reward/{name}_std"] = r.reshape(*r.shape[:-1], -1, self.group_size).std(-1).mean()
+        metrics["policy/frac_zero_advantage"] = (advantage.abs() < 1e-3).float().mean()
         return Advantages(advantage, mean_gate, metrics)
 
     def first_of_group(self, n: int, device: torch.device) -> Tensor:

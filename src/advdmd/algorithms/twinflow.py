@@ -15,7 +15,7 @@ from advdmd.algorithms.base import Algorithm, Costs, ModelBuilder, TargetTimeVel
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Velocity
-from advdmd.types import Batch, Cond, Metrics
+from advdmd.types import Batch, Cond, StepMetrics, as_floats
 
 EPS = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
 QUARTERS = ("one_step", "near", "any_step", "fake_trajectory")
@@ -83,7 +83,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         if self.rectification_weight < 0:
             raise ValueError(f"TwinFlow(rectification_weight={self.rectification_weight}): a weight cannot be negative")
 
-    def train_step(self, models: TwinFlowModels, batch: Batch, iteration: int, rng: Rng) -> Metrics:
+    def train_step(self, models: TwinFlowModels, batch: Batch, iteration: int, rng: Rng) -> StepMetrics:
         """One TwinFlow iteration (arXiv 2512.05150).
 
         Each quarter of the batch learns another kind of step. one_step: from noise to the image. near: r just below t.
@@ -108,13 +108,16 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         target = self.target(models, F.detach(), x, t, r, v, cond, quarter)
         weight = torch.where(quarter == 3, torch.ones_like(t), torch.tan((1 - (t - r)) * math.pi / 2.5) + 1)
         loss = weight * barron_loss(F - target)
-        metrics: Metrics = {f"twinflow/{q}_loss": loss.detach()[quarter == i].mean().item() for i, q in enumerate(QUARTERS)}
+        shares = [(quarter == i).to(loss) / (quarter == i).sum() for i in range(len(QUARTERS))]
+        metrics: StepMetrics = {
+            f"twinflow/{q}_loss": (loss.detach() * share).sum() for q, share in zip(QUARTERS, shares, strict=True)
+        }
 
         # 3. Rectification of the first quarter's images.
         if self.rectification_weight:
             rectification = self.rectification_weight * self.rectification_loss(models, x, t, F, cond, first, rng)
             loss = loss.index_add(0, first, len(QUARTERS) * rectification)  # a mean over its quarter, as in TwinFlow's code
-            metrics["twinflow/rectification_loss"] = rectification.detach().mean().item()
+            metrics["twinflow/rectification_loss"] = rectification.detach().mean()
         return metrics | models.student.update([loss])
 
     def sample_times(self, rng: Rng, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +159,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         a = torch.where(short, torch.ones_like(t), (t - r) / EPS)
         b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / EPS))  # nothing is left to integrate
         error = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
-        if not error.isfinite().all():  # which clipping would hide
+        if not as_floats(error.isfinite().all()[None])[0]:  # which clipping would hide
             raise FloatingPointError("student: a target is not finite")
         return torch.where(flow.bcast(quarter == 3, x), v, F - error.clamp(-1, 1))
 

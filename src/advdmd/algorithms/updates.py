@@ -13,7 +13,7 @@ from advdmd.algorithms.base import Aux, DistillationModels
 from advdmd.algorithms.objectives import DiscriminatorInputs, discriminator_loss, fake_score_loss, student_loss
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, sample_exit_steps
-from advdmd.types import Columns, Cond, Metrics, micro_batches
+from advdmd.types import Columns, Cond, StepMetrics, micro_batches
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def update_fake_score(
     scale: float = 1.0,
     mismatched_weight: float = 0.0,
     one_pass: bool = False,
-) -> tuple[Metrics, Aux]:
+) -> tuple[StepMetrics, Aux]:
     """One pass over the trajectory's N samples in `updates` minibatches, one optimizer step each, so that the fake score
     follows the student.
 
@@ -67,7 +67,7 @@ def update_fake_score(
             loss, aux = fake_loss + d_loss, aux | {"discriminator/loss": d_loss.detach()} | logits
         return loss[: len(i)], {k: v[: len(i)] for k, v in aux.items()}
 
-    logs: list[Metrics] = []
+    logs: list[StepMetrics] = []
     found: list[Aux] = []
     for minibatch, passes in rng.minibatches("critic.order", updates, micro_batch_size):
         parts = [minibatch[k * micro_batch_size : (k + 1) * micro_batch_size] for k in range(passes)]
@@ -75,7 +75,7 @@ def update_fake_score(
         logs.append(metrics)
         found.append(aux)
     aux = _in_order(found)
-    logged = {k: v.mean().item() for k, v in aux.items() if "/" in k}
+    logged: StepMetrics = {k: v.mean() for k, v in aux.items() if "/" in k}
     return mean_metrics(logs) | logged, {k: v for k, v in aux.items() if "/" not in k}
 
 
@@ -90,7 +90,7 @@ def update_student(
     renoise_range: tuple[float, float],
     gan_loss_weight: float = 0.0,
     gan_levels: Callable[[str, Tensor, Tensor], Tensor],
-) -> Metrics:
+) -> StepMetrics:
     """`updates` optimizer steps of the student on distribution matching.
 
     The gradient flows through one random step of the trajectory.
@@ -99,7 +99,7 @@ def update_student(
     few small optimizer steps. With gan_loss_weight > 0 the discriminator's gradient is added, at the noise levels
     gan_levels(prefix of stream names, k, u) [N]. Logs means over the updates.
     """
-    logs: list[Metrics] = []
+    logs: list[StepMetrics] = []
     for update in range(updates):
         name = f"match{update or ''}"  # every update has draws of its own
         k = sample_exit_steps(rng, f"{name}.k", trajectory.num_steps)
@@ -110,21 +110,27 @@ def update_student(
         metrics, aux = models.student.update(
             (student_loss(models, x[i], t[i], cond[i], k[i], u[i], e[i], w[i], gan_loss_weight) for i in parts), "dm"
         )
-        logs.append(metrics | {f"student/{name}": v.mean().item() for name, v in aux.items()})
+        logs.append(metrics | {f"student/{name}": v.mean() for name, v in aux.items()})
     return mean_metrics(logs)
 
 
-def update_auc(models: DistillationModels, real: Tensor, fake: Tensor, level: int, decay: float) -> float:
-    """Move the running AUC of a level (1..K) by the logits of real [n] and generated [m] samples.
+def update_auc(models: DistillationModels, real: Tensor, fake: Tensor, at: Tensor, level: int, decay: float) -> Tensor:
+    """Move the running AUC of a level (1..K) by the logits [N] of real and generated samples where `at` [N] is true.
 
-    Returns it. decay in [0, 1).
+    Returns the AUC []. decay in [0, 1). If `at` is true nowhere the AUC stays as it was.
     """
-    now = losses.auc(real, fake) if len(real) else models.discriminator_auc[level - 1]
-    models.discriminator_auc[level - 1] = decay * models.discriminator_auc[level - 1] + (1 - decay) * now
-    return models.discriminator_auc[level - 1].item()
+    before = models.discriminator_auc[level - 1].clone()
+    now = torch.where(at.any(), losses.auc(real, fake, at), before)
+    models.discriminator_auc[level - 1] = decay * before + (1 - decay) * now
+    return models.discriminator_auc[level - 1].clone()
 
 
-def mean_metrics(logs: Sequence[Metrics]) -> Metrics:
+def logit_gap(real: Tensor, fake: Tensor, at: Tensor) -> Tensor:
+    """The mean logit [N] of real images minus that of generated ones where `at` [N] is true, []; nan if nowhere."""
+    return torch.where(at, real - fake, torch.zeros_like(real)).sum() / at.sum()
+
+
+def mean_metrics(logs: Sequence[StepMetrics]) -> StepMetrics:
     """The mean of each number over several updates."""
     return {k: sum(log[k] for log in logs) / len(logs) for k in logs[0]} if logs else {}
 

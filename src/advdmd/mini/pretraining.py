@@ -24,7 +24,7 @@ from advdmd.rng import Rng
 from advdmd.training.learner import Learner
 from advdmd.training.optimizer import OptimizerConfig, ParamGroup
 from advdmd.training.trainer import Trainer
-from advdmd.types import Columns, Json, Metrics
+from advdmd.types import Columns, Json, StepMetrics
 
 METADATA: Json = {"t5_length": 0, "side": pipelines.LATENT, "null_prompt": ""}  # what a backbone must know beside the pipeline
 GUIDANCE_SCALE = 5.0  # the teachers' best at 40 steps (docs/log.md)
@@ -61,7 +61,7 @@ class AutoencoderTraining:
 
     kl_weight: float = 3e-4
 
-    def train_step(self, models: PretrainingModels, batch: Examples, iteration: int, rng: Rng) -> Metrics:
+    def train_step(self, models: PretrainingModels, batch: Examples, iteration: int, rng: Rng) -> StepMetrics:
         """One optimizer step on the reconstruction loss."""
         vae: Module = models.student.net
         posterior = vae.encode(batch.data).latent_dist
@@ -80,7 +80,7 @@ class FlowMatching:
     time_mean: float = 0.0
     time_std: float = 1.0
 
-    def train_step(self, models: PretrainingModels, batch: Examples, iteration: int, rng: Rng) -> Metrics:
+    def train_step(self, models: PretrainingModels, batch: Examples, iteration: int, rng: Rng) -> StepMetrics:
         """One optimizer step on the flow-matching loss."""
         x0, e = batch.data, rng.normal("e", batch.data.shape[1:])
         t = flow.logit_normal(rng.normal("t"), self.time_mean, self.time_std)

@@ -149,14 +149,14 @@ def all_reduce_sum(values: Tensor, of: Sequence[Tensor]) -> Tensor:
     return values
 
 
-def grad_norm(grads: Sequence[Tensor]) -> float:
-    """The norm of all gradients [...] together, of sharded ones and of replicas."""
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The norm [] of all gradients [...] together, of sharded ones and of replicas, on their device."""
     shards = [g for g in grads if is_sharded(g)]
     if not shards:
-        return torch.nn.utils.get_total_norm(grads).item()
+        return torch.nn.utils.get_total_norm(grads)
     squares = all_reduce_sum(torch.stack([local_shard(g).double().square().sum() for g in shards]).sum(), shards)
     plain = [g.double().square().sum() for g in grads if not is_sharded(g)]  # shards are never on Apple's GPUs
-    return torch.stack([squares, *plain]).sum().sqrt().item()
+    return torch.stack([squares, *plain]).sum().sqrt()
 
 
 def save_sharded(tensors: Mapping[str, Tensor], folder: Path) -> str:
@@ -219,24 +219,25 @@ def load_sharded(folder: Path, template: Mapping[str, Tensor]) -> dict[str, Tens
     return out
 
 
-def all_reduce_gradients(params: Sequence[nn.Parameter], *numbers: float) -> list[float]:
-    """Sums of numbers over all ranks; all gradients of replicas are summed too, in place, BUCKET numbers at a time.
+def all_reduce_gradients(params: Sequence[nn.Parameter], total: Tensor, count: int) -> tuple[Tensor, int]:
+    """Sums of a total [] and of a count over all ranks; all gradients of replicas are summed too, in place, BUCKET at a time.
 
     A gradient that one rank lacks (it had no sample of a minibatch) counts as zero; one that all ranks lack stays absent.
     """
     if not dist.is_initialized():
-        return list(numbers)
-    device, dtype = params[0].device, widest_float(params[0].device)
+        return total, count
     params = [p for p in params if not is_sharded(p)]  # the others' are sums already
-    has = torch.tensor([float(p.grad is not None) for p in params] + list(numbers), dtype=dtype, device=device)
+    has = torch.tensor([count, *(p.grad is not None for p in params)], dtype=total.dtype, device=total.device)
+    has = torch.cat([total[None], has])
     dist.all_reduce(has)
-    for bucket in _buckets([p for p, n in zip(params, has, strict=False) if n > 0]):
+    count, *used = has[1:].tolist()
+    for bucket in _buckets([p for p, n in zip(params, used, strict=True) if n > 0]):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for p, g, total in zip(bucket, grads, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = g.copy_(total.view_as(g))
-    return has[len(params) :].tolist()
+    return has[0], int(count)
 
 
 def _buckets(params: Sequence[nn.Parameter]) -> Generator[list[nn.Parameter], None, None]:

@@ -17,7 +17,7 @@ from advdmd.algorithms.base import Aux
 from advdmd.training import distributed
 from advdmd.training.gradient_halves import GradientHalves, damped
 from advdmd.training.optimizer import OptimizerConfig, ParamGroup, adam, moment_names, restore_8bit_tables
-from advdmd.types import Json, Metrics
+from advdmd.types import Json, StepMetrics, as_floats
 
 T = TypeVar("T")
 
@@ -86,14 +86,14 @@ class Learner:
         return self._call(*args)
 
     @overload
-    def update(self, losses: Iterable[Tensor], optimizer: str = "main", lr_scale: float = 1.0) -> Metrics: ...
+    def update(self, losses: Iterable[Tensor], optimizer: str = "main", lr_scale: float = 1.0) -> StepMetrics: ...
     @overload
     def update(
         self, losses: Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
-    ) -> tuple[Metrics, Aux]: ...
+    ) -> tuple[StepMetrics, Aux]: ...
     def update(
         self, losses: Iterable[Tensor] | Iterable[tuple[Tensor, Aux]], optimizer: str = "main", lr_scale: float = 1.0
-    ) -> Metrics | tuple[Metrics, Aux]:
+    ) -> StepMetrics | tuple[StepMetrics, Aux]:
         """One optimizer step on the mean over samples of `losses`, each [n] or ([n], aux), back-propagated as they arrive.
 
         lr_scale >= 0 multiplies the learning rate of this step: a factor of the losses would be divided out by Adam.
@@ -123,16 +123,21 @@ class Learner:
 
         Returns the sum of the losses, the number of samples, the norm of their mean gradient, and what lies beside the losses.
         """
-        o, total, count, found = self._optimizers[optimizer], 0.0, 0, list[Aux]()
+        o, count, found = self._optimizers[optimizer], 0, list[Aux]()
+        device = o.all_params[0].device
+        summed = torch.zeros((), dtype=distributed.widest_float(device), device=device)
         o.adam.zero_grad(set_to_none=True)
         for item in losses:
             loss, aux = item if isinstance(item, tuple) else (item, None)
             if aux is not None:
                 found.append(aux)
             loss.sum().backward()
-            total, count = total + loss.detach().sum().item(), count + len(loss)
-        total, count = distributed.all_reduce_gradients(o.all_params, total, count)
-        norm = distributed.grad_norm([p.grad for p in o.all_params if p.grad is not None]) / max(count, 1)
+            summed, count = summed + loss.detach().sum(), count + len(loss)
+        summed, count = distributed.all_reduce_gradients(o.all_params, summed, count)
+        norm = distributed.grad_norm([p.grad for p in o.all_params if p.grad is not None])
+        # The device is waited for here, once for each update.
+        total, norm = as_floats(torch.stack([summed, norm.to(summed)]))
+        norm = norm / max(count, 1)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise FloatingPointError(f"{self.name}/{optimizer}: loss {total / count}, gradient norm {norm}")
         return total, count, norm, found
@@ -141,7 +146,7 @@ class Learner:
         """How many rollouts `accumulate` has added since the last step."""
         return self._halves[optimizer].rollouts
 
-    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str) -> tuple[Metrics, Aux]:
+    def accumulate(self, halves: Sequence[Iterable[tuple[Tensor, Aux]]], optimizer: str) -> tuple[StepMetrics, Aux]:
         """Add the gradients of a rollout's two halves, losses [n] of each, to those of earlier rollouts; nothing moves.
 
         Returns the rollout's mean loss and gradient norm, how many rollouts there are since the last step, the agreement that
@@ -155,7 +160,7 @@ class Learner:
             total, count, norms, every = total + loss, count + n, [*norms, norm], every + found
         o.adam.zero_grad(set_to_none=True)
         held.end_rollout()
-        metrics = {
+        metrics: StepMetrics = {
             f"{o.log_prefix}loss": total / count,
             f"{o.log_prefix}grad_norm": max(norms),
             f"{o.log_prefix}expected_agreement": held.expected_agreement(),
@@ -163,7 +168,7 @@ class Learner:
         }
         return metrics, _joined(every)
 
-    def step_by_agreement(self, optimizer: str, scaled_by: str) -> Metrics:
+    def step_by_agreement(self, optimizer: str, scaled_by: str) -> StepMetrics:
         """One step along what `accumulate` has gathered, as long as its halves agree (GradientHalves.step); moves the EMA.
 
         The first of the optimizer's betas is the momentum.
@@ -192,7 +197,7 @@ class Learner:
         return any(distributed.is_sharded(p) for p in self.net.parameters())
 
     @torch.no_grad()
-    def _gradient_alignment(self) -> Metrics:
+    def _gradient_alignment(self) -> StepMetrics:
         """Of two optimizers that have both made updates.
 
         The cosine of their mean gradients (Adam's first moments), and how long the second's is beside the first's. Not

@@ -1,5 +1,6 @@
 """The training loop: a batch, a train step, metrics, validation, sample grids, checkpoints."""
 
+import math
 import signal
 import sys
 import threading
@@ -17,14 +18,14 @@ from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.learner import Learner
 from advdmd.training.logger import MetricsLogger
-from advdmd.types import ONE_RANK, Columns, Json, Metrics, Ranks
+from advdmd.types import ONE_RANK, Columns, Json, Metrics, Ranks, StepMetrics, as_floats
 
 
 class TakesTrainSteps(Protocol):
     """What the trainer needs of an algorithm."""
 
     @property
-    def train_step(self) -> Callable[..., Metrics]: ...  # (models, batch, iteration, rng) -> metrics
+    def train_step(self) -> Callable[..., StepMetrics]: ...  # (models, batch, iteration, rng) -> metrics
 
 
 def _never() -> bool:
@@ -48,6 +49,14 @@ def _sigterm_received() -> Generator[Callable[[], bool], None, None]:
 def is_due(done: int, every: int, total: int) -> bool:
     """Whether something that happens every `every` iterations, and at the end, happens after `done` iterations."""
     return done == total or (every > 0 and done % every == 0)
+
+
+def as_numbers(metrics: StepMetrics) -> Metrics:
+    """Metrics off the device, all in one transfer. What was not measured, nan, is left out."""
+    held = {k: v for k, v in metrics.items() if isinstance(v, Tensor)}
+    moved = as_floats(torch.stack([v.detach().float().reshape(()) for v in held.values()])) if held else []
+    found = {k: float(v) for k, v in metrics.items() if not isinstance(v, Tensor)} | dict(zip(held, moved, strict=True))
+    return {k: found[k] for k in metrics if not math.isnan(found[k])}
 
 
 @dataclass(kw_only=True)
@@ -144,7 +153,7 @@ class Trainer:
             if self.efficiency:
                 self.efficiency.start(iteration)
             rng = Rng(self.seed, iteration, samples, self.ranks, self.device)
-            metrics = self.algorithm.train_step(self.models, batch, iteration, rng)
+            metrics = as_numbers(self.algorithm.train_step(self.models, batch, iteration, rng))
         except FloatingPointError as e:
             raise FloatingPointError(f"iteration {iteration}, {e}: the last checkpoint is untouched") from None
         return distributed.mean_over_ranks(metrics | (self.efficiency.stop(iteration) if self.efficiency else {}))
