@@ -304,8 +304,8 @@ def reliability() -> None:
         killed, starts, apart = (r[k] for k in list(r)[3:5] + list(r)[6:])
         text = (
             f"The second node's processes were killed after the checkpoint at {killed} of {r['iterations']} iterations. The "
-            f"agents started {starts[0]} and {starts[1]} times. Every iteration was logged once. Weights differ from those of one "
-            f"process by {apart:.1g} at most."
+            f"agents started {starts[0]} and {starts[1]} times. Every iteration was logged once. Weights differ from those of "
+            f"one process by {apart:.1g} at most."
         )
         between(page, ("<!-- nodes -->", "<!-- /nodes -->"), text)
     if (file := RELIABILITY / "drift.json").is_file():
