@@ -1,6 +1,7 @@
 """Operations as torch counts them, hours by measured rates, and the share of the matrix rate that a run logs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from advdmd.commands import train
 from advdmd.commands.show import describe
+from advdmd.distillation import cost, memory
 from advdmd.distillation.cost import GPUS, forward_operations
 from advdmd.distillation.memory import tokens_of, transformer
 from advdmd.mini import pipelines
@@ -16,6 +18,8 @@ from advdmd.models import loading
 from advdmd.recipes.registry import resolve
 from tests.algorithms.test_twinflow import MAKE
 from tests.test_product import SMALL
+
+FULL = ["iterations=10", "algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"]  # policy updates throughout
 
 
 @pytest.mark.parametrize("family", MAKE)
@@ -67,3 +71,23 @@ def test_a_run_logs_its_share_of_the_matrix_rate(tiny_folder, tmp_path):
     train.train(*resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}"]), tmp_path / "run")
     found = [json.loads(line)["cost/mfu"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(0 < x < 1.5 for x in found)
+
+
+def test_what_crosses_the_network_is_counted():
+    """Adapters: each of five steps sums the gradients of its network in a ring. Shards between machines: a share of theirs."""
+    _, r = resolve("sd35-medium-advdmd-4step-80gb", ["prompts_per_step=8", *FULL])
+    adapter = memory.estimate(r).adapter
+    assert r.algorithm.optimizer_steps(9) == {"student": 3, "fake_score": 2, "discriminator": 2}
+    assert cost.traffic(r, 2) == (7 * 4 * adapter, 0)
+    assert cost.traffic(r, 8).gradients == pytest.approx(7 * 4 * adapter * 2 * 7 / 8)
+    _, whole = resolve("sd35-medium-advdmd-4step-8x80gb", ["prompts_per_step=16", *FULL])
+    full, hybrid = whole, replace(whole, fsdp_sharding="hybrid")
+    base = memory.estimate(whole).base
+    assert cost.traffic(hybrid, 16, 2) == (pytest.approx(7 * 4 * base / 8), 0)
+    assert cost.traffic(full, 16, 2).weights > 20 * cost.traffic(hybrid, 16, 2).gradients
+    text = describe("x", hybrid, 80, 16, 1024, None, 2, 25.0)
+    assert "network between 2 machines, each GPU in a full iteration: 7.85 GB of gradients, 0.3 s at 25 GB/s" in text
+    with pytest.raises(ValueError, match="nodes=3: 16 GPUs are not the same number on each"):
+        describe("x", hybrid, 80, 16, 1024, None, 3)
+    with pytest.raises(ValueError, match="bandwidth=0"):
+        describe("x", hybrid, 80, 16, 1024, None, 2, 0)

@@ -243,6 +243,12 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         trunk: dict[str, Sequence[str]] = {"discriminator": ("fake_score_optimizer",)} if discriminator_trunk else {}
         return {"student": ("dm_optimizer", "policy_optimizer"), "fake_score": ("fake_score_optimizer",), **trunk}
 
+    def optimizer_steps(self, iteration: int) -> dict[str, int]:
+        """Of policy updates and distribution matching, and of fake score and discriminator together."""
+        due, learned = self.updates_at(iteration), self.fake_score_updates
+        student = due.policy + due.distribution_matching * self.dm_updates
+        return {"student": student, "fake_score": learned, "discriminator": learned * self.discriminator_trains(iteration)}
+
     @property
     def conditions_per_sample(self) -> int:
         """2 with mismatched captions."""

@@ -164,6 +164,10 @@ class Algorithm(Protocol[Models]):
         """Samples per forward pass, if a rank has `samples` in an iteration."""
         return samples
 
+    def optimizer_steps(self, iteration: int) -> Mapping[str, int]:
+        """Optimizer steps of an iteration for each of `trained_networks`: how often gradients are exchanged."""
+        return {"student": 1}
+
     @property
     def fits_passes_to_gpu(self) -> bool:
         """Whether the samples of a pass are still to be chosen, by what the GPU holds (distillation.micro_batch)."""

@@ -134,6 +134,11 @@ class DMD2(MicroBatches, Algorithm[DistillationModels]):
         trunk: dict[str, Sequence[str]] = {"discriminator": ("fake_score_optimizer",)} if discriminator_trunk else {}
         return {"student": ("dm_optimizer",), "fake_score": ("fake_score_optimizer",), **trunk}
 
+    def optimizer_steps(self, iteration: int) -> dict[str, int]:
+        """Of the student where it is due, and of fake score and discriminator together."""
+        student, learned = self.updates_student(iteration) * self.dm_updates, self.fake_score_updates
+        return {"student": student, "fake_score": learned, "discriminator": learned}
+
     def forwards_per_sample(self, iteration: int, costs: Costs) -> dict[str, float]:
         """Forward passes per sample of an iteration by part, in units of one without gradient."""
         grad, gan, depth = 1 + costs.backward, bool(self.gan_loss_weight), costs.discriminator_depth

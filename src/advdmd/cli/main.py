@@ -43,6 +43,8 @@ def show(
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; by default that of the preset.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default that of the preset.")] = None,
     gpu: Annotated[str | None, typer.Option(help="h100 or h200: prints the hours of the run on it.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that the GPUs are on.")] = 1,
+    bandwidth: Annotated[float, typer.Option(help="GB/s between GPUs or machines.")] = 25.0,
 ) -> None:
     """Print a resolved recipe, what an iteration costs and the GPU memory it takes; nothing is loaded."""
     from advdmd.commands.show import describe, recipe_table
@@ -51,7 +53,7 @@ def show(
     if recipe is None:
         print(recipe_table())
         return
-    print(describe(*registry.resolve(recipe, changes or []), gpu_memory, gpus, resolution, gpu))
+    print(describe(*registry.resolve(recipe, changes or []), gpu_memory, gpus, resolution, gpu, nodes, bandwidth))
 
 
 @app.command()

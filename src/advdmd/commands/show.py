@@ -10,6 +10,8 @@ from advdmd.recipes.overrides import dump
 from advdmd.recipes.published import PRESETS, preset_from_name
 from advdmd.recipes.recipe import Recipe
 
+BANDWIDTH = 25.0  # GB/s between machines: InfiniBand of 200 Gbit/s
+
 
 def recipe_table() -> str:
     """All recipes as a table: one row per model and method, with steps and presets; models without presets share rows."""
@@ -52,11 +54,14 @@ def describe(
     gpus: int | None = None,
     resolution: int | None = None,
     gpu: str | None = None,
+    nodes: int = 1,
+    bandwidth: float = BANDWIDTH,
 ) -> str:
     """A recipe's settings, the forward passes of an iteration and, for published models, the memory of each GPU.
 
     gpu_memory in GB, gpus and resolution in pixels default to the preset of the recipe's name, then to one GPU and 1024 pixels.
-    gpu: a kind of GPU (distillation.cost.GPUS), for the hours. Raises ValueError if the GPUs cannot share an iteration, if
+    gpu: a kind of GPU (distillation.cost.GPUS), for the hours. nodes: machines that the GPUs are on, with `bandwidth` GB/s
+    between them. Raises ValueError if the GPUs cannot share an iteration, if
     rates of the GPU were not measured, or if the transformer's memory is not known.
     """
     full: Mapping[str, float] = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
@@ -89,6 +94,10 @@ def describe(
     ]
     if gpu_memory is not None:
         lines.append(memory.fit_advice(r, need, gpu_memory))
+    if gpus > 1:
+        if gpus % nodes:
+            raise ValueError(f"nodes={nodes}: {gpus} GPUs are not the same number on each")
+        lines.append(cost.traffic_line(r, gpus, nodes, bandwidth))
     if gpu is not None:
         lines.append(cost.hours(r, name, gpu, resolution, gpus))
     return "\n".join(lines)

@@ -90,3 +90,44 @@ def hours(r: Recipe, name: str, gpu: str, resolution: int, gpus: int = 1) -> str
         f"{head}{at(high):.1f} to {at(low):.1f} hours on {many}, at {low:.0%} to {high:.0%} of its matrix rate as measured for "
         "other models and sizes"
     )
+
+
+class Traffic(NamedTuple):
+    """Bytes that each GPU sends in a full iteration: of gradients, and of weights that are gathered."""
+
+    gradients: float
+    weights: float
+
+
+def traffic(r: Recipe, gpus: int, nodes: int = 1) -> Traffic:
+    """What crosses the network between `gpus` GPUs in all, on `nodes` machines, in a full iteration of a recipe.
+
+    Replicas sum float32 gradients in a ring. Sharded networks gather weights for each pass, at most once a counted forward, and
+    scatter gradients; with fsdp_sharding=hybrid that stays inside a machine, and what crosses between machines is counted: the
+    sums of a machine's shards. Raises ValueError if the transformer's class is not known.
+    """
+    found = memory.estimate(r, gpus=gpus)
+    learned, full = found.adapter or found.base, max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))
+    steps = r.algorithm.optimizer_steps(full)
+    updates = sum(steps.get(name, 0) for name in r.algorithm.trained_networks(r.discriminator.trunk == "own"))
+    if not r.uses_fsdp(gpus):
+        return Traffic(updates * 4.0 * learned * 2 * (gpus - 1) / gpus, 0.0)
+    if r.fsdp_sharding == "hybrid" and nodes > 1:
+        return Traffic(updates * 4.0 * learned / (gpus // nodes) * 2 * (nodes - 1) / nodes, 0.0)
+    own = max(1, r.batch // gpus)
+    passes = sum(r.forwards(full).values()) * -(-own // r.algorithm.samples_per_pass(own))
+    share, width = (gpus - 1) / gpus, memory.DTYPE_BYTES[r.base_dtype(gpus)]
+    return Traffic(updates * 4.0 * learned * share, passes * width * found.base * share)
+
+
+def traffic_line(r: Recipe, gpus: int, nodes: int, bandwidth: float) -> str:
+    """`traffic` in words, with the seconds at a bandwidth in GB/s. Raises ValueError if it is not above 0."""
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth={bandwidth}: GB a second between GPUs, above 0")
+    t = traffic(r, gpus, nodes)
+    weights = f" and at most {t.weights / memory.GB:.1f} GB of weights" if t.weights else ""
+    where = f"between {nodes} machines" if nodes > 1 else "between GPUs"
+    return (
+        f"network {where}, each GPU in a full iteration: {t.gradients / memory.GB:.2f} GB of gradients{weights}, "
+        f"{(t.gradients + t.weights) / memory.GB / bandwidth:.1f} s at {bandwidth:g} GB/s"
+    )
