@@ -48,3 +48,25 @@ def test_what_apples_gpus_lack_is_named_with_the_way_out(monkeypatch, capsys):
     assert line.startswith(
         "error: device=mps: The operator 'aten::x' is not currently implemented for the MPS device. Set PYTORCH"
     )
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_one_speaks_and_errors_name_the_others(rank, monkeypatch, capsys):
+    def fail():
+        print("student: here")
+        print("progress", file=sys.stderr)
+        raise ValueError("no such recipe")
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["advdmd", "train"])
+    monkeypatch.setenv("RANK", rank)
+    before = sys.stdout, sys.stderr
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    assert (sys.stdout, sys.stderr) == before
+    said = capsys.readouterr()
+    if rank == "0":
+        assert (said.out, said.err) == ("student: here\n", "progress\nerror: no such recipe\n")
+    else:
+        assert (said.out, said.err) == ("", "process 1: error: no such recipe\n")

@@ -1,7 +1,10 @@
 """The command line. Mistakes of the user end with one line on stderr and exit code 2."""
 
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -296,27 +299,42 @@ def _check_options(words: list[str]) -> None:
             raise ValueError(f"option {option} is now called {RENAMED_OPTIONS[option]}")
 
 
+@contextmanager
+def _one_speaks() -> Iterator[str]:
+    """Inside, of several processes that torchrun started the first alone prints. Yields what begins the errors of the others."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        yield ""
+        return
+    heard = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield f"process {rank}: "
+        finally:
+            sys.stdout, sys.stderr = heard
+
+
 def main() -> None:
     """Entry point."""
     signal.signal(signal.SIGINT, _interrupt)
-    try:
-        _check_options(sys.argv[1:])
-        app()
-    except (ValueError, OSError) as e:
-        text = str(e)  # which may hold a prompt of any length
-        print("error:", text if len(text) < 3000 else f"{text[:1500]} [...] {text[-1000:]}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as e:
-        print(f"stopped: {e}", file=sys.stderr)
-        sys.exit(3)
-    except (RuntimeError, TypeError) as e:
-        if "MPS" in str(e):  # what torch says of an operation or a type that Apple's GPUs lack
-            print(f"error: device=mps: {str(e).split('. ')[0]}. {WITHOUT_MPS}", file=sys.stderr)
+    errors = sys.stderr
+    with _one_speaks() as who:
+        try:
+            _check_options(sys.argv[1:])
+            app()
+        except (ValueError, OSError) as e:
+            text = str(e)  # which may hold a prompt of any length
+            print(f"{who}error:", text if len(text) < 3000 else f"{text[:1500]} [...] {text[-1000:]}", file=errors)
             sys.exit(2)
-        if type(e).__name__ != "OutOfMemoryError":  # torch's; importing torch for its name takes seconds
-            raise
-        print(f"error: the GPU's memory is not enough: {str(e).split('.')[0]}. {OUT_OF_MEMORY}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted:
-        print("\ninterrupted: the last checkpoint is kept, run the same command to resume", file=sys.stderr)
-        sys.exit(130)
+        except FloatingPointError as e:
+            print(f"{who}stopped: {e}", file=errors)
+            sys.exit(3)
+        except (RuntimeError, TypeError) as e:
+            if "MPS" in str(e):  # what torch says of an operation or a type that Apple's GPUs lack
+                print(f"{who}error: device=mps: {str(e).split('. ')[0]}. {WITHOUT_MPS}", file=errors)
+                sys.exit(2)
+            if type(e).__name__ != "OutOfMemoryError":  # torch's; importing torch for its name takes seconds
+                raise
+            print(f"{who}error: the GPU's memory is not enough: {str(e).split('.')[0]}. {OUT_OF_MEMORY}", file=errors)
+            sys.exit(2)
