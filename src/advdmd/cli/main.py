@@ -301,7 +301,7 @@ def _check_options(words: list[str]) -> None:
 
 @contextmanager
 def _one_speaks() -> Iterator[str]:
-    """Inside, of several processes that torchrun started the first alone prints. Yields what begins the errors of the others."""
+    """Inside, the first of several processes of torchrun alone prints. Yields what begins the errors of the others."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         yield ""
