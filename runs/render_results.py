@@ -12,6 +12,7 @@ import numpy as np
 
 from advdmd.monitoring import health
 from advdmd.monitoring.reward_hacking import reward_hacking_step
+from advdmd.recipes.registry import resolve
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, README = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -193,6 +194,28 @@ def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
     plt.close("all")
 
 
+def samples_curve(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
+    """Held-out score against the samples that policy updates have used; without policy updates, against as many iterations."""
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    fig, ax = plt.subplots(figsize=(5, 3), constrained_layout=True)
+    for name, metrics in runs.items():
+        method, _, seed = name.rpartition("-")
+        _, r = resolve(str(folder / name / "recipe.yaml"))
+        algorithm: Any = r.algorithm
+        sat = [m for m in metrics if "eval/score" in m]
+        used = [max(0.0, m["step"] + 1 - algorithm.warmup_iterations) * r.batch for m in sat]
+        ax.plot(used, [m["eval/score"] for m in sat], color=COLORS[method], label=LABELS[method] if seed == "0" else None)
+    ax.set(xlabel="samples after the warm-up", ylabel="validation score")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=7)
+    fig.savefig(folder / "score_by_samples.png", dpi=90)
+    plt.close("all")
+
+
 def hacking(runs: dict[str, health.RunMetrics]) -> str:
     """In how many runs with rewards the reward rose while the score fell."""
     rewarded = {name: metrics for name, metrics in runs.items() if any("reward/final" in m for m in metrics)}
@@ -238,6 +261,8 @@ def reinforcement(folder: Path) -> list[str]:
         return []
     runs = {k: v for k, v in runs_of(folder).items() if not k.startswith("base")}
     curves(folder, runs)
+    samples_curve(folder, runs)
+    (folder / "runs.png").unlink()
     rows, scores = [], [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
     for ours, theirs, c in comparisons(folder):
         suite = c["suite"]
@@ -256,6 +281,8 @@ def reinforcement(folder: Path) -> list[str]:
         f"forwards, with policy updates or without. Seeds: {seeds['forward']}; the checker as reward: {seeds['checker']}.",
         *("", *grid(head, table), ""),
         f"![score and diversity against forwards](../results/{folder.name}/curves.png)",
+        "",
+        f"![score against samples](../results/{folder.name}/score_by_samples.png)",
     ]
 
 
