@@ -13,7 +13,7 @@ from advdmd.recipes.registry import resolve
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-GOOD = ("healthy/*", "main_job", "claims/h[12]/advdmd-*", "claims/h[12]/dmd2-*", "claims/h3-mini-sd35/*dmd*-*")
+GOOD = ("healthy/*", "main_job", "claims/h[12]/advdmd-*", "claims/h[12]/dmd2-*")
 SHIPPED = ROOT / "src/advdmd/monitoring/healthy_ranges.json"
 MARK = "<!-- ranges -->"
 

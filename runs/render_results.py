@@ -26,11 +26,6 @@ CLAIMS = {
     "h1": (H1, DENSE, ("teacher",)),
     "h2": (H2, SHORT, ("teacher", "dmd2")),
     "h3": (H3.format("2 steps", "2"), SHORT + DENSE, ("twinflow", "dmd2")),
-    "h3-mini-sd35": (
-        "The same on mini-sd35, of earlier code: AdvDMD at 2 steps against TwinFlow and DMD2 at 2",
-        SHORT + DENSE,
-        ("twinflow", "dmd2"),
-    ),
     "h3-4-step": (H3.format("4 steps", "4") + ", of earlier code", SHORT + DENSE, ("twinflow", "dmd2")),
 }
 LABELS = {
