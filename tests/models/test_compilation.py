@@ -13,6 +13,7 @@ from advdmd.models import loading, networks
 from advdmd.models.compilation import compile_blocks
 from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
+from advdmd.training.trainer import as_numbers
 from advdmd.types import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns of itself while it traces
@@ -61,7 +62,7 @@ def iteration(folder, words, backend):
         models = Builder(r, backbone, null).build()
     latents = torch.randn(8, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     batch = Batch(cond[torch.arange(2).repeat_interleave(4)], latents)
-    return r.algorithm.train_step(models, batch, 0, Rng(0, 0, range(8)))
+    return as_numbers(r.algorithm.train_step(models, batch, 0, Rng(0, 0, range(8))))
 
 
 @pytest.mark.parametrize(
