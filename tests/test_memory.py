@@ -1,5 +1,6 @@
 """What a recipe takes of a GPU, from the published models' configurations alone."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,15 @@ def test_whole_networks_are_shared_by_the_gpus():
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
     assert many.parts["activations"] == one.parts["activations"] / 2
     assert "lora_rank=32 fsdp=false (adapters on one base), more GPUs" in fit_advice(r, one, 80)
+
+
+def test_hybrid_shards_are_of_a_machine():
+    """Two machines of eight hold what one of eight does, each its replica."""
+    r = resolve("sd35-large-advdmd-4step-8x80gb", ["prompts_per_step=16"])[1]
+    hybrid = replace(r, fsdp_sharding="hybrid")
+    one, two, full = estimate(r, gpus=8), estimate(hybrid, gpus=16, nodes=2), estimate(r, gpus=16)
+    for part in ("trained weights", "gradients", "Adam", "EMA"):
+        assert two.parts[part] == one.parts[part] == 2 * full.parts[part]
 
 
 def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):

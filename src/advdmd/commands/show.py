@@ -79,12 +79,14 @@ def describe(
         resolution = resolution or preset.resolution
     gpus, resolution = gpus or 1, resolution or 1024
     r.check_world_size(gpus)
+    if gpus % nodes:
+        raise ValueError(f"nodes={nodes}: {gpus} GPUs are not the same number on each")
     if r.algorithm.fits_passes_to_gpu:
         r = fitted(r, resolution, gpus, gpu_memory)
         lines.append(
             f"algorithm.micro_batch_size=auto: {r.algorithm.samples_per_pass(r.batch)} samples a pass, by the estimate"
         )
-    need = memory.estimate(r, resolution, gpus)
+    need = memory.estimate(r, resolution, gpus, nodes)
     adapters = f", {need.adapter / 1e6:.0f} M in each of {need.networks} adapters" if need.adapter else ""
     which = "one GPU" if gpus == 1 else f"each of {gpus} GPUs"
     lines += [
@@ -95,8 +97,6 @@ def describe(
     if gpu_memory is not None:
         lines.append(memory.fit_advice(r, need, gpu_memory))
     if gpus > 1:
-        if gpus % nodes:
-            raise ValueError(f"nodes={nodes}: {gpus} GPUs are not the same number on each")
         lines.append(cost.traffic_line(r, gpus, nodes, bandwidth))
     if gpu is not None:
         lines.append(cost.hours(r, name, gpu, resolution, gpus))

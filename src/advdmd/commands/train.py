@@ -130,7 +130,8 @@ def _warn_of_memory(r: Recipe, resolution: int | None, ranks: Ranks) -> None:
     """One line on stderr if the GPU is too small. resolution: of encoded images, None: of the miniature, which always fits."""
     if resolution is None or ranks.rank:
         return
-    if text := memory.warning(r, resolution, ranks.world_size, devices.resolve_device(r.device)):
+    device, nodes = devices.resolve_device(r.device), distributed.num_nodes()
+    if text := memory.warning(r, resolution, ranks.world_size, device, nodes):
         print(f"warning: {text}; measured peaks were within 12 % of such estimates", file=sys.stderr)
 
 

@@ -80,8 +80,8 @@ def transformer(teacher: str) -> tuple[Module, int]:
         return cls.from_config(config) if "_class_name" in config else cls(**config), text
 
 
-def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate:
-    """Bytes of each of `gpus` GPUs that training a recipe takes, at a resolution in pixels.
+def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -> MemoryEstimate:
+    """Bytes of each of `gpus` GPUs on `nodes` machines that training a recipe takes, at a resolution in pixels.
 
     Text encoders and autoencoder are not on a GPU: text is encoded before, and sample grids are decoded on the CPU. Raises
     ValueError if the transformer is of a class whose memory is not known.
@@ -107,7 +107,8 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1) -> MemoryEstimate
     }
     sharded = r.uses_fsdp(gpus)
     if sharded:  # every GPU holds its share, and the block that is used and the next one whole
-        parts = {k: v / gpus for k, v in parts.items()}
+        shares = gpus // nodes if r.fsdp_sharding == "hybrid" else gpus
+        parts = {k: v / shares for k, v in parts.items()}
         parts["gathered"] = 2.0 * base / num_blocks * bytes_each
     width = getattr(net, "inner_dim", None) or net.config.dim
     tokens = tokens_of(net, resolution // 8, resolution // 8) + text
@@ -134,13 +135,13 @@ def tokens_of(net: Module, height: int, width: int) -> int:
     return (height // patch) * (width // patch)
 
 
-def warning(r: Recipe, resolution: int, gpus: int, device: str) -> str:
+def warning(r: Recipe, resolution: int, gpus: int, device: str, nodes: int = 1) -> str:
     """What to change if this process's GPU has less memory than a recipe takes; empty if it fits or cannot be known."""
     gpu_memory = this_gpu(device)
     if gpu_memory is None:
         return ""
     try:
-        need = estimate(r, resolution, gpus)
+        need = estimate(r, resolution, gpus, nodes)
     except ValueError:  # a class of transformer whose memory is not known
         return ""
     return "" if need.total / GB <= gpu_memory * USABLE else fit_advice(r, need, round(gpu_memory))

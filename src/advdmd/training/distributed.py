@@ -33,6 +33,12 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_nodes() -> int:
+    """On how many machines torchrun's processes are, all with as many as this one."""
+    size = rank_and_world_size()[1]
+    return size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
+
+
 def local_device(device: str) -> str:
     """This rank's GPU, where torchrun started one process for each."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
