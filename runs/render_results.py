@@ -41,7 +41,7 @@ LABELS = {
     "none": "without policy updates",
     "checker": "with the exact checker as the reward",
 }
-ARMS = ("forward", "none", "checker")  # of runs/reinforce.sh
+ARMS = ("forward", "none", "checker", "base")  # of runs/reinforce.sh
 COLORS = {
     "advdmd": "tab:red",
     "twinflow": "tab:green",
@@ -272,8 +272,9 @@ def reinforcement(folder: Path) -> list[str]:
     return [
         *("", f"## What policy updates are worth: {teacher}", ""),
         f"`TEACHER={teacher} runs/reinforce.sh`: a student of {teacher} that has had no policy updates goes on from the same "
-        "weights with the same "
-        f"forwards, with policy updates or without. Seeds: {seeds['forward']}; the checker as reward: {seeds['checker']}.",
+        "weights with the same forwards, with policy updates or without. Seeds: "
+        + ", ".join(f"{n} {LABELS[arm]}" for arm, n in seeds.items() if n)
+        + ".",
         *("", *grid(head, table), ""),
         f"![score and diversity against forwards](../results/{folder.name}/curves.png)",
         "",
@@ -293,6 +294,11 @@ def summary() -> str:
                 label = name[:2].upper() + name[2:].replace("-", " ")
                 scores = f"{LABELS[theirs]} {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f}"
                 out.append(f"| {label} | {suite} | {scores} | {signed(d)} | {n} |")
+    for ours, theirs, c in comparisons(RESULTS / "reinforce-mini-sd35"):  # H1's teacher, of a student that went on
+        if (ours, theirs) == ("forward", "teacher"):
+            d, n = c["difference"]["strict"]["overall"], len(c["ours"]["strict"])
+            scores = f"teacher {d['against']:.3f} | {np.mean(c['ours']['strict']):.3f}"
+            out.insert(3, f"| H1, reinforced | {c['suite']} | {scores} | {signed(d)} | {n} |")
     return "\n".join(out)
 
 
