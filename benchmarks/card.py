@@ -204,7 +204,7 @@ def size(case: str, device: str, tiny: bool, rounds: int = 2) -> dict[str, Any]:
     if r.base_bits < 32:
         quantize(backbone.blocks(net), r.base_bits, backbone.dtype, device)
     models = Builder(r, backbone, conditions(1)).build()
-    step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
+    step = r.full_iteration
     F, ids = sum(r.forwards(step).values()), list(range(r.batch))
 
     def iteration() -> None:

@@ -73,7 +73,7 @@ def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, An
     _, r = registry.resolve(name, ["data.num_prompts=16", f"threads={threads}", *changes])
     torch.set_num_threads(threads)
     backbone, data, models = setup(r, r.data.open(r.teacher))
-    step = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))  # a full iteration
+    step = r.full_iteration
     batch, ids = data.batch_fn(0)
 
     def iteration() -> float:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from advdmd.commands import train
 from advdmd.commands.show import describe
 from advdmd.distillation import cost, memory
-from advdmd.distillation.cost import GPUS, forward_operations
+from advdmd.distillation.cost import MEASURED, forward_operations
 from advdmd.distillation.memory import tokens_of, transformer
 from advdmd.mini import pipelines
 from advdmd.models import loading
 from advdmd.recipes.registry import resolve
-from tests.algorithms.test_twinflow import MAKE
 from tests.test_product import SMALL
+from tests.tiny_pipelines import FAMILIES
 
 FULL = ["iterations=10", "algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"]  # policy updates throughout
 
 
-@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_operations_are_what_torch_counts(family):
-    backbone = loading.backbone_from_pipeline(MAKE[family](), {"t5_length": 0, "side": pipelines.LATENT, "text_length": 30})
+    backbone = loading.backbone_from_pipeline(FAMILIES[family](), {"t5_length": 0, "side": pipelines.LATENT, "text_length": 30})
     with torch.no_grad():
         cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"]))
         x = torch.randn(1, *backbone.latent_shape)
@@ -56,7 +57,7 @@ def test_hours_are_those_of_the_measured_rate():
         return describe(name, r, **asked).splitlines()[-1]
 
     one = line(gpu="H200", resolution=512)
-    assert "one H200, at the 7% of its matrix rate measured" in one
+    assert "hours on one H200, at 50 TFLOP/s of each, as measured for it" in one
     found = float(one.split(": ")[1].split(" hours")[0])
     assert found == pytest.approx(21, abs=1.5)
     eight = line(gpu="h200", resolution=512, gpus=4)
@@ -64,7 +65,16 @@ def test_hours_are_those_of_the_measured_rate():
     assert "as measured for other models and sizes" in line(gpu="h100", resolution=1024)
     with pytest.raises(ValueError, match="gpu=b200: rates were measured on h100, h200"):
         line(gpu="b200")
-    assert all(0 < share < 1 for gpu in GPUS.values() for share in gpu.share.values())
+    with pytest.raises(ValueError, match="mini-sd35 is of the miniature"):
+        describe(*resolve("mini-sd35-advdmd"), gpu="h100")
+
+
+@pytest.mark.parametrize(("gpu", "file"), [("h200", "card.json"), ("h100", "card_h100.json")])
+def test_rates_are_those_that_are_kept_of_the_benchmark(gpu, file):
+    rows = json.loads((Path(__file__).parent.parent / "results/performance" / file).read_text())["size"]
+    kept = {tuple(r["case"].replace("-80gb", "").split("@")): r["share"] * r["matrix_teraflops"] for r in rows}
+    found = {(model, str(side)): rate for (model, side), rate in MEASURED[gpu].items()}
+    assert found == pytest.approx(kept, abs=0.1)
 
 
 def test_a_run_logs_its_share_of_the_matrix_rate(tiny_folder, tmp_path):

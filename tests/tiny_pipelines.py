@@ -162,3 +162,13 @@ def z_image(corpus, size, seed=0):
             torch.nn.init.normal_(p, std=0.1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return ZImagePipeline(scheduler, pipelines.autoencoder(size), text.eval(), tokenizer, net.eval())
+
+
+FAMILIES = {
+    "sd3": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=False),
+    "sd35": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=True),
+    "qwen": lambda: pipelines.qwen_image(VOCABULARY, TINY),
+    "z-image": lambda: z_image(VOCABULARY, TINY),
+    "flux": lambda: flux(VOCABULARY, TINY),
+    "flux2": lambda: flux2(VOCABULARY, TINY),
+}

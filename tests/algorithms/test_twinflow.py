@@ -11,31 +11,20 @@ from advdmd.algorithms.twinflow import TwinFlow, TwinFlowModels, barron_loss, gu
 from advdmd.commands import train
 from advdmd.distillation.build import Builder
 from advdmd.mini import pipelines
-from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import loading
 from advdmd.models.images import image_sampler
 from advdmd.models.target_time import TargetTime, attach_zero_target
 from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
 from advdmd.types import Batch
-from tests.conftest import TINY
 from tests.test_product import SMALL
-from tests.tiny_pipelines import flux, flux2, z_image
+from tests.tiny_pipelines import FAMILIES
 from tests.toy import as_cond, classes
 
-MAKE = {
-    "mini-sd3": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=False),
-    "mini-sd35": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=True),
-    "mini-qwen": lambda: pipelines.qwen_image(VOCABULARY, TINY),
-    "flux": lambda: flux(VOCABULARY, TINY),
-    "flux2": lambda: flux2(VOCABULARY, TINY),
-    "z-image": lambda: z_image(VOCABULARY, TINY),
-}
 
-
-@pytest.fixture(scope="module", params=MAKE)
+@pytest.fixture(scope="module", params=FAMILIES)
 def any_backbone(request):
-    pipe = MAKE[request.param]()
+    pipe = FAMILIES[request.param]()
     backbone = loading.backbone_from_pipeline(pipe, {"t5_length": 0, "side": pipelines.LATENT, "text_length": 30})
     backbone.net.requires_grad_(False).eval()
     return backbone

@@ -6,27 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from advdmd.mini import pipelines
-from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
 from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import pack
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.recipes.published import MODELS
-from tests.conftest import TINY
-from tests.tiny_pipelines import flux, flux2, z_image
+from tests.tiny_pipelines import FAMILIES
 
 PROMPTS = ["a picture of a red circle"]
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift": 1.0}
-FAMILIES = {
-    "sd3": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=False),
-    "sd35": lambda: pipelines.sd3(VOCABULARY, TINY, sd35=True),
-    "qwen": lambda: pipelines.qwen_image(VOCABULARY, TINY),
-    "z-image": lambda: z_image(VOCABULARY, TINY),
-    "flux": lambda: flux(VOCABULARY, TINY),
-    "flux2": lambda: flux2(VOCABULARY, TINY),
-}
 
 
 def saved(pipe, folder, **scheduler):

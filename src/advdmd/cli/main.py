@@ -47,7 +47,7 @@ def show(
     resolution: Annotated[int | None, typer.Option(help="Side of the images in pixels; by default that of the preset.")] = None,
     gpu: Annotated[str | None, typer.Option(help="h100 or h200: prints the hours of the run on it.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines that the GPUs are on.")] = 1,
-    bandwidth: Annotated[float, typer.Option(help="GB/s between GPUs or machines.")] = 25.0,
+    bandwidth: Annotated[float, typer.Option(help="GB/s between GPUs or machines; 25 is InfiniBand of 200 Gbit/s.")] = 25.0,
 ) -> None:
     """Print a resolved recipe, what an iteration costs and the GPU memory it takes; nothing is loaded."""
     from advdmd.commands.show import describe, recipe_table

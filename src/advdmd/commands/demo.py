@@ -91,9 +91,13 @@ def compare(
         raise ValueError(f"the prompt has {len(prompt)} characters: at most {LONGEST}")
     if None in (steps, seed, images):
         raise ValueError("steps, seed and images are numbers: one of them is empty")
-    for name, value, most in (("steps", steps, MOST_STEPS), ("images", images, MOST_IMAGES), ("seed", seed + 1, 2**31)):
-        if not (math.isfinite(value) and value == int(value) and 1 <= value <= most):
-            raise ValueError(f"{name}={value - (name == 'seed'):g}: a whole number from {int(name != 'seed')} to {most}")
+    for name, value, least, most in (
+        ("steps", steps, 1, MOST_STEPS),
+        ("images", images, 1, MOST_IMAGES),
+        ("seed", seed, 0, 2**31 - 1),
+    ):
+        if not (math.isfinite(value) and value == int(value) and least <= value <= most):
+            raise ValueError(f"{name}={value:.10g}: a whole number from {least} to {most}")
     for m in models:
         check_prompts(m.backbone, [prompt])
     drawn = [m.sample(prompt, int(seed), int(images), int(steps)) for m in models]
@@ -164,6 +168,7 @@ def page(models: Sequence[DemoModel]) -> Any:
                 [status, *shown],
                 concurrency_limit=1,
                 concurrency_id="draw",
+                api_name="draw",
             )
     return blocks.queue(max_size=QUEUE)
 

@@ -1,7 +1,5 @@
 """The command show: a table of recipes, or one recipe with what it costs and the memory it takes."""
 
-from collections.abc import Mapping
-
 from advdmd.distillation import cost, memory
 from advdmd.distillation.memory import GB
 from advdmd.distillation.micro_batch import fitted
@@ -9,8 +7,6 @@ from advdmd.recipes import registry
 from advdmd.recipes.overrides import dump
 from advdmd.recipes.published import PRESETS, preset_from_name
 from advdmd.recipes.recipe import Recipe
-
-BANDWIDTH = 25.0  # GB/s between machines: InfiniBand of 200 Gbit/s
 
 
 def recipe_table() -> str:
@@ -55,16 +51,16 @@ def describe(
     resolution: int | None = None,
     gpu: str | None = None,
     nodes: int = 1,
-    bandwidth: float = BANDWIDTH,
+    bandwidth: float = 25.0,  # InfiniBand of 200 Gbit/s
 ) -> str:
     """A recipe's settings, the forward passes of an iteration and, for published models, the memory of each GPU.
 
     gpu_memory in GB, gpus and resolution in pixels default to the preset of the recipe's name, then to one GPU and 1024 pixels.
-    gpu: a kind of GPU (distillation.cost.GPUS), for the hours. nodes: machines that the GPUs are on, with `bandwidth` GB/s
-    between them. Raises ValueError if the GPUs cannot share an iteration, if
-    rates of the GPU were not measured, or if the transformer's memory is not known.
+    gpu: a kind of GPU (distillation.cost.MEASURED), for the hours. nodes: machines that the GPUs are on, with `bandwidth` GB/s
+    between them. Raises ValueError if the GPUs cannot share an iteration, if rates of the GPU were not measured, if the
+    transformer's memory is not known, and on a GPU for the miniature.
     """
-    full: Mapping[str, float] = max((r.forwards(i) for i in range(r.iterations)), key=lambda p: sum(p.values()))
+    full = r.forwards(r.full_iteration)
     mean = r.forwards_until(r.iterations) / r.iterations
     parts = ", ".join(f"{k} {v:g}" for k, v in full.items())
     lines = [
@@ -72,7 +68,9 @@ def describe(
         f"forwards per sample, a full iteration: {parts} = {sum(full.values()):g}",
         f"mean over the schedule: {mean:.1f}; {r.iterations} iterations of {r.batch} samples",
     ]
-    if r.data.has_validation and gpu_memory is None and gpu is None:  # of the miniature, which any machine holds
+    if r.data.has_validation and gpu is not None:
+        raise ValueError(f"gpu={gpu}: {r.teacher} is of the miniature, whose runs take minutes on a laptop")
+    if r.data.has_validation and gpu_memory is None:  # of the miniature, which any machine holds
         return "\n".join(lines)
     if preset := preset_from_name(name):
         gpu_memory, gpus = gpu_memory or preset.gpu_memory, gpus or preset.gpus

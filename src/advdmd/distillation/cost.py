@@ -39,56 +39,36 @@ def _tokens(name: str, image_tokens: int, text_tokens: int) -> int:
     return text_tokens if TEXT.search(name) else image_tokens
 
 
-class GPU(NamedTuple):
-    """A GPU with its measured rate of bfloat16 matrix products, and the share of the rate that full iterations reached.
-
-    share: by model and side in pixels (docs/performance.md).
-    """
-
-    name: str
-    teraflops: float
-    share: dict[tuple[str, int], float]
-
-
-GPUS = {
-    "h100": GPU("H100", 771, {("sd35-medium", 512): 0.073, ("sd35-large", 512): 0.15}),
-    "h200": GPU(
-        "H200",
-        731,
-        {
-            **{("sd35-medium", 512): 0.067, ("sd35-medium", 1024): 0.242, ("sd35-large", 1024): 0.32},
-            **{("qwen-image", 512): 0.27, ("qwen-image", 1024): 0.443},
-        },
-    ),
+# TFLOP a second of full AdvDMD iterations, without compiled blocks, by model and side in pixels: benchmarks/card.py.
+MEASURED = {
+    "h100": {("sd35-medium", 512): 56.3, ("sd35-large", 512): 110.3},
+    "h200": {
+        **{("sd35-medium", 512): 50.3, ("sd35-medium", 1024): 176.9, ("sd35-large", 1024): 245.8},
+        **{("qwen-image", 512): 203.2, ("qwen-image", 1024): 320.7},
+    },
 }
 
 
 def hours(r: Recipe, name: str, gpu: str, resolution: int, gpus: int = 1) -> str:
-    """One line: the operations of a run of a recipe called `name`, and its hours on `gpus` GPUs of a kind of GPUS.
+    """One line: the operations of a run of a recipe called `name`, and its hours on `gpus` GPUs of a kind in MEASURED.
 
-    At the share of the GPU's rate that was measured for the model, or at the lowest and highest of any. Raises ValueError on
-    another GPU, and if the transformer's class is not known.
+    At the rate that was measured for the model, or at the lowest and highest of any. Raises ValueError on another GPU, and if
+    the transformer's class is not known.
     """
-    if gpu.lower() not in GPUS:
-        raise ValueError(f"gpu={gpu}: rates were measured on {', '.join(GPUS)}")
-    kind, (net, text) = GPUS[gpu.lower()], memory.transformer(r.teacher)
+    if gpu.lower() not in MEASURED:
+        raise ValueError(f"gpu={gpu}: rates were measured on {', '.join(MEASURED)}")
+    rates, (net, text) = MEASURED[gpu.lower()], memory.transformer(r.teacher)
     tokens = memory.tokens_of(net, resolution // 8, resolution // 8)
-    total = forward_operations(net, tokens, text) * r.forwards_until(r.iterations) * r.batch
-
-    def at(share: float) -> float:
-        return total / (share * kind.teraflops * 1e12 * gpus) / 3600
-
-    measured = next((s for (model, side), s in kind.share.items() if name.startswith(model) and side == resolution), None)
-    many = f"{gpus} {kind.name}s" if gpus > 1 else f"one {kind.name}"
-    head = f"{total / 1e18:.1f} million TFLOP: "
-    if measured is not None:
-        return (
-            f"{head}{at(measured):.1f} hours on {many}, at the {measured:.0%} of its matrix rate measured for uncompiled blocks"
-        )
-    low, high = min(kind.share.values()), max(kind.share.values())
+    total = forward_operations(net, tokens, text) * r.forwards_until(r.iterations) * r.batch / 1e12
+    known = [rate for (model, side), rate in rates.items() if name.startswith(f"{model}-") and side == resolution]
+    whose = "as measured for it" if known else "as measured for other models and sizes"
+    low, high = min(known or rates.values()), max(known or rates.values())
+    took, at = (f"{total / rate / gpus / 3600:.1f}" for rate in (high, low)), (f"{rate:.0f}" for rate in (low, high))
+    took_text, at_text = (" to ".join(dict.fromkeys(words)) for words in (took, at))  # one number where there is one rate
+    many = f"{gpus} {gpu.upper()}s" if gpus > 1 else f"one {gpu.upper()}"
     return (
-        f"{head}{at(high):.1f} to {at(low):.1f} hours on {many}, at {low:.0%} to {high:.0%} of its matrix rate as measured for "
-        "other models and sizes"
+        f"{total / 1e6:.1f} million TFLOP: {took_text} hours on {many}, at {at_text} TFLOP/s of each, {whose} without compiled "
+        "blocks"
     )
 
 
@@ -107,7 +87,7 @@ def traffic(r: Recipe, gpus: int, nodes: int = 1) -> Traffic:
     sums of a machine's shards. Raises ValueError if the transformer's class is not known.
     """
     found = memory.estimate(r, gpus=gpus)
-    learned, full = found.adapter or found.base, max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))
+    learned, full = found.adapter or found.base, r.full_iteration
     steps = r.algorithm.optimizer_steps(full)
     updates = sum(steps.get(name, 0) for name in r.algorithm.trained_networks(r.discriminator.trunk == "own"))
     if not r.uses_fsdp(gpus):

@@ -50,7 +50,7 @@ def proven(r: Recipe, backbone: Backbone, models: Any, batch_fn: BatchFn, ranks:
 
     Says so on stderr. All ranks take the same number. Networks that are sharded are not tried.
     """
-    full = max(range(r.iterations), key=lambda i: sum(r.forwards(i).values()))
+    full = r.full_iteration
     batch, samples = batch_fn(full)
     batch = batch.to(backbone.device)
     while True:

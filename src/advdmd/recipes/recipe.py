@@ -181,6 +181,11 @@ class Recipe:
         """Forward passes per sample of an iteration by part."""
         return self.algorithm.forwards_per_sample(iteration, self.costs)
 
+    @property
+    def full_iteration(self) -> int:
+        """The first of the iterations that make the most forward passes: one with all kinds of updates."""
+        return max(range(self.iterations), key=lambda i: sum(self.forwards(i).values()))
+
     def forwards_until(self, iteration: int) -> float:
         """Forward passes per sample of all iterations before `iteration`: the compute by which runs are compared."""
         return sum(sum(self.forwards(i).values()) for i in range(iteration))

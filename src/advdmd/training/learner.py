@@ -20,6 +20,7 @@ from advdmd.training.optimizer import OptimizerConfig, ParamGroup, adam, moment_
 from advdmd.types import Json, StepMetrics, as_floats
 
 T = TypeVar("T")
+SMALLEST = 1e-30  # divisor of squared norms: of gradients that are all zero the quotients are 0
 
 
 @dataclass
@@ -210,10 +211,10 @@ class Learner:
         shared = [p for p in first if p in second]
         pairs = [(distributed.local_shard(first[p]["exp_avg"]), distributed.local_shard(second[p]["exp_avg"])) for p in shared]
         dots = torch.stack([torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]) for a, b in pairs])
-        ab, aa, bb = distributed.all_reduce_sum(dots.sum(0, dtype=distributed.widest_float(dots.device)), shared).tolist()
+        ab, aa, bb = distributed.all_reduce_sum(dots.sum(0, dtype=distributed.widest_float(dots.device)), shared)
         return {
-            f"{self.name}/{other}_{name}_cosine": ab / math.sqrt(max(aa * bb, 1e-60)),
-            f"{self.name}/{other}_{name}_ratio": math.sqrt(bb / max(aa, 1e-60)),
+            f"{self.name}/{other}_{name}_cosine": ab / (aa * bb).clamp(min=SMALLEST).sqrt(),
+            f"{self.name}/{other}_{name}_ratio": (bb / aa.clamp(min=SMALLEST)).sqrt(),
         }
 
     @torch.no_grad()
