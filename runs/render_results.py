@@ -279,6 +279,7 @@ def reinforcement(folder: Path) -> list[str]:
         f"![score and diversity against forwards](../results/{folder.name}/curves.png)",
         "",
         f"![score against samples](../results/{folder.name}/score_by_samples.png)",
+        *(["", (folder / "reading.md").read_text().strip()] if (folder / "reading.md").is_file() else []),
     ]
 
 

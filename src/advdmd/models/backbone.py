@@ -62,6 +62,12 @@ def padded_ids(tokenizers: Sequence[Tokenizer], lengths: Sequence[int], prompts:
     return torch.stack([nn.functional.pad(i, (0, max(lengths) - i.shape[1])) for i in ids], 1)
 
 
+def chat_prompts(tokenizer: Tokenizer, prompts: Sequence[str], enable_thinking: bool) -> list[str]:
+    """Prompts as a user's messages in a tokenizer's chat template, up to where the answer would begin."""
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
+    return [tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
+
+
 def scheduler_grid(
     pipe: Pipeline, steps: int, tokens: int, sigmas: Sequence[float] | None = None, mu: float | None = None
 ) -> Tensor:

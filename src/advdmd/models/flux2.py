@@ -5,7 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, TimeEmbedding, block_outputs, scheduler_grid
+from advdmd.models.backbone import (
+    ATTENTION,
+    Backbone,
+    Module,
+    Pipeline,
+    TimeEmbedding,
+    block_outputs,
+    chat_prompts,
+    scheduler_grid,
+)
+from advdmd.models.flux import Flux
 from advdmd.models.qwen_image import pack, unpack
 from advdmd.types import Cond, Json
 
@@ -65,8 +75,7 @@ class Flux2(Backbone):
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def _messages(self, prompts: Sequence[str]) -> list[str]:
-        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return [self.pipe.tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
+        return chat_prompts(self.pipe.tokenizer, prompts, enable_thinking=False)
 
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids and masks [N, 2, L] -> outputs of three layers beside each other [N, L, 3 D]. There is no pooled one."""
@@ -114,7 +123,4 @@ class Flux2(Backbone):
         tokens = x.shape[-2] * x.shape[-1] // 4
         return [(o if isinstance(o, Tensor) else o[1])[:, -tokens:].float() for o in outputs]
 
-    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """The transformer's blocks, in order: those with weights for each of text and image, then the joint ones."""
-        parts = ("transformer_blocks", "single_transformer_blocks")
-        return [block for part in parts for block in net.get_submodule(part).children()]
+    blocks = Flux.blocks

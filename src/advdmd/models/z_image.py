@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from advdmd.models.backbone import Backbone, Module, Pipeline, TimeEmbedding, block_outputs
+from advdmd.models.backbone import Backbone, Module, Pipeline, TimeEmbedding, block_outputs, chat_prompts
 from advdmd.types import Cond, Json
 
 TEXT_LENGTH = 512  # tokens of a prompt that the pipeline reads, its chat template included
@@ -57,8 +57,7 @@ class ZImage(Backbone):
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def _messages(self, prompts: Sequence[str]) -> list[str]:
-        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        return [self.pipe.tokenizer.apply_chat_template([{"role": "user", "content": p}], **how) for p in prompts]
+        return chat_prompts(self.pipe.tokenizer, prompts, enable_thinking=True)
 
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids and masks [N, 2, L] -> the second to last hidden states [N, L, D], zero and masked after the prompt."""
