@@ -74,8 +74,9 @@ def test_what_a_judge_needs_is_read_before_a_run_begins(tmp_path):
 
 def test_a_model_that_was_trained_on_a_judge_is_known_by_the_judges_name():
     rewards = {scorers.judge_name("endpoint", "http://x/v1#gpt-judge"): 1.0, scorers.judge_name("geneval", "d,c"): 1.0}
-    for name in ("gpt-judge", "mask2former-swin-s + clip"):
+    for name in ("gpt-judge", "mask2former-swin-s + clip", "mask2former-swin-s + clip (other weights than GenEval's)"):
         assert trained_on_metric({"rewards": rewards}, name, allow=True)
         with pytest.raises(ValueError, match="no evidence of its quality"):
             trained_on_metric({"rewards": rewards}, name, allow=False)
-    assert not trained_on_metric({"rewards": rewards}, "checker", allow=False)
+    for other in ("checker", "gpt-judge-mini"):
+        assert not trained_on_metric({"rewards": rewards}, other, allow=False)

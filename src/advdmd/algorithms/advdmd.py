@@ -160,7 +160,8 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         )
         if not trains:
             return metrics
-        columns = torch.stack([logits["real_logit"], logits["fake_logit"], inputs.shown, level.float()])
+        shown = torch.ones_like(level) if inputs.shown is None else inputs.shown
+        columns = torch.stack([logits["real_logit"], logits["fake_logit"], shown.float(), level.float()])
         real, fake, shown, level = models.ranks.gather(columns)  # every rank computes the same AUC
         for k in range(1, self.steps + 1):
             at = (shown > 0) & (level == k)
@@ -174,7 +175,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
         State k of the trajectory or, for k = K, the final image re-noised to u in FINAL_NOISE_RANGE.
         """
-        n, *shape = batch.real_latents.shape
+        (n, *shape), nth = batch.real_latents.shape, self.discriminator_every_nth_sample
         level = rng.integers("critic.k", 1, self.steps + 1)
         x, t = trajectory.at(level)
         final = level == self.steps
@@ -189,7 +190,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
             t=t,
             e=rng.normal("critic.real", shape),
             cond=batch.cond,
-            shown=(torch.arange(n, device=t.device) % self.discriminator_every_nth_sample == 0).float(),
+            shown=torch.arange(n, device=t.device) % nth == 0 if nth > 1 else None,
             mismatched_cond=other if self.mismatched_caption_weight else None,
             mismatched=other.differs(batch.cond),  # two prompts of a batch may be the same words
         )

@@ -114,7 +114,6 @@ class DMD2(MicroBatches, Algorithm[DistillationModels]):
             t=t,
             e=rng.normal("critic.real", shape),
             cond=batch.cond,
-            shown=t.new_ones(len(t)),
         )
 
     def build(self, builder: ModelBuilder) -> DistillationModels:

@@ -18,7 +18,8 @@ class DiscriminatorInputs(Columns):
     """What the discriminator sees of N samples.
 
     real, fake [N, ...]: a clean latent of a real image and a state of the student, which is at noise level t [N] already.
-    e [N, ...]: the noise that takes `real` to t. cond: conditions [N]. shown [N] 1.0 or 0.0: whether the sample is used.
+    e [N, ...]: the noise that takes `real` to t. cond: conditions [N]. shown [N] true or false: whether the sample is used;
+    None: all are.
     mismatched_cond: other prompts for the same real images, or None. mismatched [N]: 1.0 where they are other words.
     """
 
@@ -27,7 +28,7 @@ class DiscriminatorInputs(Columns):
     t: Tensor
     e: Tensor
     cond: Cond
-    shown: Tensor
+    shown: Tensor | None = None
     mismatched_cond: Cond | None = None
     mismatched: Tensor | None = None
 
@@ -67,8 +68,7 @@ def discriminator_loss(
     nothing: sharded networks need as many passes on every rank.
     """
     n = len(inputs)
-    # If all are shown, the device is not asked which.
-    at = torch.arange(n, device=inputs.t.device) if scale == 1 else inputs.shown.nonzero()[:, 0]
+    at = torch.arange(n, device=inputs.t.device) if inputs.shown is None else inputs.shown.nonzero()[:, 0]
     zeros = torch.zeros(n, device=inputs.t.device)
     if not len(at) and models.ranks.world_size == 1:
         return zeros, {"real_logit": zeros, "fake_logit": zeros}

@@ -4,6 +4,7 @@ For students, teachers and other diffusers pipelines.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +259,7 @@ def score(suite: Benchmark, folder: Path, judge: Judge, options: ScoringOptions 
 
 def trained_on_metric(model: Json, name: str, allow: bool) -> bool:
     """Whether a model's metadata list a scorer or judge among its training rewards. Raises ValueError if so, unless `allow`."""
-    trained = any(name.startswith(reward) for reward in model.get("rewards", {}))
+    trained = re.split(r"\[| \(", name)[0] in model.get("rewards", {})
     if trained and not allow:
         raise ValueError(
             f"this model was trained with {name} as a reward, so {name} is no evidence of its quality; --allow-training-reward "

@@ -241,8 +241,8 @@ def all_reduce_gradients(params: Sequence[nn.Parameter], total: Tensor, count: i
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        for p, g, total in zip(bucket, grads, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.copy_(total.view_as(g))
+        for p, g, summed in zip(bucket, grads, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.copy_(summed.view_as(g))
     return has[0], int(count)
 
 

@@ -23,6 +23,7 @@ from advdmd.types import Json
 
 LONG, SHORT, MULTIPLE = 1333, 800, 32  # the detector's input: sides to fit into, and what both are padded to a multiple of
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB
+NAME = "mask2former-swin-s + clip"
 TOP = 100  # of all (query, class) pairs
 MAX_OBJECTS = 16  # of one class
 TEMPLATES = ("a photo of a {c} {k}", "a photo of a {c}-colored {k}", "a photo of a {c} object")
@@ -134,7 +135,7 @@ class GenEvalDetector:
 
     def __init__(self, net: Module, colours: ClipColorClassifier, fingerprint: str, comparable: bool, device: str = "cpu"):
         self.net, self.colours, self.device = net.to(device).eval(), colours, device
-        self.name = "mask2former-swin-s + clip" + ("" if comparable else " (other weights than GenEval's: not comparable)")
+        self.name = NAME + ("" if comparable else " (other weights than GenEval's: not comparable)")
         self.fingerprint = fingerprint
 
     def self_test(self) -> None:

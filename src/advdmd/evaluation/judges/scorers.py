@@ -62,11 +62,11 @@ def _geneval(where: str, device: str) -> GenEvalScorer:
 
 
 def judge_name(kind: str, where: str) -> str:
-    """How the name begins that a scorer has as the judge of a suite, or as a metric."""
+    """The name of a scorer as the judge of a suite, or as a metric, before what it says in brackets of its weights."""
     names = {
-        "geneval": "mask2former",
+        "geneval": geneval_detector.NAME,
         "qwen-vl": Path(where).resolve().name.lower(),
-        "mplug": "mplug",
+        "mplug": vqa.MPLUG,
         "endpoint": where.rpartition("#")[2],
     }
     return names.get(kind, kind)

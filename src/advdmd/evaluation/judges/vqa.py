@@ -31,6 +31,7 @@ QUESTION_TEMPLATE = "{q} Answer with yes or no only."
 IMAGE = "<|image_pad|>"
 YES_WORDS, NO_WORDS = ("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No")
 Answer = Callable[[Image.Image, str], float]  # probability of yes
+MPLUG = "mplug-large"
 JUDGES = {"qwen-vl": "FOLDER", "mplug": "INTERPRETER", "endpoint": "URL#MODEL"}  # what is written behind the name and a colon
 
 
@@ -113,7 +114,7 @@ class JudgeProcess:
 def mplug(python: str, model: str = "damo/mplug_visual-question-answering_coco_large_en") -> VQAJudge:
     """DPG-Bench's own judge, in an interpreter `python` that has modelscope (it wants transformers < 5)."""
     script = str(files("advdmd") / "evaluation" / "judges" / "mplug_worker.py")
-    return VQAJudge("mplug-large", _mark("mplug", model), JudgeProcess([python, script, model]))
+    return VQAJudge(MPLUG, _mark("mplug", model), JudgeProcess([python, script, model]))
 
 
 class QwenVL:
