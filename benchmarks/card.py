@@ -149,7 +149,7 @@ def matrix_rate(device: str, n: int) -> float:
 
 def backbone_of(r: Recipe, side: int, device: str, tiny: bool) -> tuple[Any, int]:
     """A backbone whose transformer has the recipe's true size and random weights, on the device; tokens of its text."""
-    net, text = memory.transformer(r.teacher)
+    net, text, _ = memory.transformer(r.teacher)
     qwen = "Qwen" in type(net).__name__
     with torch.device("cpu"):
         pipe = loading.load_pipeline(loading.shipped_or_path("mini-qwen" if qwen else "mini-sd35"))

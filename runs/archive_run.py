@@ -4,7 +4,8 @@
     python runs/archive_run.py unpack FOLDER SCORES       FOLDER/scores.jsonl back to SCORES/RUN/SUITE-SPLIT/scores.json
     python runs/archive_run.py comparisons WORK FOLDER    every comparison in WORK, as FOLDER/comparisons.json
 
-Of a run: the recipe, every tenth line of the metrics and those with a validation, and the last sample grid of seed 0.
+Of a run: the recipe, every tenth line of the metrics and those with a validation, and the last sample grid of AdvDMD at
+seed 0.
 """
 
 import json
@@ -19,7 +20,7 @@ def archive_run(run: Path, scores: Path, kept: Path) -> None:
         kept.mkdir(exist_ok=True)
         shutil.copy(run / "recipe.yaml", kept)
         grids = sorted((run / "samples").glob("step-*.png"))
-        if grids and kept.name.endswith("-0"):
+        if grids and kept.name == "advdmd-0":
             shutil.copy(grids[-1], kept / "samples.png")
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
         (kept / "metrics.jsonl").write_text("".join(s for s in lines if json.loads(s)["step"] % 10 == 0 or "eval/" in s))

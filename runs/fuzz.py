@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from advdmd.data import embedding_cache
-from advdmd.data.captioned_images import CaptionedImage, load_image
+from advdmd.data.captioned_images import ImagePlace, load_image
 from advdmd.data.sources import read_captioned_images
 from advdmd.distillation import validation
 from advdmd.evaluation import dpg, judging, results
@@ -194,7 +194,7 @@ def metadata(rng: random.Random, here: Path) -> None:
     file.write_bytes(damaged(said, rng))
     for e in read_captioned_images(file if rng.random() < 0.7 else here):
         if e.image is not None:
-            assert e.image.resolve().is_relative_to(here.resolve()), f"outside: {e.image}"
+            assert e.image.path.resolve().is_relative_to(here.resolve()), f"outside: {e.image}"
 
 
 def table(rng: random.Random, here: Path) -> None:
@@ -246,7 +246,7 @@ def picture(rng: random.Random) -> bytes:
 def image(rng: random.Random, here: Path) -> None:
     file = here / "x.png"
     file.write_bytes(damaged(picture(rng), rng) if rng.random() < 0.8 else rng.randbytes(rng.randint(0, 200)))
-    found = load_image(CaptionedImage("a", file), 16, 16)
+    found = load_image(ImagePlace(file), 16, 16)
     assert found.shape == (3, 16, 16)
     assert np.isfinite(found).all()
 
@@ -270,7 +270,8 @@ def tar(rng: random.Random, here: Path) -> None:
                 t.addfile(m, io.BytesIO(data))
     (here / "x.tar").write_bytes(damaged(out.getvalue(), rng))
     for e in read_captioned_images(here / "x.tar"):
-        load_image(e, 8, 8)
+        assert e.image is not None
+        load_image(e.image, 8, 8)
 
 
 def shard(rng: random.Random, here: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pipelines of the real classes with random weights: SD3 with T5, FLUX.1, FLUX.2 klein, Z-Image."""
+"""Pipelines of the real classes with random weights: SD3 with T5, Qwen-Image-Edit, FLUX.1, FLUX.2 klein, Z-Image."""
 
 import json
 
@@ -162,6 +162,27 @@ def z_image(corpus, size, seed=0):
             torch.nn.init.normal_(p, std=0.1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return ZImagePipeline(scheduler, pipelines.autoencoder(size), text.eval(), tokenizer, net.eval())
+
+
+EDIT_HEAD = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how the "
+    "user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while "
+    "maintaining consistency with the original input where appropriate."
+)
+
+
+def qwen_image_edit(corpus, size, plus=True, zero_cond_t=False, seed=0):
+    from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from advdmd.models.qwen_image_edit import VisionProcessor
+
+    parts = dict(pipelines.qwen_image([*corpus, EDIT_HEAD], size, seed=seed).components)
+    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    parts["processor"] = VisionProcessor(parts["tokenizer"], images)
+    net = QwenImageTransformer2DModel(**{**parts["transformer"].config, "zero_cond_t": zero_cond_t}).eval()
+    net.load_state_dict(parts["transformer"].state_dict())
+    return (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(**parts | {"transformer": net})
 
 
 FAMILIES = {

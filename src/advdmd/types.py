@@ -1,11 +1,12 @@
 """The values that pass between folders: frozen, indexable by sample, movable between devices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 Metrics = dict[str, float]  # log key -> number
@@ -70,16 +71,59 @@ class Columns:
     def cat(cls, parts: Sequence[Self]) -> Self:
         """All parts, one after the other. A field must be None in all of them or in none."""
         columns = {k.name: [getattr(p, k.name) for p in parts] for k in fields(cls)}
-        return cls(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+        present = {k: v for k, v in columns.items() if v[0] is not None}
+        return cls(**{k: type(v[0]).cat(v) if isinstance(v[0], Columns) else torch.cat(v) for k, v in present.items()})
+
+
+class SourceImage(Protocol):
+    """An image that a prompt edits, read when it is needed."""
+
+    @property
+    def place(self) -> str:
+        """Where the image lies."""
+        ...
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What changes when the image does, without reading it."""
+        ...
+
+    def read(self) -> bytes:
+        """The bytes of its file. Raises OSError or ValueError if they cannot be had."""
+        ...
+
+    def load(self, height: int, width: int) -> Image.Image:
+        """The image upright, cropped to the ratio and scaled to the size in pixels. Raises ValueError that names the image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A prompt of a model that edits images, and the image that the prompt is about."""
+
+    prompt: str
+    source: SourceImage
+
+    def __str__(self) -> str:
+        return self.prompt
+
+
+Prompt = str | Edit
 
 
 @dataclass(frozen=True)
 class Cond(Columns):
-    """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None."""
+    """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None.
+
+    Of models that edit images also: source [N, C, h, w], the latents of the source images, and null, the conditions [N] of the
+    negative prompt with the same images (without `source`), for guidance.
+    """
 
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    source: Tensor | None = None
+    null: "Cond | None" = None
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,6 +136,32 @@ class Cond(Columns):
         assert self.mask is not None
         more = length - self.embeds.shape[1]
         return replace(self, embeds=F.pad(self.embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
+
+    def trimmed(self) -> Self:
+        """The same, cut to the longest prompt where masks tell tokens from padding."""
+        null = None if self.null is None else self.null.trimmed()
+        if self.mask is None:
+            return replace(self, null=null)
+        longest = max(1, int(self.mask.sum(1).max()))
+        return replace(self, embeds=self.embeds[:, :longest], mask=self.mask[:, :longest], null=null)
+
+    def with_null(self, null: "Cond") -> "Cond":
+        """[2 N]: the conditions, then for each of them the empty prompt: `null` [1], or the one with the same source image."""
+        own = null.repeated(len(self)) if self.null is None else replace(self.null, source=self.source)
+        return Cond.cat([replace(self, null=None), own])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, those of `null` after "null_": what files hold. Inverse of `from_tensors`."""
+        own = {k.name: getattr(self, k.name) for k in fields(self) if k.name != "null"}
+        null = {} if self.null is None else {f"null_{k}": v for k, v in self.null.tensors().items()}
+        return {k: v for k, v in own.items() if v is not None} | null
+
+    @classmethod
+    def from_tensors(cls, found: Mapping[str, Tensor]) -> Self:
+        """Conditions of the tensors that `tensors` gives."""
+        null = {k.removeprefix("null_"): v for k, v in found.items() if k.startswith("null_")}
+        own = {k: v for k, v in found.items() if not k.startswith("null_")}
+        return cls(**own, null=cls.from_tensors(null) if null else None)
 
     def repeated(self, n: int) -> Self:
         """The first condition n times, [n, ...]."""

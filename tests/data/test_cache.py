@@ -19,7 +19,7 @@ from advdmd.cli import main
 from advdmd.commands import train
 from advdmd.commands.encode import encode
 from advdmd.data import aspect_buckets, embedding_cache
-from advdmd.data.captioned_images import CaptionedImage, group_by_prompt, load_image
+from advdmd.data.captioned_images import CaptionedImage, ImagePlace, group_by_prompt, load_image, prompt_hash
 from advdmd.data.loader import BatchConfig, make_batch_fn
 from advdmd.data.sources import read_captioned_images
 from advdmd.data.tables import saved_dataset
@@ -89,7 +89,7 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
     assert [found.num_images(n) for n in range(5)] == [2, 1, 1, 1, 1]
     with torch.no_grad():
         cond = backbone.encode_text(backbone.tokenize([CAPTIONS[3], CAPTIONS[0]]))
-        image = torch.from_numpy(load_image(CaptionedImage("", photos / "5.png"), 32, 32))[None]
+        image = torch.from_numpy(load_image(ImagePlace(photos / "5.png"), 32, 32))[None]
         latent = backbone.encode(image)[0]
     assert torch.equal(found.cond([3, 0]).embeds, cond.embeds.bfloat16().float())
     assert torch.equal(found.cond([3, 0]).pooled, cond.pooled.bfloat16().float())
@@ -501,14 +501,15 @@ def test_sources_of_every_form_say_the_same(tmp_path):
         {"1.png": png(), "1.txt": b"a red circle", "2.jpg": b"", "2.json": b'{"caption": "two stars"}', "3.txt": b"alone"},
     )
     found = read_captioned_images(tar)
-    assert [(e.prompt, e.place) for e in found] == [("a red circle", f"{tar}:1.png"), ("two stars", f"{tar}:2.jpg")]
-    assert tar.read_bytes()[found[0].start :][: found[0].size] == png()
-    assert load_image(found[0], 4, 4).shape == (3, 4, 4)
+    assert [(e.prompt, e.image.place) for e in found] == [("a red circle", f"{tar}:1.png"), ("two stars", f"{tar}:2.jpg")]
+    assert tar.read_bytes()[found[0].image.start :][: found[0].image.size] == png()
+    assert load_image(found[0].image, 4, 4).shape == (3, 4, 4)
+    one, two = ImagePlace(tar, "1"), ImagePlace(tar, "2")
     assert group_by_prompt(
-        [CaptionedImage("a", tar, "1"), CaptionedImage("b"), CaptionedImage("a", tar, "2"), CaptionedImage("a", tar, "1")]
+        [CaptionedImage("a", one), CaptionedImage("b"), CaptionedImage("a", two), CaptionedImage("a", one)]
     ) == (
         ["a", "b"],
-        [[CaptionedImage("a", tar, "1"), CaptionedImage("a", tar, "2")], []],
+        [[one, two], []],
     )
 
 
@@ -520,11 +521,11 @@ def test_asaved_dataset_says_the_same_as_its_files(tmp_path):
     rows = {"caption": ["a red circle", "two stars"], "picture": [str(tmp_path / f"{n}.png") for n in (0, 1)]}
     datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path / "saved")
     found = read_captioned_images(tmp_path / "saved")
-    assert [(e.prompt, e.place) for e in found] == [
+    assert [(e.prompt, e.image.place) for e in found] == [
         (p, f"{tmp_path / 'saved'}, row {n}") for n, p in enumerate(rows["caption"])
     ]
     for n, entry in enumerate(found):
-        assert (load_image(entry, 4, 4) == load_image(CaptionedImage("", tmp_path / f"{n}.png"), 4, 4)).all()
+        assert (load_image(entry.image, 4, 4) == load_image(ImagePlace(tmp_path / f"{n}.png"), 4, 4)).all()
     datasets.Dataset.from_dict({"text": ["a red circle"]}).save_to_disk(tmp_path / "bare")
     assert read_captioned_images(tmp_path / "bare") == [CaptionedImage("a red circle")]
     datasets.Dataset.from_dict({"title": ["a red circle"]}).save_to_disk(tmp_path / "other")
@@ -590,7 +591,7 @@ def test_a_tar_that_names_a_member_twice_or_a_folder_like_a_text_is_read_by_its_
             tar.addfile(info)
     (entry,) = read_captioned_images(tmp_path / "d.tar")
     assert entry.prompt == "a red circle"
-    assert load_image(entry, 4, 4).shape == (3, 4, 4)
+    assert load_image(entry.image, 4, 4).shape == (3, 4, 4)
 
 
 def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
@@ -602,7 +603,7 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
         ("moves.gif", "P", 0, None),
     ):
         Image.new(mode, (10, 8), color).save(tmp_path / name)
-        pixels = load_image(CaptionedImage("", tmp_path / name), 4, 6)
+        pixels = load_image(ImagePlace(tmp_path / name), 4, 6)
         assert pixels.shape == (3, 4, 6)
         assert value is None or np.allclose(pixels, value, atol=0.02), name
     turned = Image.new("RGB", (8, 4), "black")
@@ -610,17 +611,19 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert load_image(CaptionedImage("", tmp_path / "turned.png"), 4, 8)[0, 0, 0] < 0
+    assert load_image(ImagePlace(tmp_path / "turned.png"), 4, 8)[0, 0, 0] < 0
     (tmp_path / "broken.png").write_bytes(png()[:40])
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        load_image(CaptionedImage("", tmp_path / "broken.png"), 4, 4)
+        load_image(ImagePlace(tmp_path / "broken.png"), 4, 4)
 
 
 def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     cond = Cond(torch.randn(2, 5, 4), mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]))
     embedding_cache.create_or_resume(tmp_path, {"resolution": 16, "teacher": {}})
     content = embedding_cache.ShardContent(["a", "b"], "")
-    rows = [embedding_cache.Encoded(cond[torch.tensor([n])], torch.zeros(1, 1, 2, 2), [""]) for n in (0, 1)]
+    rows = [
+        embedding_cache.Encoded(prompt_hash("ab"[n]), cond[torch.tensor([n])], torch.zeros(1, 1, 2, 2), [""]) for n in (0, 1)
+    ]
     embedding_cache.write_shard(tmp_path, 0, content, rows)
     embedding_cache.write_null(tmp_path, cond[:1])
     assert embedding_cache.finalize(tmp_path, [content])

@@ -13,14 +13,14 @@ from advdmd.data.sources import read_captioned_images
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def folder_with(tmp_path, name, image, **save):
+def image_in(tmp_path, name, image, **save):
     image.save(tmp_path / name, **save)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a lamp"}))
-    return read_captioned_images(tmp_path)[0]
+    return read_captioned_images(tmp_path)[0].image
 
 
-def color(entry):
-    return ((load_image(entry, 16, 16)[:, 8, 8] + 1) * 127.5).round().astype(int).tolist()
+def color(image):
+    return ((load_image(image, 16, 16)[:, 8, 8] + 1) * 127.5).round().astype(int).tolist()
 
 
 def lab_profile():
@@ -31,25 +31,25 @@ def lab_profile():
 def test_an_image_with_a_profile_is_converted_to_srgb(tmp_path):
     red = Image.new("RGB", (32, 32), (220, 40, 40))
     lab = ImageCms.profileToProfile(red, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
-    entry = folder_with(tmp_path, "a.tif", lab, icc_profile=lab_profile())
+    entry = image_in(tmp_path, "a.tif", lab, icc_profile=lab_profile())
     assert np.abs(np.array(color(entry)) - [220, 40, 40]).max() <= 4
 
 
 def test_an_srgb_profile_changes_nothing(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
-    plain = load_image(folder_with(tmp_path, "a.png", noise), 16, 16)
-    assert (load_image(folder_with(tmp_path, "b.png", noise, icc_profile=SRGB), 16, 16) == plain).all()
+    plain = load_image(image_in(tmp_path, "a.png", noise), 16, 16)
+    assert (load_image(image_in(tmp_path, "b.png", noise, icc_profile=SRGB), 16, 16) == plain).all()
 
 
 @pytest.mark.parametrize("profile", [b"not a profile", SRGB[:100], b""], ids=["text", "cut", "empty"])
 def test_a_damaged_profile_is_ignored(tmp_path, profile):
     red = Image.new("RGB", (32, 32), (220, 40, 40))
-    assert color(folder_with(tmp_path, "a.png", red, icc_profile=profile)) == [220, 40, 40]
+    assert color(image_in(tmp_path, "a.png", red, icc_profile=profile)) == [220, 40, 40]
 
 
 def test_damaged_exif_data_do_not_lose_an_image(tmp_path):
     red = Image.new("RGB", (32, 32), (220, 40, 40))
-    entry = folder_with(tmp_path, "a.png", red, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffgarbage")
+    entry = image_in(tmp_path, "a.png", red, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffgarbage")
     assert color(entry) == [220, 40, 40]
 
 
@@ -60,7 +60,7 @@ def test_links_are_followed_and_dots_are_not(tmp_path):
     (tmp_path / "snapshot/a.png").symlink_to("../blobs/0123")
     lines = tmp_path / "snapshot/metadata.jsonl"
     lines.write_text(json.dumps({"file_name": "a.png", "text": "a lamp"}))
-    assert color(read_captioned_images(tmp_path / "snapshot")[0]) == [220, 40, 40]
+    assert color(read_captioned_images(tmp_path / "snapshot")[0].image) == [220, 40, 40]
     for name in ("../blobs/0123", str(tmp_path / "blobs/0123")):
         lines.write_text(json.dumps({"file_name": name, "text": "a lamp"}))
         with pytest.raises(ValueError, match="leads out of the folder"):
@@ -81,7 +81,7 @@ def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
     pixels = Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 16, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    entry = folder_with(tmp_path, "a.png", pixels, exif=exif)
+    entry = image_in(tmp_path, "a.png", pixels, exif=exif)
     with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
     assert (((load_image(entry, 16, 16) + 1) * 127.5).round().transpose(1, 2, 0) == wanted).all()
@@ -101,14 +101,14 @@ def test_captions_beside_their_images_are_found_and_what_has_none_is_counted(tmp
     (tmp_path / "d.txt").write_text(" \n")
     (tmp_path / "__MACOSX/x.txt").write_text("no")
     found = read_captioned_images(tmp_path)
-    assert sorted((e.prompt, e.image.name) for e in found) == [
+    assert sorted((e.prompt, e.image.path.name) for e in found) == [
         ("a lamp", "a.jpg"),
         ("three lamps", "c.bmp"),
         ("two lamps", "b.PNG"),
     ]
     said = capsys.readouterr().err
     assert "passed over: empty captions: 1, files of the operating system: 4, images without a caption: 1" in said
-    assert all(color(e) == pytest.approx([220, 40, 40], abs=3) for e in found)
+    assert all(color(e.image) == pytest.approx([220, 40, 40], abs=3) for e in found)
 
 
 def test_a_folder_without_any_caption_is_refused(tmp_path):
@@ -124,7 +124,7 @@ def test_a_csv_of_captions_is_read_as_the_jsonl_is(tmp_path):
     red(tmp_path / "images/a.png")
     (tmp_path / "metadata.csv").write_text('file_name,text\nimages/a.png,"a lamp, lit"\n')
     (entry,) = read_captioned_images(tmp_path)
-    assert (entry.prompt, color(entry)) == ("a lamp, lit", [220, 40, 40])
+    assert (entry.prompt, color(entry.image)) == ("a lamp, lit", [220, 40, 40])
     (tmp_path / "metadata.csv").write_text("file_name,text\n../a.png,a lamp\n")
     with pytest.raises(ValueError, match=r"row 1: '../a.png' leads out of the folder"):
         read_captioned_images(tmp_path)

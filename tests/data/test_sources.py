@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from advdmd.data.captioned_images import CaptionedImage, load_image
-from advdmd.data.sources import Columns, read_captioned_images
+from advdmd.data.captioned_images import Columns, ImagePlace, load_image
+from advdmd.data.sources import read_captioned_images
 from advdmd.evaluation.judging import read_image
 
 RED = (220, 40, 40)
@@ -28,11 +28,11 @@ def put(path, data=None):
 
 
 def pairs(source, **columns):
-    return sorted((e.prompt, e.place.rpartition("/")[2]) for e in read_captioned_images(source, Columns(**columns)))
+    return sorted((e.prompt, e.image.place.rpartition("/")[2]) for e in read_captioned_images(source, Columns(**columns)))
 
 
-def color(entry):
-    return ((load_image(entry, 16, 16)[:, 8, 8] + 1) * 127.5).round().astype(int).tolist()
+def color(image):
+    return ((load_image(image, 16, 16)[:, 8, 8] + 1) * 127.5).round().astype(int).tolist()
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_img2datasets_layouts(tmp_path):
     failed = {"key": "1", "caption": "lost", "url": "y", "status": "failed_to_download", "jpg": None}
     pq.write_table(pa.Table.from_pylist([rows[0] | {"jpg": image_bytes("JPEG")}, failed]), tmp_path / "parquet/00000.parquet")
     (entry,) = read_captioned_images(tmp_path / "parquet")
-    assert (entry.prompt, entry.row) == ("a lamp", 0)
-    assert color(entry) == pytest.approx(RED, abs=3)
+    assert (entry.prompt, entry.image.row) == ("a lamp", 0)
+    assert color(entry.image) == pytest.approx(RED, abs=3)
 
 
 def test_parquet_files_of_the_hub_hold_their_images(tmp_path):
@@ -112,7 +112,7 @@ def test_parquet_files_of_the_hub_hold_their_images(tmp_path):
         pq.write_table(pa.Table.from_pylist(part), tmp_path / f"data/train-0000{k}-of-00002.parquet", row_group_size=2)
     found = read_captioned_images(tmp_path)
     assert [e.prompt for e in found] == [f"lamp {n}" for n in range(7)]
-    assert [color(e) for e in reversed(found)] == [[n * 20, 0, 0] for n in reversed(range(7))]
+    assert [color(e.image) for e in reversed(found)] == [[n * 20, 0, 0] for n in reversed(range(7))]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/test-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
         read_captioned_images(tmp_path)
@@ -150,7 +150,7 @@ def test_names_are_found_in_either_normal_form(tmp_path, disk, text):
             tar.addfile(info, io.BytesIO(data))
     for source in ("m", "s", "t.tar"):
         (entry,) = read_captioned_images(tmp_path / source)
-        assert color(entry) == list(RED), source
+        assert color(entry.image) == list(RED), source
 
 
 def test_what_a_system_left_in_a_tar_is_passed_over(tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_formats_that_pillow_writes_are_read_beside_their_captions(tmp_path, suf
     Image.new("RGB", (32, 32), RED).save(tmp_path / f"a.{suffix}")
     (tmp_path / "a.txt").write_text("a lamp")
     (entry,) = read_captioned_images(tmp_path)
-    assert color(entry) == pytest.approx(RED, abs=6)
+    assert color(entry.image) == pytest.approx(RED, abs=6)
 
 
 GREY = np.linspace(0.2, 0.2, 256, dtype=np.float32).reshape(16, 16)
@@ -199,7 +199,7 @@ GREY = np.linspace(0.2, 0.2, 256, dtype=np.float32).reshape(16, 16)
 )
 def test_deep_tiffs_are_right_or_refused(tmp_path, array, says):
     Image.fromarray(array).save(tmp_path / "a.tif")
-    entry = CaptionedImage("", tmp_path / "a.tif")
+    entry = ImagePlace(tmp_path / "a.tif")
     if isinstance(says, int):
         assert color(entry) == pytest.approx([says] * 3, abs=1)
     else:
@@ -214,8 +214,8 @@ def test_a_png_with_broken_text_is_read_and_one_with_broken_pixels_is_not(tmp_pa
     at = data.index(b"zTXt")
     broken = data[: at + 18] + b"\xff" * 4 + data[at + 22 :]
     put(tmp_path / "a.png", broken)
-    assert color(CaptionedImage("", tmp_path / "a.png")) == list(RED)
+    assert color(ImagePlace(tmp_path / "a.png")) == list(RED)
     assert read_image(tmp_path / "a.png")[0, 0].tolist() == list(RED), "also where images are judged"
     put(tmp_path / "b.png", broken[: broken.index(b"IDAT") + 20])
     with pytest.raises(ValueError, match=r"b\.png cannot be read"):
-        load_image(CaptionedImage("", tmp_path / "b.png"), 16, 16)
+        load_image(ImagePlace(tmp_path / "b.png"), 16, 16)

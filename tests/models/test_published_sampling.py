@@ -65,12 +65,14 @@ def test_guidance_and_steps_are_those_of_each_models_card():
         "Flux2Transformer2DModel": "Flux2KleinPipeline",
         "ZImageTransformer2DModel": "ZImagePipeline",
     }
-    found = {name: card_sampling(pipelines_of[m.transformer], m.config) for name, m in MODELS.items()}
+    pipelines = {k: "QwenImageEditPlusPipeline" if m.edits else pipelines_of[m.transformer] for k, m in MODELS.items()}
+    found = {name: card_sampling(pipelines[name], m.config) for name, m in MODELS.items()}
     assert {k: (v.steps, v.guidance) for k, v in found.items()} == {
         "sd3-medium": (28, 7.0),
         "sd35-medium": (40, 4.5),
         "sd35-large": (28, 3.5),
         "qwen-image": (50, 4.0),
+        "qwen-image-edit": (40, 4.0),
         "flux-dev": (50, 3.5),
         "flux2-klein-4b": (50, 4.0),
         "z-image": (50, 4.0),

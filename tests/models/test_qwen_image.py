@@ -12,7 +12,7 @@ from advdmd.mini import pipelines
 from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import loading
 from advdmd.models.networks import Teacher
-from advdmd.models.qwen_image import TEMPLATE_TOKENS, QwenImage, pack, unpack, use_2d_convs
+from advdmd.models.qwen_image import QwenImage, pack, unpack, use_2d_convs
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample
 from advdmd.recipes.registry import resolve
 from advdmd.rollout import rollout
@@ -55,7 +55,7 @@ def test_every_word_is_one_token_and_the_dropped_head_is_34(qwen):
     assert qwen.pipe.prompt_template_encode == pipelines.QWEN_TEMPLATE
     assert (
         len(tokenizer(pipelines.QWEN_TEMPLATE.partition("{}")[0]).input_ids)
-        == TEMPLATE_TOKENS
+        == qwen.template_tokens
         == qwen.pipe.prompt_template_encode_start_idx
     )
 

@@ -92,7 +92,7 @@ def test_a_gradient_that_is_none_stops_the_run_too(tiny_folder, tmp_path, monkey
 def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_path):
     good = Cond(torch.ones(2, 3, 4), pooled=torch.ones(2, 4))
     content, z = embedding_cache.ShardContent(["a circle", "a square"], ""), torch.ones(1, 4, 8, 8)
-    rows = [embedding_cache.Encoded(good[torch.tensor([n])], z, [""]) for n in (0, 1)]
+    rows = [embedding_cache.Encoded("ab"[n], good[torch.tensor([n])], z, [""]) for n in (0, 1)]
     with pytest.raises(FloatingPointError, match="latents of these prompts are not finite"):
         embedding_cache.write_shard(tmp_path, 0, content, [rows[0], rows[1]._replace(latents=z / 0)])
     assert not list(tmp_path.iterdir())

@@ -149,7 +149,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
         if self.guidance_strength and len(guided):
             twice = guided.repeat(2)
-            both = Cond.cat([cond[guided], models.null.repeated(len(guided))])
+            both = cond[guided].with_null(models.null)
             conditional, null = self.instantaneous_velocity(models, x[twice], t[twice], both).chunk(2)
             v = v.index_add(0, guided, self.guidance_strength * (conditional - null))
         data = (quarter < 3).nonzero()[:, 0]

@@ -100,6 +100,9 @@ def encode(
     worker: Annotated[str | None, typer.Option(help="I/N: this is process I of N, from 0; by default torchrun's rank.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Key or column of captions, where it has another name.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Key or column of images, where it has another name.")] = None,
+    source_column: Annotated[
+        str | None, typer.Option(help="Key or column of the images that captions edit, where it has another name.")
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -110,7 +113,7 @@ def encode(
     import torch
 
     from advdmd.commands.encode import encode as run
-    from advdmd.data.sources import Columns
+    from advdmd.data.captioned_images import Columns
     from advdmd.models.devices import resolve_device
     from advdmd.training import distributed
 
@@ -122,7 +125,7 @@ def encode(
         by_aspect=aspect_buckets,
         steps=steps,
         guidance=guidance,
-        columns=Columns(caption_column, image_column),
+        columns=Columns(caption_column, image_column, source_column),
     )
     print(f"cache: {out}" if done else f"{out}: the shards of process {part[0]} of {part[1]} are done, others are missing")
 
@@ -211,6 +214,9 @@ def demo(
 def sample(
     model: str,
     prompts: list[str],
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Image that the prompts edit; for each its own: repeat the option.")
+    ] = None,
     out: Out = Path("samples"),
     steps: Steps = None,
     guidance: Guidance = None,
@@ -222,10 +228,12 @@ def sample(
     """Sample prompts with a teacher or a student."""
     import torch
 
+    from advdmd.commands.sample import edits_of
     from advdmd.commands.sample import sample as run
 
     torch.set_num_threads(threads)
-    for path in run(model, prompts, out, sampler_of(model, steps, guidance), seed, device, dtype):
+    what = edits_of(prompts, source) if source else prompts
+    for path in run(model, what, out, sampler_of(model, steps, guidance), seed, device, dtype):
         print(path)
 
 

@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from advdmd.data import aspect_buckets, embedding_cache
-from advdmd.data.captioned_images import CaptionedImage, group_by_prompt, image_size, load_image
-from advdmd.data.sources import Columns, read_captioned_images
+from advdmd.data.captioned_images import (
+    SOURCE_KEYS,
+    Columns,
+    ImagePlace,
+    group_by_prompt,
+    hash_of,
+    image_size,
+    load_image,
+    prompt_hash,
+)
+from advdmd.data.sources import read_captioned_images
 from advdmd.evaluation.generate import Worker
 from advdmd.files import listed
 from advdmd.models import fingerprints, loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample_latents
 from advdmd.progress import Progress
-from advdmd.types import Cond, Json, micro_batches
+from advdmd.types import Cond, Edit, Json, Prompt, micro_batches
 
 
 def encode(
@@ -59,14 +68,22 @@ def encode(
     if per_prompt < 1 or batch < 1 or not 0 <= worker[0] < worker[1]:
         raise ValueError(f"per_prompt={per_prompt}, batch={batch}: at least 1; worker={worker}: process I of N, 0 <= I < N")
     out = out.expanduser()
-    prompts, images = group_by_prompt(read_captioned_images(source, columns))
+    edits = loading.edits_images(loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES))
+    if columns.source and not edits:
+        raise ValueError(f"--source-column {columns.source}: {teacher} does not edit images, so there are no source images")
+    prompts, images = group_by_prompt(read_captioned_images(source, columns._replace(edits=edits)))
+    if edits and (bare := [p for p in prompts if isinstance(p, str)]):
+        raise ValueError(
+            f"{source}: {teacher} edits images, and {len(bare)} prompts have no source image, the first is {bare[0][:80]!r}; "
+            f"name it under {' or '.join(SOURCE_KEYS)}, or give --source-column"
+        )
     if real_images == "source" and not any(images):
         raise ValueError(
             f"{source} has no images: the discriminator needs real ones; --real-images teacher lets the teacher generate them"
         )
     if real_images == "source" and (bare := [p for p, found in zip(prompts, images, strict=True) if not found]):
         raise ValueError(
-            f"{source}: {len(bare)} prompts have no image, the first is {bare[0][:80]!r}; remove or illustrate them"
+            f"{source}: {len(bare)} prompts have no image, the first is {str(bare[0])[:80]!r}; remove or illustrate them"
         )
     folder = loading.pipeline_folder(teacher)
     # On a GPU encoders and transformer are bfloat16: what they return is kept in that type anyway.
@@ -88,7 +105,7 @@ def encode(
         transformer = fingerprints.encoder_fingerprint(folder, ("transformer",))["transformer"]
         plan["reals"] = {"transformer": transformer, "each": per_prompt, "seed": seed, **sampler.to_json()}
     if worker[0] == 0:
-        _report_cut_captions(backbone, prompts)
+        _report_cut_captions(backbone, [str(p) for p in prompts])
     members = [_Member(p, tuple(found)) for p, found in zip(prompts, images, strict=True)]
     parts: dict[Path, tuple[aspect_buckets.Size, Sequence[_Member]]] = {out: ((side, side), members)}
     if by_aspect:
@@ -97,7 +114,8 @@ def encode(
             backbone.check_latent_size(height // scale, width // scale)
         parts = {out / aspect_buckets.bucket_name(size): (size, own) for size, own in found.items()}
         embedding_cache.create_or_resume(out, plan | {"sizes": [p.name for p in parts]})
-    for module in (*backbone.encoders, backbone.vae if real_images == "source" else backbone.net):
+    needed = (backbone.vae,) * (real_images == "source" or edits) + (backbone.net,) * (real_images == "teacher")
+    for module in (*backbone.encoders, *needed):
         module.to(device)
 
     def latents_of(members: Sequence[_Member], conds: Cond, known: Known, size: aspect_buckets.Size) -> list[Latents]:
@@ -118,7 +136,7 @@ def encode(
         contents[part] = [_content(shard, real_images == "source") for shard in sharded]
         for k, (shard, content) in enumerate(zip(sharded, contents[part], strict=True)):
             if k % worker[1] == worker[0]:
-                text = partial(_encode_text, backbone, device=device, batch=batch)
+                text = partial(_encode_prompts, backbone, size=size, device=device, batch=batch)
                 broken += _encode_shard(part, k, shard, content, text, partial(latents_of, size=size))
             done += len(shard)
             progress(done)
@@ -131,8 +149,8 @@ def encode(
 class _Member(NamedTuple):
     """A prompt and its images, as far as they belong to one size."""
 
-    prompt: str
-    images: tuple[CaptionedImage, ...]
+    prompt: Prompt
+    images: tuple[ImagePlace, ...]
 
 
 Latents = tuple[Tensor, Sequence[str]]  # [n, C, h, w], and a hash of the bytes of each image
@@ -148,7 +166,7 @@ def _encode_shard(
     k: int,
     members: Sequence[_Member],
     content: embedding_cache.ShardContent,
-    encode_text: Callable[[Sequence[str]], Cond],
+    encode_prompts: Callable[[Sequence[Prompt]], Cond],
     latents_of: Callable[[Sequence[_Member], Cond, Known], list[Latents]],
 ) -> list[str]:
     """Bring a shard up to date; what it holds already is not encoded again. Returns lines about images that cannot be read."""
@@ -159,21 +177,28 @@ def _encode_shard(
         embedding_cache.write_shard(part, k, content, [])
         return []
     known = embedding_cache.read_shard(part, k)
-    keys = [embedding_cache.hash_of([m.prompt]) for m in members]
+    keys, broken = list[str](), list[str]()
+    for m in members:
+        try:
+            keys.append(prompt_hash(m.prompt))
+        except (OSError, ValueError) as e:  # of a source image
+            broken.append(f"image {m.prompt.source.place if isinstance(m.prompt, Edit) else m.prompt} cannot be read: {e}")
+    if broken:
+        return broken
     new = [n for n, key in enumerate(keys) if key not in known]
     rows = {n: known[key].cond for n, key in enumerate(keys) if key in known}
-    if new:
-        encoded = encode_text([members[n].prompt for n in new])
-        rows |= {n: encoded[torch.tensor([i])] for i, n in enumerate(new)}
-    conds = Cond.cat([rows[n] for n in range(len(members))])
     try:
+        if new:
+            encoded = encode_prompts([members[n].prompt for n in new])
+            rows |= {n: encoded[torch.tensor([i])] for i, n in enumerate(new)}
+        conds = Cond.cat([rows[n] for n in range(len(members))])
         latents = latents_of(members, conds, known)
     except _BrokenImages as e:
         return str(e).split("\n")
     if record and [[key, list(images)] for key, (_, images) in zip(keys, latents, strict=True)] == record.get("entries"):
         embedding_cache.renew_sources(part, k, content)
     else:
-        rows = [embedding_cache.Encoded(conds[torch.tensor([n])], *found) for n, found in enumerate(latents)]
+        rows = [embedding_cache.Encoded(keys[n], conds[torch.tensor([n])], *found) for n, found in enumerate(latents)]
         embedding_cache.write_shard(part, k, content, rows)
     return []
 
@@ -191,7 +216,7 @@ def _report_cut_captions(backbone: Backbone, prompts: Sequence[str]) -> None:
 
 def _by_aspect(members: Sequence[_Member], choices: Sequence[aspect_buckets.Size]) -> dict[aspect_buckets.Size, list[_Member]]:
     """For each size the prompts with the images that are nearest to it. Raises ValueError that lists images without a size."""
-    found: dict[aspect_buckets.Size, dict[str, list[CaptionedImage]]] = {}
+    found: dict[aspect_buckets.Size, dict[Prompt, list[ImagePlace]]] = {}
     broken: list[str] = []
     for prompt, images in members:
         for image in images:
@@ -207,8 +232,12 @@ def _by_aspect(members: Sequence[_Member], choices: Sequence[aspect_buckets.Size
 
 
 def _content(members: Sequence[_Member], with_images: bool) -> embedding_cache.ShardContent:
-    states = ((m.prompt, [e.state for e in m.images] if with_images else []) for m in members)
-    return embedding_cache.ShardContent([m.prompt for m in members], embedding_cache.hash_of(states))
+    def state(m: _Member) -> tuple[object, ...]:
+        about = str(m.prompt), [e.state for e in m.images] if with_images else []
+        return (*about, m.prompt.source.state) if isinstance(m.prompt, Edit) else about
+
+    states = (state(m) for m in members)
+    return embedding_cache.ShardContent([m.prompt for m in members], hash_of(states))
 
 
 @torch.no_grad()
@@ -216,6 +245,26 @@ def _encode_text(backbone: Backbone, prompts: Sequence[str], device: str, batch:
     """Conditions of N prompts, on the CPU, in batches."""
     ids = backbone.tokenize(prompts)
     return Cond.cat([backbone.encode_text(i.to(device)).to("cpu") for i in ids.split(batch)])
+
+
+@torch.no_grad()
+def _encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], size: aspect_buckets.Size, device: str, batch: int) -> Cond:
+    """The same of prompts that are texts or edits, all of one kind. size: of the images, which edits share, in pixels.
+
+    Raises _BrokenImages that names all source images that cannot be read.
+    """
+    texts, edits = [p for p in prompts if isinstance(p, str)], [p for p in prompts if isinstance(p, Edit)]
+    if texts:
+        return _encode_text(backbone, texts, device, batch)
+    found, broken = list[Cond](), list[str]()
+    for edit in edits:
+        try:
+            found.append(backbone.encode_edits([edit], *size).to("cpu"))
+        except ValueError as e:
+            broken.append(str(e))
+    if broken:
+        raise _BrokenImages("\n".join(broken))
+    return Cond.cat(found)
 
 
 @torch.no_grad()
@@ -236,7 +285,7 @@ def _image_latents(
             kept.update(zip(waiting, backbone.encode(pixels).cpu(), strict=True))
             waiting.clear()
 
-    def hash_and_queue(image: CaptionedImage) -> str:
+    def hash_and_queue(image: ImagePlace) -> str:
         try:
             data = image.read()
             key = hashlib.sha256(data).hexdigest()
@@ -269,12 +318,12 @@ def _teacher_latents(
     batch: int,
 ) -> list[Latents]:
     """The teacher's own images of prompts, as latents: what it cannot generate the discriminator will never see."""
-    found = [known.get(embedding_cache.hash_of([m.prompt])) for m in members]
+    found = [known.get(prompt_hash(m.prompt)) for m in members]
     jobs = [(n, r) for n, e in enumerate(found) if e is None for r in range(each)]
     null, out = _encode_text(backbone, [backbone.null_prompt], device).to(device), list[Tensor]()
     for i in micro_batches(len(jobs), batch):
         part = [jobs[int(k)] for k in i]
-        noise = draw_noise([("reals", seed, members[n].prompt, r) for n, r in part], backbone.latent_shape, 1).to(device)
+        noise = draw_noise([("reals", seed, str(members[n].prompt), r) for n, r in part], backbone.latent_shape, 1).to(device)
         cond = conds[torch.tensor([n for n, _ in part])].to(device)
         out.append(sample_latents(backbone, backbone.net, cond, null, noise, sampler).cpu())
     new = iter(torch.cat(out).split(each) if out else ())

@@ -28,7 +28,7 @@ from advdmd.models.images import LATENTS_PER_PASS, image_sampler
 from advdmd.models.sampler import SamplerConfig
 from advdmd.progress import Progress
 from advdmd.recipes.registry import has_miniature
-from advdmd.types import Json
+from advdmd.types import Json, Prompt
 
 MINI_SUITES = ("mini-geneval", "mini-dpg")
 
@@ -135,6 +135,7 @@ def generate_images(
 
     Raises ValueError if the folder holds images of another run.
     """
+    loading.check_text_to_image(loading.read_index(loading.pipeline_folder(model, loading.DESCRIPTION_FILES))["_class_name"])
     backbone, default = loading.load_for_sampling(model, device, dtype)
     batch = batch or max(4, min(512, 4 * LATENTS_PER_PASS // math.prod(backbone.latent_shape)))
     sampler, path = sampler or default, loading.pipeline_folder(model)
@@ -145,7 +146,7 @@ def generate_images(
         about["dtype"] = str(backbone.dtype).removeprefix("torch.")
     progress, done = _progress(suite, worker), [0]
 
-    def sample(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+    def sample(prompts: Sequence[Prompt], keys: Sequence[object]) -> np.ndarray:
         report = image_sampler(backbone, backbone.net, sampler, lambda n: progress(done[0] + n))
         images = report(prompts, keys)
         done[0] += len(prompts)
@@ -175,7 +176,7 @@ def generate_with_diffusers(
     if folder_of_model:
         about["weights"] = [file_hash(f) for f in sorted(folder_of_model.rglob("*.safetensors"))]
 
-    def sample(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+    def sample(prompts: Sequence[Prompt], keys: Sequence[object]) -> np.ndarray:
         images = pipeline.sample(prompts, keys)
         done[0] += len(prompts)
         progress(done[0])

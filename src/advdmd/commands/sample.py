@@ -5,17 +5,19 @@ from pathlib import Path
 
 from PIL import Image
 
+from advdmd.data.captioned_images import ImagePlace
 from advdmd.files import write_image
 from advdmd.models import loading
 from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
 from advdmd.models.sampler import SamplerConfig
 from advdmd.recipes.registry import has_miniature
+from advdmd.types import Edit, Prompt
 
 
 def sample(
     model: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     out: str | Path,
     sampler: SamplerConfig | None = None,
     seed: int = 0,
@@ -24,8 +26,8 @@ def sample(
 ) -> list[Path]:
     """Sample prompts with a model into the folder `out`; returns the files, one per prompt.
 
-    model: shipped name, pipeline folder or hub id. sampler: by default that of the model's metadata. device, dtype: as in
-    `loading.load_for_sampling`.
+    prompts: for a model that edits images `edits_of` them. model: shipped name, pipeline folder or hub id. sampler: by default
+    that of the model's metadata. device, dtype: as in `loading.load_for_sampling`.
 
     Raises ValueError if the model cannot be loaded, or does not know a word of a prompt.
     """
@@ -41,7 +43,17 @@ def sample(
     return paths
 
 
-def check_prompts(backbone: Backbone, prompts: Sequence[str]) -> None:
+def edits_of(prompts: Sequence[str], sources: Sequence[Path]) -> list[Edit]:
+    """Prompts with the images that they edit: one for all, or each its own. Raises ValueError on another number, or none."""
+    if len(sources) not in (1, len(prompts)):
+        raise ValueError(f"--source: {len(sources)} images for {len(prompts)} prompts: give one, or one for each")
+    if missing := [f for f in sources if not f.expanduser().is_file()]:
+        raise ValueError(f"--source: there is no image {missing[0]}")
+    places = [ImagePlace(f.expanduser()) for f in sources]
+    return [Edit(p, place) for p, place in zip(prompts, places * (len(prompts) // len(places)), strict=True)]
+
+
+def check_prompts(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
     """Raises ValueError if a model of the miniature does not know a word of a prompt, or cannot read all of it."""
     if has_miniature():
         from advdmd.mini.pipelines import is_mini_pipeline
@@ -49,4 +61,4 @@ def check_prompts(backbone: Backbone, prompts: Sequence[str]) -> None:
 
         if is_mini_pipeline(backbone):
             for prompt in prompts:
-                check_prompt(backbone, prompt)
+                check_prompt(backbone, str(prompt))

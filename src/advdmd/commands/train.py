@@ -53,10 +53,10 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     torch.set_num_threads(r.threads)
     main, student_folder = not ranks.rank, folder / "student"
     source = r.data.open(r.teacher)  # quick to fail, and a teacher may have to be fetched
-    loading.pipeline_folder(r.teacher)
+    edits = loading.edits_images(loading.pipeline_folder(r.teacher))
     if r.teacher_lora:
         lora_file(r.teacher_lora)
-    prompts = read_prompts(Path(r.validation.prompts)) if r.validation.prompts else []
+    prompts = read_prompts(Path(r.validation.prompts), edits) if r.validation.prompts else []
     scorers = load_scorers(r)
     if main:
         create_or_resume(folder, name, r, overwrite)
@@ -146,11 +146,13 @@ def _efficiency_meter(r: Recipe, backbone: Backbone, batch_fn: BatchFn) -> Effic
     n = r.algorithm.samples_per_pass(len(batch))
     x, t, cond = batch.real_latents[:n], torch.full((n,), 0.5, device=backbone.device), batch.cond[:n]
     known = type(backbone.net).__name__.removeprefix("FSDP") in memory.COUNTED  # FSDP2's name of a sharded class
+    height, width = x.shape[-2:]
+    tokens = memory.tokens_of(backbone.net, height, width, cond.source) if known else 0
     return EfficiencyMeter(
         lambda: backbone.velocity(backbone.net, x, t, cond),
         n,
         lambda i: sum(r.forwards(i).values()),
         len(batch),
-        forward_operations(backbone.net, memory.tokens_of(backbone.net, *x.shape[-2:]), cond.embeds.shape[1]) if known else 0.0,
+        forward_operations(backbone.net, tokens, cond.embeds.shape[1]) if known else 0.0,
         lambda: matrix_rate(backbone.device, backbone.dtype) if known else 0.0,
     )

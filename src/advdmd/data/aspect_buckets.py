@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from advdmd.data.embedding_cache import OLD_FORMAT, SKETCH, TEACHER_IMAGES_WARNING, EmbeddingCache, bucket_names, hash_of
+from advdmd.data.captioned_images import hash_of
+from advdmd.data.embedding_cache import OLD_FORMAT, SKETCH, TEACHER_IMAGES_WARNING, EmbeddingCache, bucket_names
 from advdmd.data.loader import BatchConfig, BatchFn, TrainingData, Validation, make_batch_fn
 from advdmd.models.backbone import Backbone
 from advdmd.models.fingerprints import encoder_fingerprint, file_fingerprint, tokenization_fingerprint

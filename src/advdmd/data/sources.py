@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
-from advdmd.data.captioned_images import CaptionedImage
+from advdmd.data.captioned_images import BYTES_KEYS, SOURCE_KEYS, CaptionedImage, Columns, ImagePlace
 from advdmd.data.image_files import PHOTO_SUFFIXES, image_suffixes, is_system_file, same_name
 from advdmd.data.tables import parquet_file, saved_dataset
 from advdmd.files import listed
@@ -21,29 +21,11 @@ from advdmd.types import Json
 
 Row = Any  # of a metadata file or a table: whatever it holds, checked where it is read
 SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
-CAPTION_KEYS = ("text", "prompt", "caption", "en_caption")
-FILE_KEYS = ("file_name", "image", "image_path", "img")
-BYTES_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")  # columns of parquet files with an image in each row
 KOHYA_FOLDER = re.compile(r"\d+_(.+)")  # repeats and the caption of images without one
 SUPPORTED_SOURCES = (
     "a .txt of prompts, a .jsonl, .json or .csv, a folder with metadata.jsonl, .csv or .parquet, a folder of images each with "
     "a .txt, .caption or .json of the same name, a webdataset .tar or a folder of them, a saved dataset, .parquet files"
 )
-
-
-class Columns(NamedTuple):
-    """Names of the columns, or keys, of captions and images; None: the first of CAPTION_KEYS, FILE_KEYS or BYTES_KEYS there."""
-
-    caption: str | None = None
-    image: str | None = None
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return (self.caption,) if self.caption else CAPTION_KEYS
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return (self.image,) if self.image else FILE_KEYS
 
 
 @dataclass
@@ -186,18 +168,18 @@ def _csv(path: Path, columns: Columns, findings: _Findings) -> Iterator[Captione
 def _metadata_row(path: Path, where: str, row: Row, columns: Columns, findings: _Findings) -> Iterator[CaptionedImage]:
     """A row of a metadata file: its captions, and the image that it names, if any, beside the file."""
     prompts = _captions(row, where, columns, findings)
-    name = next((str(row[k]) for k in columns.files if row.get(k)), None) if prompts else None
-    if columns.image and prompts and columns.image not in row:
-        findings.faults.append(f"{where}: there is no {columns.image}; it has {', '.join(map(str, row))}")
+    if not prompts:
         return
-    image = None
-    if name is not None:
-        try:
-            image = _beside(path.parent, name)
-        except ValueError as e:
-            findings.faults.append(f"{where}: {e}")
-            return
-    yield from (CaptionedImage(p, image) for p in prompts)
+    if missing := [k for k in (columns.image, columns.source) if k and k not in row]:
+        findings.faults.append(f"{where}: there is no {missing[0]}; it has {', '.join(map(str, row))}")
+        return
+    names = (next((str(row[k]) for k in keys if row.get(k)), None) for keys in (columns.files, columns.sources))
+    try:
+        image, source = (None if name is None else ImagePlace(_beside(path.parent, name)) for name in names)
+    except ValueError as e:
+        findings.faults.append(f"{where}: {e}")
+        return
+    yield from (CaptionedImage(p, image, source) for p in prompts)
 
 
 def _beside(folder: Path, name: str) -> Path:
@@ -249,9 +231,9 @@ def _sidecars(folder: Path, columns: Columns, findings: _Findings) -> list[Capti
         if text is not None:
             content = "\n".join(_text(text))
             row = _json(content, str(text)) if text.suffix.lower() == ".json" else _one_line(content, columns)
-            found += [CaptionedImage(p, image) for p in _captions(row, str(text), columns, findings)]
+            found += [CaptionedImage(p, ImagePlace(image)) for p in _captions(row, str(text), columns, findings)]
         elif name := KOHYA_FOLDER.fullmatch(image.parent.name):
-            found.append(CaptionedImage(name[1].strip(), image))
+            found.append(CaptionedImage(name[1].strip(), ImagePlace(image)))
             findings.notes.add("kohya's numbers of repeats in folder names are not used: every image counts once")
         else:
             findings.skipped["images without a caption"] += 1
@@ -287,7 +269,7 @@ def _tar(path: Path, columns: Columns, findings: _Findings) -> Iterator[Captione
                 text = file.read().decode("utf-8-sig")
                 row = _json(text, where) if texts is found.get(".json") else _one_line(text, columns)
                 for prompt in _captions(row, where, columns, findings):
-                    yield CaptionedImage(prompt, path, image.name, image.offset_data, image.size)
+                    yield CaptionedImage(prompt, ImagePlace(path, image.name, image.offset_data, image.size))
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: {e}") from None
 
@@ -305,7 +287,7 @@ def _parquet(path: Path, columns: Columns, findings: _Findings) -> Iterator[Capt
     """Rows with their images in them, or metadata of files beside it."""
     table, names = parquet_file(path), list(parquet_file(path).schema_arrow.names)
     kinds = {f.name: str(f.type) for f in table.schema_arrow}
-    images = [k for k in names if "binary" in kinds[k] and (k in BYTES_KEYS or k == columns.image)]
+    images = [k for k in names if "binary" in kinds[k] and k in {*BYTES_KEYS, columns.image, *columns.sources}]
     try:
         if images or not any(k in names for k in columns.files):
             yield from _table(path, names, images, lambda k: table.read([k]).column(k).to_pylist(), columns, findings)
@@ -324,23 +306,29 @@ def _table(
     columns: Columns,
     findings: _Findings,
 ) -> Iterator[CaptionedImage]:
-    """Rows of a table with a column of captions and, perhaps, one of images: the first of `images`. read(name): a column."""
+    """Rows of a table with a column of captions and, perhaps, of images and of source images, both among the columns `images`.
+
+    read(name): a column.
+    """
     text = next((k for k in columns.captions if k in names), None)
     if text is None:
         raise ValueError(
             f"{place}: captions are looked for in a column {' or '.join(columns.captions)}, there are {', '.join(names)}: name "
             "one with --caption-column"
         )
-    if columns.image and columns.image not in images:
-        raise ValueError(f"{place}: there is no column {columns.image} of images, there are {', '.join(images) or 'none'}")
-    column = columns.image or next(iter(images), None)
-    there: Sequence[bool] | None = [v is not None for v in read(column)] if column and place.is_file() else None
+    if wrong := [k for k in (columns.image, columns.source) if k and k not in images]:
+        raise ValueError(f"{place}: there is no column {wrong[0]} of images, there are {', '.join(images) or 'none'}")
+    source = next((k for k in columns.sources if k in images), None)
+    column = columns.image or next((k for k in sorted(images, key=lambda k: k in SOURCE_KEYS) if k != source), None)
+    used = [k for k in (column, source) if k]
+    there = [[v is not None for v in read(k)] for k in used] if place.is_file() else []
     for n, value in enumerate(read(text)):
-        if there and not there[n]:
+        if not all(rows[n] for rows in there):
             findings.skipped["rows without an image"] += 1
             continue
+        image, before = (ImagePlace(place, row=n, column=k) if k else None for k in (column, source))
         for prompt in _captions({columns.captions[0]: value}, f"{place}, row {n}", columns, findings):
-            yield CaptionedImage(prompt, place, row=n, column=column) if column else CaptionedImage(prompt)
+            yield CaptionedImage(prompt, image, before)
 
 
 METADATA = {".jsonl": _jsonl, ".json": _json_file, ".csv": _csv, ".parquet": _parquet}

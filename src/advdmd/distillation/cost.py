@@ -57,10 +57,10 @@ def hours(r: Recipe, name: str, gpu: str, resolution: int, gpus: int = 1) -> str
     """
     if gpu.lower() not in MEASURED:
         raise ValueError(f"gpu={gpu}: rates were measured on {', '.join(MEASURED)}")
-    rates, (net, text) = MEASURED[gpu.lower()], memory.transformer(r.teacher)
-    tokens = memory.tokens_of(net, resolution // 8, resolution // 8)
+    rates, (net, text, source) = MEASURED[gpu.lower()], memory.transformer(r.teacher)
+    tokens = memory.tokens_of(net, resolution // 8, resolution // 8) + source
     total = forward_operations(net, tokens, text) * r.forwards_until(r.iterations) * r.batch / 1e12
-    known = [rate for (model, side), rate in rates.items() if name.startswith(f"{model}-") and side == resolution]
+    known = [rate for (model, side), rate in rates.items() if re.match(rf"{model}-\w+-\dstep", name) and side == resolution]
     whose = "as measured for it" if known else "as measured for other models and sizes"
     low, high = min(known or rates.values()), max(known or rates.values())
     took, at = (f"{total / rate / gpus / 3600:.1f}" for rate in (high, low)), (f"{rate:.0f}" for rate in (low, high))

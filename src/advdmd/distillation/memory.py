@@ -6,7 +6,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advdmd.files import read_object
 from advdmd.models import flux, flux2, loading, quantization, qwen_image, sd3, z_image
@@ -18,6 +18,7 @@ GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
 DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
+SOURCE_TOKENS = 64 * 64  # of a source image, which has 1024 x 1024 pixels (models/qwen_image_edit.py)
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
 
 
@@ -54,9 +55,17 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
+class Inputs(NamedTuple):
+    """A transformer without memory for its weights, and how many tokens of text and of a source image it takes, at most."""
+
+    net: Module
+    text: int
+    source: int
+
+
 @functools.cache
-def transformer(teacher: str) -> tuple[Module, int]:
-    """A teacher's transformer without memory for its weights, and how many tokens of text it takes.
+def transformer(teacher: str) -> Inputs:
+    """A teacher's transformer.
 
     Raises ValueError if the teacher is neither published nor a pipeline folder, or has a transformer of another class.
     """
@@ -67,17 +76,20 @@ def transformer(teacher: str) -> tuple[Module, int]:
     if teacher in published:
         model = published[teacher]
         name, config, text = model.transformer, model.config, model.text
+        edits = model.edits
     else:
         folder = loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES)
         config = read_object(folder / "transformer/config.json", "_class_name", hint="download the teacher again")
         name, metadata = config["_class_name"], loading.read_metadata(folder)
-        text = {m.transformer: m.text for m in MODELS.values()}.get(name, DEFAULT_TEXT_TOKENS)
+        text = next((m.text for m in MODELS.values() if m.transformer == name), DEFAULT_TEXT_TOKENS)
         text = DEFAULT_TEXT_TOKENS + metadata["t5_length"] if "t5_length" in metadata else text
+        edits = name in COUNTED and loading.edits_images(folder)
     if name not in COUNTED:
         raise ValueError(f"{teacher} has a {name}: memory is counted for {', '.join(COUNTED)} only")
     cls = getattr(diffusers, name)
     with torch.device("meta"):
-        return cls.from_config(config) if "_class_name" in config else cls(**config), text
+        net = cls.from_config(config) if "_class_name" in config else cls(**config)
+    return Inputs(net, text, SOURCE_TOKENS if edits else 0)
 
 
 def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -> MemoryEstimate:
@@ -86,7 +98,7 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
     Text encoders and autoencoder are not on a GPU: text is encoded before, and sample grids are decoded on the CPU. Raises
     ValueError if the transformer is of a class whose memory is not known.
     """
-    net, text = transformer(r.teacher)
+    net, text, source = transformer(r.teacher)
     algorithm, base, counted = r.algorithm, sum(p.numel() for p in net.parameters()), COUNTED[type(net).__name__]
     linear = {f".{k}": m for k, m in net.named_modules() if isinstance(m, nn.Linear)}
     layers = [m for k, m in linear.items() if k.endswith(tuple(f".{t}" for t in counted.lora_targets))]
@@ -111,7 +123,7 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
         parts = {k: v / shares for k, v in parts.items()}
         parts["gathered"] = 2.0 * base / num_blocks * bytes_each
     width = getattr(net, "inner_dim", None) or net.config.dim
-    tokens = tokens_of(net, resolution // 8, resolution // 8) + text
+    tokens = tokens_of(net, resolution // 8, resolution // 8) + source + text
     samples = 2 * algorithm.samples_per_pass(max(1, r.batch // gpus))  # guidance, or real beside generated, in one pass
     per_block = 1 if r.gradient_checkpointing else BLOCK_WIDTHS
     kept = num_blocks * per_block + BLOCK_WIDTHS
@@ -121,7 +133,8 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
         parts["activations"] += 4.0 * min(n, 2) * sum(m.weight.numel() for m in layers)
     channels = 32 if type(net).__name__ == "Flux2Transformer2DModel" else 16
     trajectory = (2 * algorithm.steps + 3) * channels * (resolution // 8) ** 2
-    words = text * net.config[counted.text_width] * algorithm.conditions_per_sample
+    words = (text * net.config[counted.text_width] + source * 4 * channels) * algorithm.conditions_per_sample
+    words *= 2 if source else 1  # an edit has an empty prompt of its own
     parts["trajectories and text"] = 4.0 * r.batch / gpus * (trajectory + words)
     if sharded:  # while samples are generated the first GPU holds the student whole, instead of what a pass takes
         standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "EMA"))
@@ -129,10 +142,10 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
     return MemoryEstimate(base, adapter, n, parts)
 
 
-def tokens_of(net: Module, height: int, width: int) -> int:
-    """Tokens of an image by the size of its latents."""
+def tokens_of(net: Module, height: int, width: int, source: Tensor | None = None) -> int:
+    """Tokens of an image by the size of its latents, and of the latents [N, C, h, w] of its source image."""
     patch = net.config.patch_size if type(net).__name__ == "SD3Transformer2DModel" else 2  # others are packed two by two
-    return (height // patch) * (width // patch)
+    return (height // patch) * (width // patch) + (0 if source is None else source[0, 0].numel() // patch**2)
 
 
 def warning(r: Recipe, resolution: int, gpus: int, device: str, nodes: int = 1) -> str:

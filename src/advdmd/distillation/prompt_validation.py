@@ -1,13 +1,12 @@
 """Validation on prompts of one's own: images of the EMA student at fixed noise, scored by scorers of one's choice."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from advdmd.data.captioned_images import group_by_prompt
+from advdmd.data.captioned_images import Columns, group_by_prompt, prompt_hash
 from advdmd.data.loader import Validation
 from advdmd.data.sources import read_captioned_images
 from advdmd.files import object_hash, read_tensors, write_atomically
@@ -18,17 +17,23 @@ from advdmd.models.sampler import encode_prompts
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.base import Scorer
 from advdmd.rewards.registry import load_scorer, parse_scorer
-from advdmd.types import Cond, Metrics, Ranks
+from advdmd.types import Cond, Metrics, Prompt, Ranks
 
 ENCODED_FILE = "validation.safetensors"  # in a run's folder: its validation prompts, encoded once
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Each prompt once of any source that `advdmd encode` reads (data.sources). Raises ValueError if there are none."""
+def read_prompts(path: Path, edits: bool = False) -> list[Prompt]:
+    """Each prompt once of any source that `advdmd encode` reads (data.sources). edits: whether they need source images.
+
+    Raises ValueError if there are none.
+    """
     try:
-        return group_by_prompt(read_captioned_images(path))[0]
+        prompts = group_by_prompt(read_captioned_images(path, Columns(edits=edits)))[0]
     except ValueError as e:
         raise ValueError(f"validation.prompts: {e}") from None
+    if edits and (bare := [p for p in prompts if isinstance(p, str)]):
+        raise ValueError(f"validation.prompts: {path}: the teacher edits images, and {bare[0][:80]!r} has no source image")
+    return prompts
 
 
 def load_scorers(r: Recipe) -> dict[str, Scorer]:
@@ -38,7 +43,7 @@ def load_scorers(r: Recipe) -> dict[str, Scorer]:
 
 
 def prompt_validation(
-    prompts: Sequence[str], scorers: dict[str, Scorer], images: int, ranks: Ranks, device: torch.device | str
+    prompts: Sequence[Prompt], scorers: dict[str, Scorer], images: int, ranks: Ranks, device: torch.device | str
 ) -> Validation:
     """Mean scores of `images` images of each prompt, by scorer; "score", which selects checkpoints, is the first scorer's.
 
@@ -51,8 +56,8 @@ def prompt_validation(
     mine = (shares[ranks.rank] + jobs)[:each]  # a shorter share is filled up: ranks exchange as many numbers
 
     def validate(generate: ImageSampler) -> Metrics:
-        texts = [prompts[i] for i, _ in mine]
-        drawn = list(generate(texts, [("validation", i, k) for i, k in mine]))
+        drawn = list(generate([prompts[i] for i, _ in mine], [("validation", i, k) for i, k in mine]))
+        texts = [str(prompts[i]) for i, _ in mine]
         found = ranks.gather(torch.stack([s.score(drawn, texts).float() for s in scorers.values()]).to(device))
         scores = {name: row[real].mean().item() for name, row in zip(scorers, found.cpu(), strict=True)}
         return scores | {"score": next(iter(scores.values()))}
@@ -60,20 +65,24 @@ def prompt_validation(
     return validate
 
 
-def encoded_prompts(r: Recipe, backbone: Backbone, prompts: Sequence[str], folder: Path) -> Callable[[Sequence[str]], Cond]:
+def encoded_prompts(
+    r: Recipe, backbone: Backbone, prompts: Sequence[Prompt], folder: Path
+) -> Callable[[Sequence[Prompt]], Cond]:
     """A function from validation prompts to their conditions on the backbone's device, for runs without text encoders.
 
     The encoders are loaded once, for all prompts; later starts of the run read ENCODED_FILE. The empty prompt is among them.
     """
-    every = list(dict.fromkeys([backbone.null_prompt, *prompts]))
-    file, key = folder / ENCODED_FILE, list(bytes.fromhex(object_hash({"teacher": r.teacher, "prompts": every})))
+    texts: list[Prompt] = [] if backbone.edits else [backbone.null_prompt]  # of edits each has its own empty prompt
+    every = list(dict.fromkeys([*texts, *prompts]))
+    about = {"teacher": r.teacher, "prompts": [p if isinstance(p, str) else prompt_hash(p) for p in every]}
+    file, key = folder / ENCODED_FILE, list(bytes.fromhex(object_hash(about)))
     kept = read_tensors(file, "key", "embeds", hint="delete that file") if file.is_file() else {}
     if kept and kept["key"].tolist() == key:
-        cond = Cond(kept["embeds"], kept.get("pooled"), kept.get("mask"))
+        cond = Cond.from_tensors({k: v for k, v in kept.items() if k != "key"})
     else:
         full, _ = loading.load(r.teacher, text_dtype=backbone.dtype)
         cond = Cond.cat([encode_prompts(full, [p], "cpu") for p in every])
-        tensors = {k: v.contiguous() for k, v in asdict(cond).items() if v is not None}
+        tensors = {k: v.contiguous() for k, v in cond.tensors().items()}
         write_atomically(file, lambda p: save_file(tensors | {"key": torch.tensor(key)}, p))
     place = {p: i for i, p in enumerate(every)}
     return lambda texts: cond[torch.tensor([place[p] for p in texts])].to(backbone.device)

@@ -6,9 +6,16 @@ from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig
 from advdmd.types import Json
 
+# Pipelines that edit images: the node that encodes prompt and source image, and its input for the latter.
+EDIT_NODES = {
+    "QwenImageEditPipeline": ("TextEncodeQwenImageEdit", "image"),
+    "QwenImageEditPlusPipeline": ("TextEncodeQwenImageEditPlus", "image1"),
+}
 # Pipelines with one text encoder: its file, and the loader's type.
 ONE_ENCODER = {
     "QwenImagePipeline": ("qwen_2.5_vl_7b", "qwen_image"),
+    "QwenImageEditPipeline": ("qwen_2.5_vl_7b", "qwen_image"),
+    "QwenImageEditPlusPipeline": ("qwen_2.5_vl_7b", "qwen_image"),
     "ZImagePipeline": ("qwen_3_4b", "lumina2"),
     "Flux2KleinPipeline": ("qwen_3_4b", "flux2"),
 }
@@ -60,6 +67,12 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
         nodes["tokens"] = _node("T5TokenizerOptions", clip=["clip", 0], min_padding=0, min_length=backbone.max_text_length)
         for name in ("prompt", "none"):
             nodes[name]["inputs"]["clip"] = ["tokens", 0]
+    if kind in EDIT_NODES:
+        node, image = EDIT_NODES[kind]
+        nodes["source"] = _node("LoadImage", image="source.png")
+        for name in ("prompt", "none"):
+            text = nodes[name]["inputs"]["text"]
+            nodes[name] = _node(node, clip=["clip", 0], vae=["vae", 0], prompt=text, **{image: ["source", 0]})
     if kind == "Flux2KleinPipeline":
         nodes["latent"]["class_type"] = "EmptyFlux2LatentImage"
     if kind in (

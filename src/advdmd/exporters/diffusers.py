@@ -61,6 +61,7 @@ def export_student(
         adapter, net = net.lora_state_dict(), _fused(net)
         adapter = adapter if style is None else joined(style, adapter)
     parts["transformer"], dtype = net, next(net.parameters()).dtype
+    parts |= dict.fromkeys({"processor"} & parts.keys())  # copied from the teacher
     parts["vae"] = copy.deepcopy(backbone.vae).to(stored_dtype(teacher, "vae"))  # in a run it is float32
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=sampler.shift, stochastic_sampling=sampler.eta == 1)
     pipe = type(backbone.pipe)(**parts)

@@ -15,7 +15,7 @@ SAMPLES_FILE = "samples.png"
 def _front_matter(record: Json, relation: str, *tags: str) -> str:
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: {"image" if record.get("edits") else "text"}-to-image
 base_model: {record["base_model"]}
 base_model_relation: {relation}
 license: other
@@ -31,15 +31,21 @@ def _snippet(folder: str, record: Json, dtype: torch.dtype, before: str = "") ->
     """
     load = "".join(f", {k}={v!r}" for k, v in record["stock_load"].items())
     call = "".join(f"    {k}={v!r},\n" for k, v in record["stock_call"].items())
+    prompt, more = '"a picture of a red circle"', ""
+    if record.get("edits"):
+        prompt, more = (
+            'image=load_image("source.png"),\n    prompt="make the circle red"',
+            "\nfrom diffusers.utils import load_image",
+        )
     return f"""```python
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler{more}
 
 pipe = DiffusionPipeline.from_pretrained("{folder}", dtype={dtype}{load})
 {before}pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)  # the noise of the steps is drawn from the global generator
 image = pipe(
-    "a picture of a red circle",
+    {prompt},
 {call}).images[0]
 ```"""
 

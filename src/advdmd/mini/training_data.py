@@ -73,7 +73,7 @@ class MiniSource:
 
         Raises ValueError if the teacher is not of the miniature.
         """
-        if not is_mini_pipeline(backbone):
+        if backbone.edits or not is_mini_pipeline(backbone):
             raise ValueError(f"teacher={self.teacher} is not of the miniature: it needs data.folder, from advdmd encode")
         dataset = _dataset(self.data, config.seed)
         latents = encode_dataset(backbone, dataset, Progress("encoding images", self.data.num_prompts))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd import flow
-from advdmd.types import Cond, Json
+from advdmd.types import Cond, Edit, Json
 
 Pipeline = Any  # a pipeline of diffusers, whose annotations do not allow for absent parts
 Tokenizer = Any  # a tokenizer or image processor of transformers
@@ -158,6 +158,15 @@ class Backbone(Protocol):
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids [N, ...] -> conditions [N]."""
         ...
+
+    edits: bool = False  # whether prompts are about a source image
+
+    def encode_edits(self, edits: Sequence[Edit], height: int, width: int) -> Cond:
+        """Prompts with their source images -> conditions [N] for images of this size in pixels, with `source` and `null`.
+
+        Raises ValueError that names an image which cannot be read; for a model that edits no images always.
+        """
+        raise ValueError(f"{type(self.pipe).__name__} edits no images: give prompts without source images")
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> latents [N, C, h, w], the posterior's mean."""

@@ -14,6 +14,7 @@ from advdmd.models.loading import (
     KNOWN_PIPELINES,
     UnfitWeights,
     absent_parts,
+    check_text_to_image,
     load_parts,
     read_index,
     read_metadata,
@@ -22,7 +23,7 @@ from advdmd.models.loading import (
 )
 from advdmd.models.model_cards import card_sampling
 from advdmd.rng import generator
-from advdmd.types import Json
+from advdmd.types import Json, Prompt
 
 GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")  # as pipelines name it; Qwen-Image's guidance is the former
 
@@ -121,6 +122,7 @@ class DiffusersModel:
             raise
         except Exception as e:  # whatever a broken folder or an unreachable hub makes the library raise
             raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {hub_error(model, e)}") from None
+        check_text_to_image(type(self.pipe).__name__)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call_kwargs = sampling.call_kwargs(self.pipe, metadata)
@@ -139,7 +141,7 @@ class DiffusersModel:
             scale = 1.0
         return None if steps is None else int(steps) * (2 if scale and scale > 1 else 1)
 
-    def sample(self, prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+    def sample(self, prompts: Sequence[Prompt], keys: Sequence[object]) -> np.ndarray:
         """Images [N, H, W, 3] uint8 of N prompts, one by one.
 
         Every image has a seed of its own, also for what a stochastic scheduler draws from the global generator.
@@ -147,6 +149,6 @@ class DiffusersModel:
         out = []
         for prompt, key in zip(prompts, keys, strict=True):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator("hops", key))))
-            image = self.pipe(prompt=prompt, generator=generator("image", key), **self.call_kwargs).images[0]
+            image = self.pipe(prompt=str(prompt), generator=generator("image", key), **self.call_kwargs).images[0]
             out.append(np.asarray(image.convert("RGB")))
         return np.stack(out)

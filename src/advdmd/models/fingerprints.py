@@ -14,6 +14,7 @@ from advdmd.models import hub
 from advdmd.models.backbone import Backbone
 from advdmd.models.loading import ENCODERS, absent_parts, read_index, read_metadata, silence_libraries, weight_files
 from advdmd.models.pretrained import load_tokenizer
+from advdmd.models.qwen_image_edit import VisionProcessor
 from advdmd.types import Json
 
 # Keys of a configuration that say who wrote it and how, not what it does.
@@ -43,12 +44,20 @@ def encoder_fingerprint(path: Path, parts: Sequence[str] = ENCODERS) -> Json:
         kind = index.get(part, [None, None])
         if kind[0] and part not in absent and any((path / part).glob("*")):
             try:
-                found[part] = _tokenizer(path / part) if part.startswith("tokenizer") else _model(path / part, kind)
+                found[part] = _part(path / part, kind)
             except ValueError:
                 raise
             except Exception as e:  # whatever a damaged folder makes a library raise
                 raise ValueError(f"{path / part} cannot be read: {e}") from None
     return found
+
+
+def _part(folder: Path, kind: Sequence[str]) -> str:
+    if folder.name == "processor":  # of which the image processor is more than the tokenizer
+        about = VisionProcessor.from_pretrained(folder).images.to_dict()
+        about = {k: v for k, v in about.items() if k not in ("image_processor_type", "processor_class")}
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return _tokenizer(folder) if folder.name.startswith("tokenizer") else _model(folder, kind)
 
 
 def _model(folder: Path, kind: Sequence[str]) -> str:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample
-from advdmd.types import Cond
+from advdmd.types import Cond, Prompt
 
 LATENTS_PER_PASS = 2**19  # latent numbers: 2 images of 1024 pixels, 8 of 512, 128 of the miniature
-ImageSampler = Callable[[Sequence[str], Sequence[object]], np.ndarray]  # (prompts, keys of noise) -> [N, H, W, 3] uint8
+ImageSampler = Callable[[Sequence[Prompt], Sequence[object]], np.ndarray]  # (prompts, keys of noise) -> [N, H, W, 3] uint8
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -25,7 +25,7 @@ def image_sampler(
     net: nn.Module,
     sampler: SamplerConfig,
     progress: Callable[[int], object] | None = None,
-    encode: Callable[[Sequence[str]], Cond] | None = None,
+    encode: Callable[[Sequence[Prompt]], Cond] | None = None,
 ) -> ImageSampler:
     """A function from prompts and keys of noise to images, with a network of the backbone, on the network's device.
 
@@ -33,7 +33,7 @@ def image_sampler(
     """
     batch = max(1, min(128, LATENTS_PER_PASS // math.prod(backbone.latent_shape)))
 
-    def generate(prompts: Sequence[str], keys: Sequence[object]) -> np.ndarray:
+    def generate(prompts: Sequence[Prompt], keys: Sequence[object]) -> np.ndarray:
         noise = draw_noise(keys, backbone.latent_shape, sampler.steps if sampler.eta is not None else 1)
         return to_uint8(sample(backbone, net, prompts, noise.to(backbone.device), sampler, batch, progress, encode))
 

@@ -19,6 +19,7 @@ from advdmd.models.flux2 import Flux2
 from advdmd.models.folder_kinds import no_pipeline
 from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import QwenImage
+from advdmd.models.qwen_image_edit import QwenImageEdit, VisionProcessor
 from advdmd.models.sampler import SamplerConfig
 from advdmd.models.sd3 import SD3
 from advdmd.models.target_time import attach_zero_target
@@ -27,7 +28,7 @@ from advdmd.types import Json
 
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "vae")
+ENCODERS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "tokenizer_3", "processor", "vae")
 TARGET_TIME = "target_time.safetensors"  # what a TwinFlow student needs beside its pipeline
 HASH_KEY = "transformer_sha256"  # in the metadata: of the weights that it was written for
 METADATA_FILE = "advdmd.json"  # beside a pipeline: how to sample it, and what `backbone_from_pipeline` must know
@@ -39,7 +40,11 @@ PIPELINE_FILES = (
     *(f"{part}/{kind}" for part in ("transformer", "scheduler", *ENCODERS) for kind in hub.SAFE_FILES),
 )
 DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)
-KNOWN_PIPELINES = ("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline", "Flux2KleinPipeline")
+EDIT_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # whose prompts are about a source image
+KNOWN_PIPELINES = (
+    *("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline", "Flux2KleinPipeline"),
+    *EDIT_PIPELINES,
+)
 
 
 def shipped() -> dict[str, Path]:
@@ -122,6 +127,17 @@ def read_index(path: Path) -> Json:
     return read_object(path / "model_index.json", "_class_name", hint=EXPORT_AGAIN)
 
 
+def edits_images(path: Path) -> bool:
+    """Whether a pipeline folder holds a model whose prompts are about a source image."""
+    return read_index(path)["_class_name"] in EDIT_PIPELINES
+
+
+def check_text_to_image(pipeline: str) -> None:
+    """Raises ValueError if a class of pipeline edits images, where prompts come without source images."""
+    if pipeline in EDIT_PIPELINES:
+        raise ValueError(f"a {pipeline} edits images, and here prompts have no source images: use advdmd sample --source")
+
+
 def silence_libraries() -> None:
     """Turn off warnings and progress bars of transformers, diffusers and bitsandbytes."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before anything imports it: it misses kernels nobody needs
@@ -150,7 +166,7 @@ def load_pipeline(
     index = read_index(path)
     if index["_class_name"] not in KNOWN_PIPELINES:
         raise ValueError(f"{path} holds a {index['_class_name']}: {', '.join(KNOWN_PIPELINES)} are supported")
-    absent: dict[str, None] = dict.fromkeys(absent_parts(path, index))
+    absent: dict[str, None] = dict.fromkeys([*absent_parts(path, index), *({"processor"} & index.keys())])
     if not encoders:
         absent |= {k: None for k in TEXT_ENCODERS if k in index}
     dtypes = {"transformer": dtype, "default": torch.float32} | {k: text_dtype for k in TEXT_ENCODERS if k in index}
@@ -159,6 +175,8 @@ def load_pipeline(
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype=dtypes, **parts, **absent
         )
+        if "processor" in index:  # set afterwards, for the library asks for its own class
+            pipe.processor = VisionProcessor.from_pretrained(path / "processor")
     except UnfitWeights:
         raise
     except Exception as e:  # whatever a broken folder makes the library raise
@@ -252,11 +270,12 @@ def default_sampling(path: Path) -> SamplerConfig:
 
 def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
     """The backbone of a pipeline; its metadata may hold `t5_length` (SD3), the latents' `side`, a `null_prompt` (Qwen),
-    `embedded_guidance` (FLUX.1) and `text_length` (FLUX)."""
+    a `source_side` (Qwen-Image-Edit), `embedded_guidance` (FLUX.1) and `text_length` (FLUX)."""
     kind = type(pipe).__name__
-    if kind == "QwenImagePipeline":
-        null = {"null_prompt": metadata["null_prompt"]} if "null_prompt" in metadata else {}
-        return QwenImage(pipe, side=metadata.get("side", pipe.default_sample_size), **null)
+    if kind in ("QwenImagePipeline", *EDIT_PIPELINES):
+        more = {k: v for k, v in metadata.items() if k in ("null_prompt", *("source_side",) * (kind in EDIT_PIPELINES))}
+        cls = QwenImageEdit if kind in EDIT_PIPELINES else QwenImage
+        return cls(pipe, side=metadata.get("side", pipe.default_sample_size), **more)
     if kind == "FluxPipeline":
         names = {"side": "side", "embedded_guidance": "guidance", "text_length": "text_length"}
         return Flux(pipe, **{names[k]: v for k, v in metadata.items() if k in names})

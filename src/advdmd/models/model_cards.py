@@ -30,6 +30,8 @@ def card_sampling(pipeline: str, transformer: Mapping[str, Any], distilled: bool
     # Z-Image counts from no guidance at 0.
     cards = {
         "QwenImagePipeline": CardSampling(50, 4.0, 4.0),
+        "QwenImageEditPipeline": CardSampling(50, 4.0, 4.0),
+        "QwenImageEditPlusPipeline": CardSampling(40, 4.0, 4.0),
         "ZImagePipeline": CardSampling(50, 4.0, 5.0),
         "Flux2KleinPipeline": CardSampling(50, 4.0, 4.0),
     }

@@ -34,7 +34,7 @@ class Teacher:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if self.guidance_scale == 1:
             return self.backbone.velocity(self.net, x, t, cond)
-        both = Cond.cat([cond, self.null.repeated(len(x))])
+        both = cond.with_null(self.null)
         v, v_null = self.backbone.velocity(self.net, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return self.backbone.apply_guidance(v, v_null, self.guidance_scale)
 

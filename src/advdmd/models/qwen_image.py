@@ -14,7 +14,7 @@ from advdmd.types import Cond, Json
 LORA_TARGETS = (*ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 CARD_NULL_PROMPT = " "
-TEMPLATE_TOKENS = 34  # tokens of the prompt template that the pipeline drops from the text encoder's output
+IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"  # of a source image, in prompt templates
 
 
 def pack(x: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ class QwenImage(Backbone):
     """
 
     def __init__(self, pipe: Pipeline, side: int = 128, null_prompt: str = CARD_NULL_PROMPT):
-        head = pipe.prompt_template_encode.partition("{}")[0]
-        if (found := len(pipe.tokenizer(head).input_ids)) != TEMPLATE_TOKENS:
+        head, self.template_tokens = pipe.prompt_template_encode.partition("{}")[0], pipe.prompt_template_encode_start_idx
+        if (found := len(pipe.tokenizer(head.removesuffix(IMAGE_TOKENS)).input_ids)) != self.template_tokens:
             raise ValueError(
-                f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {TEMPLATE_TOKENS}"
+                f"the prompt template begins with {found} tokens of this tokenizer, the pipeline drops {self.template_tokens}"
             )
         self.pipe, self.vae, self.metadata = pipe, use_2d_convs(pipe.vae), {"side": side}
         self.null_prompt = null_prompt
@@ -91,7 +91,7 @@ class QwenImage(Backbone):
     def text_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt in the pipeline's template, after its head."""
         texts = [self.pipe.prompt_template_encode.format(p) for p in prompts]
-        return [len(ids) - TEMPLATE_TOKENS for ids in self.pipe.tokenizer(texts).input_ids]
+        return [len(ids) - self.template_tokens for ids in self.pipe.tokenizer(texts).input_ids]
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -102,20 +102,20 @@ class QwenImage(Backbone):
         """[N, 2, L] token ids of the prompts in the pipeline's template, and their mask; padded to the longest."""
         tokenizer = self.pipe.tokenizer
         texts = [self.pipe.prompt_template_encode.format(p) for p in prompts]
-        limit = self.pipe.tokenizer_max_length + TEMPLATE_TOKENS
+        limit = self.pipe.tokenizer_max_length + self.template_tokens
         out = tokenizer(texts, max_length=limit, padding=True, truncation=True, padding_side="right", return_tensors="pt")
         return torch.stack([out.input_ids, out.attention_mask], 1)
 
     def encode_text(self, ids: Tensor) -> Cond:
-        """Token ids and masks [N, 2, L] -> the last hidden states after the template's head [N, L - 34, D], zero and masked
-        after the prompt.
+        """Token ids and masks [N, 2, L] -> the last hidden states after the template's head, zero and masked after the
+        prompt.
 
         There is no pooled embedding.
         """
         ids = ids[..., : int(ids[:, 1].sum(1).max())]
         tokens, mask = ids[:, 0], ids[:, 1]
-        hidden = self.pipe.text_encoder.model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, TEMPLATE_TOKENS:]
-        mask = mask[:, TEMPLATE_TOKENS:]
+        hidden = self.pipe.text_encoder.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        hidden, mask = hidden[:, self.template_tokens :], mask[:, self.template_tokens :]
         return Cond(hidden * mask[..., None].to(hidden.dtype), mask=mask)
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,15 +138,21 @@ class QwenImage(Backbone):
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]. The pipeline rounds 1000 t to the latents' dtype; so must training."""
         n, _, h, w = x.shape
+        images = [x] if cond.source is None else [x, cond.source]  # a source image: further tokens, which are not denoised
         out = net(
-            hidden_states=pack(x.to(self.dtype)),
+            hidden_states=torch.cat([pack(z.to(self.dtype)) for z in images], 1),
             timestep=(t * 1000).to(self.dtype) / 1000,
             encoder_hidden_states=cond.embeds.to(self.dtype),
             encoder_hidden_states_mask=None if cond.mask is None or bool(cond.mask.all()) else cond.mask,
-            img_shapes=[[(1, h // 2, w // 2)]] * n,
+            img_shapes=[[(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in images]] * n,
             return_dict=False,
         )[0]
-        return unpack(out.float(), h, w)
+        return unpack(out[:, : h * w // 4].float(), h, w)
+
+    def features(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, indices: Sequence[int]) -> list[Tensor]:
+        """Tokens [N, T, hidden_size] of the image x after each of the blocks `indices`; later blocks are not run."""
+        tokens = x.shape[-2] * x.shape[-1] // 4
+        return [f[:, :tokens] for f in super().features(net, x, t, cond, indices)]
 
     def apply_guidance(self, v: Tensor, v_null: Tensor, scale: float) -> Tensor:
         """Guidance of velocities [N, C, H, W] as the pipeline has it.

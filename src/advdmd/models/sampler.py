@@ -12,7 +12,7 @@ from advdmd.models.networks import Teacher
 from advdmd.rng import generator
 from advdmd.rollout import rollout, sample_euler
 from advdmd.transitions import cps
-from advdmd.types import Cond, Json, micro_batches
+from advdmd.types import Cond, Edit, Json, Prompt, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,13 @@ def decode(backbone: Backbone, x0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_prompts(backbone: Backbone, prompts: Sequence[str], device: torch.device | str) -> Cond:
-    """N prompts encoded on the text encoders' device; the conditions [N] on `device`."""
+def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], device: torch.device | str) -> Cond:
+    """N prompts, all texts or all edits, encoded on the text encoders' device; the conditions [N] on `device`."""
     encoders = next(backbone.encoders[0].parameters()).device
-    return backbone.encode_text(backbone.tokenize(prompts).to(encoders)).to(device)
+    if edits := [p for p in prompts if isinstance(p, Edit)]:
+        sides = (backbone.pipe.vae_scale_factor * n for n in backbone.latent_shape[-2:])
+        return backbone.encode_edits(edits, *sides).to(device)
+    return backbone.encode_text(backbone.tokenize([str(p) for p in prompts]).to(encoders)).to(device)
 
 
 @torch.no_grad()
@@ -123,25 +126,27 @@ def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, n
 def sample(
     backbone: Backbone,
     net: nn.Module,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     noise: Tensor,
     sampler: SamplerConfig,
     batch: int = 128,
     progress: Callable[[int], object] | None = None,
-    encode: Callable[[Sequence[str]], Cond] | None = None,
+    encode: Callable[[Sequence[Prompt]], Cond] | None = None,
 ) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] of N prompts.
+    """Images [N, 3, H, W] in [-1, 1] of N prompts. Raises ValueError on prompts without source images for a model of edits.
 
     noise [>= steps, N, ...]: as of `draw_noise`, of which the ODE uses the first.
 
     batch: prompts per pass. progress is called with the number of images that are done. encode: conditions of prompts and of
     the empty one, by default from the text encoders.
     """
+    if backbone.edits and any(isinstance(p, str) for p in prompts):
+        raise ValueError(f"a {type(backbone.pipe).__name__} edits images: give a source image with each prompt (--source)")
     encode = encode or (lambda texts: encode_prompts(backbone, texts, noise.device))
-    out, null = [], encode([backbone.null_prompt])
+    out, null = [], None if backbone.edits else encode([backbone.null_prompt])  # an edit's condition holds its own
     for i in micro_batches(len(prompts), batch):
         cond = encode([prompts[int(k)] for k in i])
-        out.append(decode(backbone, sample_latents(backbone, net, cond, null, noise[:, i], sampler)))
+        out.append(decode(backbone, sample_latents(backbone, net, cond, cond if null is None else null, noise[:, i], sampler)))
         if progress:
             progress(int(i[-1]) + 1)
     return torch.cat(out)

@@ -31,6 +31,7 @@ class PublishedModel:
     transformer: str  # class of diffusers
     config: Json = field(default_factory=dict)  # where it differs from the class's defaults
     text: int = 333  # tokens the transformer sees of a prompt, at most
+    edits: bool = False  # whether prompts are about a source image
 
 
 SD3 = {
@@ -50,6 +51,10 @@ MODELS = {
     "sd35-medium": PublishedModel("stabilityai/stable-diffusion-3.5-medium", 4.5, "SD3Transformer2DModel", SD35 | MEDIUM),
     "sd35-large": PublishedModel("stabilityai/stable-diffusion-3.5-large", 3.5, "SD3Transformer2DModel", SD35 | LARGE),
     "qwen-image": PublishedModel("Qwen/Qwen-Image", 4.0, "QwenImageTransformer2DModel", text=1024),
+    # 14 x 14 tokens of the source image, and the prompt, which is not cut; 2511's source images have time 0.
+    "qwen-image-edit": PublishedModel(
+        "Qwen/Qwen-Image-Edit-2511", 4.0, "QwenImageTransformer2DModel", {"zero_cond_t": True}, text=512, edits=True
+    ),
     # Its guidance is a number that the transformer takes (models.flux), so classifier-free guidance is off.
     "flux-dev": PublishedModel("black-forest-labs/FLUX.1-dev", 1.0, "FluxTransformer2DModel", {"guidance_embeds": True}, 512),
     "flux2-klein-4b": PublishedModel("black-forest-labs/FLUX.2-klein-base-4B", 4.0, "Flux2Transformer2DModel", KLEIN, 512),
@@ -80,6 +85,8 @@ PRESETS = {
     ("sd35-medium", "80gb"): Preset(64, 32, 80),
     ("sd35-large", "80gb"): Preset(64, 12, 80),
     ("qwen-image", "80gb"): Preset(32, 2, 80),
+    ("qwen-image-edit", "24gb"): Preset(8, 1, 24, base_bits=4, resolution=512),  # sources have 1024 pixels
+    ("qwen-image-edit", "80gb"): Preset(32, 1, 80),
     ("flux-dev", "24gb"): Preset(16, 6, 24, base_bits=4, resolution=512),
     ("flux-dev", "80gb"): Preset(64, 6, 80),
     ("flux2-klein-4b", "24gb"): Preset(16, 3, 24),
@@ -208,6 +215,6 @@ RECIPES = {
     for (name, preset), fit in PRESETS.items()
     for method, make in METHODS.items()
     for steps in (4, 2)
-    # TwinFlow's batch in one piece does not fit beside a base that had to be of few bits.
-    if make is not twinflow or fit.base_bits == 32
+    # TwinFlow's batch in one piece does not fit beside a base that had to be of few bits, nor with source images.
+    if make is not twinflow or (fit.base_bits == 32 and not MODELS[name].edits)
 }

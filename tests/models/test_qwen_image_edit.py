@@ -1,0 +1,288 @@
+"""Qwen-Image-Edit as a backbone, against the stock pipelines; and a student of it from pairs to exported pipeline."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from advdmd.cli.main import app
+from advdmd.commands import train
+from advdmd.commands.encode import encode
+from advdmd.commands.evaluate import generate_images, make_suite
+from advdmd.commands.sample import edits_of
+from advdmd.commands.sample import sample as sample_command
+from advdmd.data.captioned_images import Columns, ImagePlace
+from advdmd.data.embedding_cache import EmbeddingCache
+from advdmd.data.sources import read_captioned_images
+from advdmd.distillation.prompt_validation import encoded_prompts, read_prompts
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import loading
+from advdmd.models.networks import Teacher
+from advdmd.models.qwen_image import pack, unpack
+from advdmd.models.qwen_image_edit import QwenImageEdit, VisionProcessor, size_of_area
+from advdmd.models.sampler import SamplerConfig, draw_noise, encode_prompts, sample
+from advdmd.recipes.registry import resolve
+from advdmd.types import Cond, Edit
+from tests import tiny_pipelines
+from tests.conftest import TINY
+
+PROMPTS = ["a picture of a red circle", "two blue stars. gray background."]
+SIDE = 32  # pixels, of images and of source images
+
+
+@pytest.fixture(autouse=True)
+def _small_sources(monkeypatch):
+    """The stock pipelines give source images a million pixels; here as many as the metadata say."""
+    plus, first = pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit
+    monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", SIDE * SIDE)
+    stock = first.calculate_dimensions
+    monkeypatch.setattr(first, "calculate_dimensions", lambda area, ratio: stock(SIDE * SIDE, ratio))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two source images and what they are to become, in a folder with metadata."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for n, prompt in enumerate(PROMPTS):
+        Image.radial_gradient("L").convert("RGB").rotate(40 * n).resize((96, 96)).save(folder / f"before-{n}.png")
+        Image.linear_gradient("L").convert("RGB").rotate(90 * n).save(folder / f"after-{n}.png")
+        rows.append({"file_name": f"after-{n}.png", "source_image": f"before-{n}.png", "text": prompt})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def save(folder, **how):
+    pipe = tiny_pipelines.qwen_image_edit(VOCABULARY, TINY, **how)
+    processor, _ = pipe.processor, pipe.register_modules(processor=None)
+    pipe.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder / "processor")
+    processor.images.save_pretrained(folder / "processor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    note = {"name": folder.name, "sampling": {"steps": 4, "guidance": 2.0}, "side": SIDE // 4, "source_side": SIDE}
+    (folder / "advdmd.json").write_text(json.dumps(note))
+    return folder
+
+
+KINDS = {"edit": {"plus": False}, "edit-2509": {}, "edit-2511": {"zero_cond_t": True}}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(tmp_path_factory, request):
+    """A real pipeline of each kind with random weights."""
+    return save(tmp_path_factory.mktemp("teacher") / request.param, **KINDS[request.param])
+
+
+@pytest.fixture
+def model(folder):
+    return loading.load(str(folder))[0]
+
+
+@pytest.fixture
+def edits(pictures):
+    return edits_of(PROMPTS, [pictures / f"before-{n}.png" for n in range(2)])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_teachers_sampler_is_the_stock_pipeline(model, edits, guidance):
+    noise = draw_noise([0, 1], model.latent_shape, 1)
+    ours = sample(model, model.net, edits, noise, SamplerConfig(steps=3, guidance_scale=guidance))
+    for n, edit in enumerate(edits):
+        theirs = model.pipe(
+            Image.open(edit.source.path),
+            str(edit),
+            negative_prompt=" " if guidance > 1 else None,
+            true_cfg_scale=guidance,
+            num_inference_steps=3,
+            latents=pack(noise[0][[n]]),
+            height=SIDE,
+            width=SIDE,
+            output_type="pt",
+        ).images
+        torch.testing.assert_close((ours[[n]] + 1) / 2, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1024, 1024), (832, 1216), (1344, 768)])
+def test_source_images_have_the_stock_pipelines_size(height, width):
+    theirs = pipeline_qwenimage_edit_plus.calculate_dimensions(1024 * 1024, width / height)
+    assert size_of_area(1024, height, width) == theirs[::-1]
+
+
+def test_teacher_and_discriminator_see_the_source(model, edits):
+    cond = encode_prompts(model, edits, "cpu")
+    other = Cond(cond.embeds, mask=cond.mask, source=cond.source.flip(0), null=cond.null)
+    x, t = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        for f in (lambda c: model.velocity(model.net, x, t, c), lambda c: model.features(model.net, x, t, c, [1])[0]):
+            assert (f(cond) - f(other)).abs().max() > 1e-3
+        tokens = (SIDE // 8) ** 2
+        assert model.features(model.net, x, t, cond, [0])[0].shape == (2, tokens, model.hidden_size)
+
+
+def test_guidance_keeps_the_source(model, edits):
+    cond = encode_prompts(model, edits, "cpu")
+    x, t = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.8])
+    empty = encode_prompts(model, [Edit(model.null_prompt, e.source) for e in edits], "cpu")
+    unused = cond[torch.tensor([0])]
+    with torch.no_grad():
+        v = Teacher(model, 3.0, unused)(x, t, cond)
+        alone = [model.velocity(model.net, x, t, c) for c in (cond, empty)]
+    torch.testing.assert_close(v, model.apply_guidance(*alone, 3.0), atol=1e-5, rtol=1e-4)
+
+
+def test_conditions_are_kept_as_tensors_and_come_back(model, edits):
+    cond = encode_prompts(model, edits, "cpu")
+    found = cond.tensors()
+    assert set(found) == {"embeds", "mask", "source", "null_embeds", "null_mask"}
+    again = Cond.from_tensors(found)
+    assert all(torch.equal(v, again.tensors()[k]) for k, v in found.items())
+    assert len(cond.to(torch.float64).null.embeds) == 2
+    assert cond[torch.tensor([1])].null.embeds.shape[0] == 1
+
+
+@pytest.fixture(scope="module")
+def cache(folder, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    assert encode(pictures, str(folder), out)
+    return out
+
+
+def test_a_cache_holds_sources_and_empty_prompts(cache, model, edits):
+    found = EmbeddingCache(cache)
+    order = [found.prompts.index(p) for p in PROMPTS]
+    ours, wanted = found.cond(order).tensors(), encode_prompts(model, edits, "cpu").tensors()
+    for name, v in wanted.items():
+        torch.testing.assert_close(ours[name].float(), v.bfloat16().float(), msg=name)
+
+
+def test_one_prompt_edits_many_images_and_only_what_is_new_is_encoded(pictures, tmp_path, monkeypatch):
+    folder, pairs = save(tmp_path / "teacher"), tmp_path / "pairs"
+    pairs.mkdir()
+    for n in range(3):
+        Image.open(pictures / "before-0.png").rotate(30 * n).save(pairs / f"a{n}.png")
+    rows = [{"file_name": "a0.png", "source_image": f"a{n}.png", "text": PROMPTS[0]} for n in range(2)]
+    file = pairs / "metadata.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert encode(pairs, str(folder), tmp_path / "cache")
+    assert EmbeddingCache(tmp_path / "cache").prompts == [PROMPTS[0]] * 2
+    seen = []
+    stock = QwenImageEdit.encode_edits
+    monkeypatch.setattr(QwenImageEdit, "encode_edits", lambda self, e, *size: seen.append(e) or stock(self, e, *size))
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[0] | {"source_image": "a2.png"}]))
+    assert encode(pairs, str(folder), tmp_path / "cache")
+    assert [e.source.path.name for (e,) in seen] == ["a2.png"]
+    assert len(EmbeddingCache(tmp_path / "cache").prompts) == 3
+
+
+@pytest.mark.parametrize("more", [["lora_rank=0"], ["lora_rank=2"]], ids=["whole", "adapter"])
+def test_a_student_from_pairs_to_the_stock_pipeline(folder, cache, edits, pictures, tmp_path, more):
+    words = [f"teacher={folder}", f"data.folder={cache}", "iterations=2", "algorithm.steps=2", "algorithm.group_size=2"]
+    words += ["prompts_per_step=2", "algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"]
+    words += ["device=cpu", "dtype=float32", "gradient_checkpointing=false", "threads=1", "sample_every=2", *more]
+    recipe = "qwen-image-edit-advdmd-2step-80gb"
+    student = train.train(*resolve(recipe, words), tmp_path / "run")
+    assert list((tmp_path / "run/samples").glob("*.png"))
+    backbone, sampler = loading.load(str(student))
+    noise = draw_noise([0, 1], backbone.latent_shape, 2)
+    ours = sample(backbone, backbone.net, edits[:1], noise[:, :1], sampler)
+    pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True, processor=None)
+    pipe.processor = VisionProcessor.from_pretrained(student / "processor")  # the stock one needs torchvision
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = json.loads((student / "advdmd.json").read_text())["stock_call"]
+    torch.manual_seed(3)
+    drawn = torch.randn(1, 16, 16)
+    torch.manual_seed(3)
+    theirs = pipe(
+        Image.open(edits[0].source.path), PROMPTS[0], latents=pack(noise[0][:1]), output_type="latent", **kwargs
+    ).images
+    again = sample(backbone, backbone.net, edits[:1], torch.stack([noise[0][:1], unpack(drawn, 8, 8)]), sampler)
+    torch.testing.assert_close(again, backbone.decode(unpack(theirs, 8, 8)), atol=1e-5, rtol=1e-4)
+    assert ours.shape == again.shape
+    card = (student / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card
+    assert "load_image" in card
+    nodes = json.loads((student / "comfyui_workflow.json").read_text())
+    assert nodes["prompt"]["class_type"].startswith("TextEncodeQwenImageEdit")
+    if more == ["lora_rank=2"]:
+        assert all(k.startswith("transformer.") for k in load_file(student / "pytorch_lora_weights.safetensors"))
+
+
+def test_validation_draws_edits(folder, cache, pictures, tmp_path):
+    prompts = read_prompts(pictures, edits=True)
+    assert [str(p) for p in prompts] == PROMPTS
+    _, r = resolve("qwen-image-edit-dmd2-2step-80gb", [f"teacher={folder}"])
+    backbone, _ = loading.load(str(folder), encoders=False)
+    for _ in range(2):  # encoded, then read
+        cond = encoded_prompts(r, backbone, prompts, tmp_path)(prompts)
+        full, _ = loading.load(str(folder), text_dtype=backbone.dtype)
+        wanted = encode_prompts(full, prompts, "cpu").tensors()
+        assert all(torch.allclose(v, wanted[k], atol=1e-6) for k, v in cond.tensors().items())
+    (tmp_path / "bare.txt").write_text("a red circle\n")
+    with pytest.raises(ValueError, match="'a red circle' has no source image"):
+        read_prompts(tmp_path / "bare.txt", edits=True)
+
+
+def test_what_has_no_source_image_is_refused(folder, pictures, tmp_path):
+    name = str(folder)
+    with pytest.raises(ValueError, match="edits images: give a source image with each prompt"):
+        sample_command(name, PROMPTS, tmp_path / "a", device="cpu")
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    with pytest.raises(ValueError, match=r"1 prompts have no source image, the first is 'a red circle'.*--source-column"):
+        encode(tmp_path / "p.txt", name, tmp_path / "c", real_images="teacher")
+    with pytest.raises(ValueError, match="here prompts have no source images"):
+        generate_images(name, make_suite("mini-geneval", images=1), tmp_path / "e")
+    with pytest.raises(ValueError, match=r"it needs data\.folder, from advdmd encode"):
+        train.train(*resolve("mini-sd35-dmd2", [f"teacher={name}"]), tmp_path / "r")
+    with pytest.raises(ValueError, match="--source: 3 images for 2 prompts"):
+        edits_of(PROMPTS, [pictures / "before-0.png"] * 3)
+    with pytest.raises(ValueError, match=r"there is no image .*none\.png"):
+        edits_of(PROMPTS, [pictures / "none.png"])
+
+
+def test_models_of_texts_refuse_source_images(pictures, tmp_path):
+    edits = edits_of(["a red circle"], [pictures / "before-0.png"])
+    with pytest.raises(ValueError, match="edits no images: give prompts without source images"):
+        sample_command("mini-sd35", edits, tmp_path / "a", device="cpu")
+    with pytest.raises(ValueError, match="--source-column before: mini-sd35 does not edit images"):
+        encode(pictures, "mini-sd35", tmp_path / "c", columns=Columns(source="before"))
+
+
+def test_broken_source_images_are_named(folder, pictures, tmp_path):
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for f in pictures.iterdir():
+        (pairs / f.name).write_bytes(f.read_bytes())
+    (pairs / "before-1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"before-1\.png cannot be read"):
+        encode(pairs, str(folder), tmp_path / "c")
+    (pairs / "before-1.png").unlink()
+    with pytest.raises(ValueError, match=r"line 2: there is no image 'before-1\.png'"):
+        encode(pairs, str(folder), tmp_path / "c")
+
+
+def test_the_command_samples_an_edit(folder, pictures, tmp_path):
+    words = ["sample", str(folder), PROMPTS[0], "--source", str(pictures / "before-0.png"), "--out", str(tmp_path / "o")]
+    found = CliRunner().invoke(app, [*words, "--steps", "1", "--threads", "1", "--device", "cpu"])
+    assert found.exit_code == 0, found.output
+    with Image.open(tmp_path / "o/000.png") as image:
+        assert image.size == (SIDE, SIDE)
+
+
+def test_source_columns_of_tables(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"input_image": datasets.Image(), "edit_prompt": datasets.Value("string"), "edited_image": datasets.Image()}
+    row = [str(pictures / "before-0.png")], ["make it red"], [str(pictures / "after-0.png")]
+    table = datasets.Dataset.from_dict(dict(zip(kinds, row, strict=True)), features=datasets.Features(kinds))
+    table.save_to_disk(tmp_path / "saved")
+    (found,) = read_captioned_images(tmp_path / "saved", Columns(caption="edit_prompt", edits=True))
+    assert (found.image.column, found.source.column) == ("edited_image", "input_image")
+    assert isinstance(found.source, ImagePlace)
+    (found,) = read_captioned_images(tmp_path / "saved", Columns(caption="edit_prompt"))
+    assert (found.image.column, found.source) == ("edited_image", None)
