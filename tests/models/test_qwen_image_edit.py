@@ -16,8 +16,10 @@ from advdmd.commands.encode import encode
 from advdmd.commands.evaluate import generate_images, make_suite
 from advdmd.commands.sample import edits_of
 from advdmd.commands.sample import sample as sample_command
+from advdmd.data.aspect_buckets import BucketedCache
 from advdmd.data.captioned_images import Columns, ImagePlace
 from advdmd.data.embedding_cache import EmbeddingCache
+from advdmd.data.loader import BatchConfig
 from advdmd.data.sources import read_captioned_images
 from advdmd.distillation.prompt_validation import encoded_prompts, read_prompts
 from advdmd.mini.world.caption import VOCABULARY
@@ -178,7 +180,12 @@ def test_one_prompt_edits_many_images_and_only_what_is_new_is_encoded(pictures, 
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[0] | {"source_image": "a2.png"}]))
     assert encode(pairs, str(folder), tmp_path / "cache")
     assert [e.source.path.name for (e,) in seen] == ["a2.png"]
-    assert len(EmbeddingCache(tmp_path / "cache").prompts) == 3
+    found = EmbeddingCache(tmp_path / "cache")
+    assert len(found.prompts) == len(set(found.prompt_hashes())) == 3
+    seen.clear()
+    moved = pairs.rename(tmp_path / "moved")
+    assert encode(moved, str(folder), tmp_path / "cache")
+    assert not seen, "a prompt is known by its words and its source's bytes"
 
 
 @pytest.mark.parametrize("more", [["lora_rank=0"], ["lora_rank=2"]], ids=["whole", "adapter"])
@@ -212,6 +219,42 @@ def test_a_student_from_pairs_to_the_stock_pipeline(folder, cache, edits, pictur
     assert nodes["prompt"]["class_type"].startswith("TextEncodeQwenImageEdit")
     if more == ["lora_rank=2"]:
         assert all(k.startswith("transformer.") for k in load_file(student / "pytorch_lora_weights.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["edit-2509", "edit-2511"])
+def test_twinflow_trains_edits(kind, pictures, tmp_path):
+    teacher = save(tmp_path / "teacher", **KINDS[kind])
+    encode(pictures, str(teacher), tmp_path / "cache")
+    words = [f"teacher={teacher}", f"data.folder={tmp_path / 'cache'}", "iterations=1", "lora_rank=0", "device=cpu"]
+    words += ["dtype=float32", "gradient_checkpointing=false", "threads=1", "algorithm.target_network=teacher"]
+    student = train.train(*resolve("qwen-image-twinflow-2step-80gb", words), tmp_path / "run")
+    assert loading.load(str(student))[0].edits
+
+
+def test_sizes_of_several_ratios_have_sources_of_their_ratio(pictures, tmp_path):
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    rows = []
+    for n, size in enumerate([(64, 64), (64, 40), (40, 64)]):
+        for name in ("before", "after"):
+            Image.open(pictures / f"{name}-0.png").resize(size).save(pairs / f"{name}-{n}.png")
+        rows.append({"file_name": f"after-{n}.png", "source_image": f"before-{n}.png", "text": PROMPTS[0]})
+    (pairs / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    teacher = save(tmp_path / "teacher")
+    note = json.loads((teacher / "advdmd.json").read_text()) | {"source_side": 64}
+    (teacher / "advdmd.json").write_text(json.dumps(note))
+    assert encode(pairs, str(teacher), tmp_path / "cache", by_aspect=True)
+    ratios = [
+        (real.shape[-1] / real.shape[-2], source.shape[-1] / source.shape[-2])
+        for part in BucketedCache(tmp_path / "cache").parts
+        for real, source in [(part.real(0, 0), part.cond([0]).source)]
+    ]
+    assert len({own for own, _ in ratios}) == 3
+    assert all(source == pytest.approx(own, rel=0.35) for own, source in ratios)  # sides are multiples of 32 pixels
+    data = BucketedCache(tmp_path / "cache")
+    backbone, _ = loading.load(str(teacher), encoders=False)
+    shown = data.load(backbone, BatchConfig(1, 2, 0)).sample_cond
+    assert shown.source.shape[-2:] == (16, 16), "of the square, as sample grids are"
 
 
 def test_validation_draws_edits(folder, cache, pictures, tmp_path):
@@ -285,4 +328,4 @@ def test_source_columns_of_tables(tmp_path, pictures):
     assert (found.image.column, found.source.column) == ("edited_image", "input_image")
     assert isinstance(found.source, ImagePlace)
     (found,) = read_captioned_images(tmp_path / "saved", Columns(caption="edit_prompt"))
-    assert (found.image.column, found.source) == ("edited_image", None)
+    assert (found.image.column, found.source) == ("input_image", None), "the first, where sources are not wanted"

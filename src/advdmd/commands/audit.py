@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,10 @@ def _judged(r: Recipe, ready: Setup, prompts: int, config: AuditConfig, scorer: 
     if scorer is None:
         return _judged_by_checker(ready, prompts, config)
     judge = load_scorer(*parse_scorer(scorer))
-    need = -(-prompts // r.prompts_per_step)
-    parts = [data.batch_fn(r.iterations + 10**6 + i)[0] for i in range(need)]
+    steps = (data.batch_fn(r.iterations + 10**6 + i)[0] for i in count())
+    first = next(steps)
+    alike = (b for b in steps if b.real_latents.shape == first.real_latents.shape)  # images of one size
+    parts = [first, *islice(alike, -(-prompts // r.prompts_per_step) - 1)]
     index = torch.cat([p.prompt_index[:: r.algorithm.group_size] for p in parts if p.prompt_index is not None])[:prompts]
     cond = type(parts[0].cond).cat([p.cond for p in parts])[:: r.algorithm.group_size]
     cond = cond[torch.arange(len(index)).repeat_interleave(config.images)]
@@ -88,7 +91,7 @@ def _judged(r: Recipe, ready: Setup, prompts: int, config: AuditConfig, scorer: 
         images = list(to_uint8(decode(backbone, x0)))
         return judge.score(images, texts).reshape(-1, config.images).numpy()
 
-    latents = torch.zeros(len(cond), *backbone.latent_shape)
+    latents = torch.zeros(len(cond), *first.real_latents.shape[1:])
     return Batch(cond, latents).to(backbone.device), scores
 
 

@@ -48,9 +48,9 @@ class DemoModel:
     @classmethod
     def read(cls, name: str, device: str = "auto", dtype: str = "auto") -> "DemoModel":
         """A model by name on a device. Raises ValueError if it cannot be loaded."""
+        loading.check_text_to_image(loading.pipeline_folder(name, loading.DESCRIPTION_FILES))
         backbone, sampler = loading.load_for_sampling(name, device, dtype)
         path = loading.pipeline_folder(name)
-        loading.check_text_to_image(type(backbone.pipe).__name__)
         made_by = loading.read_metadata(path).get("recipe")
         return cls(f"student of {made_by}" if made_by else f"teacher {path.name}", backbone, sampler)
 

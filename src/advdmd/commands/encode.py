@@ -75,7 +75,7 @@ def encode(
     if edits and (bare := [p for p in prompts if isinstance(p, str)]):
         raise ValueError(
             f"{source}: {teacher} edits images, and {len(bare)} prompts have no source image, the first is {bare[0][:80]!r}; "
-            f"name it under {' or '.join(SOURCE_KEYS)}, or give --source-column"
+            f"name it under {' or '.join(SOURCE_KEYS)} in metadata or a table, or give --source-column"
         )
     if real_images == "source" and not any(images):
         raise ValueError(
@@ -99,6 +99,8 @@ def encode(
         "resolution": side,
         "reals": real_images,
     }
+    if edits:
+        plan["source_side"] = backbone.metadata["source_side"]
     if real_images == "teacher":
         if worker[0] == 0:
             print(embedding_cache.TEACHER_IMAGES_WARNING, file=sys.stderr)
@@ -106,7 +108,7 @@ def encode(
         plan["reals"] = {"transformer": transformer, "each": per_prompt, "seed": seed, **sampler.to_json()}
     if worker[0] == 0:
         _report_cut_captions(backbone, [str(p) for p in prompts])
-    members = [_Member(p, tuple(found)) for p, found in zip(prompts, images, strict=True)]
+    members = _members(prompts, images)
     parts: dict[Path, tuple[aspect_buckets.Size, Sequence[_Member]]] = {out: ((side, side), members)}
     if by_aspect:
         found = _by_aspect(members, aspect_buckets.bucket_sizes(side, 2 * scale))
@@ -132,7 +134,7 @@ def encode(
             embedding_cache.write_null(part, _encode_text(backbone, [backbone.null_prompt], device))
         sharded: list[list[_Member]] = [[] for _ in range(shards)]
         for member in own:
-            sharded[embedding_cache.shard_of(member.prompt, shards)].append(member)
+            sharded[embedding_cache.shard_of(member.key, shards)].append(member)
         contents[part] = [_content(shard, real_images == "source") for shard in sharded]
         for k, (shard, content) in enumerate(zip(sharded, contents[part], strict=True)):
             if k % worker[1] == worker[0]:
@@ -147,10 +149,24 @@ def encode(
 
 
 class _Member(NamedTuple):
-    """A prompt and its images, as far as they belong to one size."""
+    """A prompt, its hash, and its images, as far as they belong to one size."""
 
     prompt: Prompt
+    key: str
     images: tuple[ImagePlace, ...]
+
+
+def _members(prompts: Sequence[Prompt], images: Sequence[Sequence[ImagePlace]]) -> list[_Member]:
+    """Prompts with their images. Raises ValueError that lists source images whose bytes cannot be had."""
+    found, broken = list[_Member](), list[str]()
+    for prompt, own in zip(prompts, images, strict=True):
+        try:
+            found.append(_Member(prompt, prompt_hash(prompt), tuple(own)))
+        except (OSError, ValueError) as e:
+            broken.append(f"image {prompt.source.place if isinstance(prompt, Edit) else prompt} cannot be read: {e}")
+    if broken:
+        raise ValueError(listed(broken))
+    return found
 
 
 Latents = tuple[Tensor, Sequence[str]]  # [n, C, h, w], and a hash of the bytes of each image
@@ -177,14 +193,7 @@ def _encode_shard(
         embedding_cache.write_shard(part, k, content, [])
         return []
     known = embedding_cache.read_shard(part, k)
-    keys, broken = list[str](), list[str]()
-    for m in members:
-        try:
-            keys.append(prompt_hash(m.prompt))
-        except (OSError, ValueError) as e:  # of a source image
-            broken.append(f"image {m.prompt.source.place if isinstance(m.prompt, Edit) else m.prompt} cannot be read: {e}")
-    if broken:
-        return broken
+    keys = [m.key for m in members]
     new = [n for n, key in enumerate(keys) if key not in known]
     rows = {n: known[key].cond for n, key in enumerate(keys) if key in known}
     try:
@@ -216,19 +225,20 @@ def _report_cut_captions(backbone: Backbone, prompts: Sequence[str]) -> None:
 
 def _by_aspect(members: Sequence[_Member], choices: Sequence[aspect_buckets.Size]) -> dict[aspect_buckets.Size, list[_Member]]:
     """For each size the prompts with the images that are nearest to it. Raises ValueError that lists images without a size."""
-    found: dict[aspect_buckets.Size, dict[Prompt, list[ImagePlace]]] = {}
+    found: dict[aspect_buckets.Size, dict[str, list[ImagePlace]]] = {}
     broken: list[str] = []
-    for prompt, images in members:
-        for image in images:
+    for member in members:
+        for image in member.images:
             try:
                 size = aspect_buckets.nearest_bucket(choices, image_size(image))
             except ValueError as e:
                 broken.append(str(e))
                 continue
-            found.setdefault(size, {}).setdefault(prompt, []).append(image)
+            found.setdefault(size, {}).setdefault(member.key, []).append(image)
     if broken:
         raise ValueError(listed(broken))
-    return {size: [_Member(p, tuple(own)) for p, own in rows.items()] for size, rows in sorted(found.items())}
+    prompts = {m.key: m.prompt for m in members}
+    return {size: [_Member(prompts[k], k, tuple(own)) for k, own in rows.items()] for size, rows in sorted(found.items())}
 
 
 def _content(members: Sequence[_Member], with_images: bool) -> embedding_cache.ShardContent:
@@ -318,12 +328,13 @@ def _teacher_latents(
     batch: int,
 ) -> list[Latents]:
     """The teacher's own images of prompts, as latents: what it cannot generate the discriminator will never see."""
-    found = [known.get(prompt_hash(m.prompt)) for m in members]
+    found = [known.get(m.key) for m in members]
     jobs = [(n, r) for n, e in enumerate(found) if e is None for r in range(each)]
     null, out = _encode_text(backbone, [backbone.null_prompt], device).to(device), list[Tensor]()
     for i in micro_batches(len(jobs), batch):
         part = [jobs[int(k)] for k in i]
-        noise = draw_noise([("reals", seed, str(members[n].prompt), r) for n, r in part], backbone.latent_shape, 1).to(device)
+        names = ((m.prompt if isinstance(m.prompt, str) else m.key, r) for m, r in ((members[n], r) for n, r in part))
+        noise = draw_noise([("reals", seed, *name) for name in names], backbone.latent_shape, 1).to(device)
         cond = conds[torch.tensor([n for n, _ in part])].to(device)
         out.append(sample_latents(backbone, backbone.net, cond, null, noise, sampler).cpu())
     new = iter(torch.cat(out).split(each) if out else ())

@@ -32,11 +32,11 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
 
 def nearest_bucket(choices: Sequence[Size], size: Size) -> Size:
     """The choice whose aspect ratio is nearest to that of an image."""
+    return min(choices, key=lambda s: abs(_log_ratio(s) - _log_ratio(size)))
 
-    def log_ratio(s: Size) -> float:
-        return math.log(s[1] / s[0])
 
-    return min(choices, key=lambda s: abs(log_ratio(s) - log_ratio(size)))
+def _log_ratio(size: Size) -> float:
+    return math.log(size[1] / size[0])
 
 
 def bucket_name(size: Size) -> str:
@@ -81,7 +81,7 @@ class BucketedCache:
         self.resolution: int | None = self.parts[0].resolution  # the same for all: the side of the square
         first: Json = self.parts[0].plan
         self.plan: object = {k: first.get(k) for k in ("teacher", "tokens", "resolution", "reals")}
-        hashes = sorted({hash_of([p]) for p in self.prompts})
+        hashes = sorted({h for part in self.parts for h in part.prompt_hashes()})
         self.contents: Json | None = {
             "content": hash_of(p.content for p in self.parts),
             "prompts": len(self.prompts),
@@ -129,12 +129,13 @@ class BucketedCache:
         Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded.
         """
         self.check_tokenization(tokenization_fingerprint(backbone))
-        first, *others = self.parts
+        others = self.parts[1:]
+        squarest = min(self.parts, key=lambda p: abs(_log_ratio(p.plan.get("size", (1, 1)))))  # as sample grids are
         batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real) for p in self.parts]
         sizes = [len(p.prompts) for p in self.parts]
         batch_fn = mix_buckets(batch_fns, sizes, config.seed) if others else batch_fns[0]
-        shown = range(min(SAMPLE_PROMPTS, len(first.prompts)))
-        return TrainingData(batch_fn, self.prompts, self.null, first.cond(shown))
+        shown = range(min(SAMPLE_PROMPTS, len(squarest.prompts)))
+        return TrainingData(batch_fn, self.prompts, self.null, squarest.cond(shown))
 
     def validation(self, images: int) -> Validation | None:
         """None."""

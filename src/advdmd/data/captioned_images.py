@@ -1,4 +1,4 @@
-"""A caption with one image of it, wherever its bytes lie."""
+"""A caption with one image of it and perhaps a source image, wherever their bytes lie; and the names of their columns."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -14,8 +14,9 @@ from advdmd.data.tables import embedded_bytes, parquet_rows, saved_dataset
 from advdmd.types import Edit, Prompt
 
 CAPTION_KEYS = ("text", "prompt", "caption", "en_caption")
-FILE_KEYS = ("file_name", "image", "image_path", "img")
-BYTES_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")  # columns of parquet files with an image in each row
+FILE_KEYS = ("file_name", "image", "image_path", "img", "edited_image")
+# Columns of parquet files with an image in each row.
+BYTES_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "edited_image")
 SOURCE_KEYS = ("source_image", "input_image", "original_image", "conditioning_image", "control_image")
 
 

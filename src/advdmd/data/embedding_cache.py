@@ -3,9 +3,10 @@
 Encoded once, read row by row.
 
 A cache is a folder: plan.json (whose encoders, which size, how many shards), prompts.jsonl, null.safetensors (the empty
-prompt), shards with prompts and all their images, and manifest.json, written last. A prompt's words decide its shard, so a
-prompt that is added or changed costs one shard. Every tensor file has a record of its bytes and of what it was made from
-beside it. Images of several sizes are several caches in one folder, whose plan names them.
+prompt), shards with prompts and all their images, and manifest.json, written last. A prompt's hash, of its words and of
+its source image's bytes if it has one, decides its shard. So a prompt that is added or changed costs one shard. Every tensor
+file has a record of its bytes and of what it was made from beside it. Images of several sizes are several caches in one
+folder, whose plan names them.
 """
 
 import json
@@ -46,10 +47,9 @@ class ShardContent(NamedTuple):
     sources: str
 
 
-def shard_of(prompt: Prompt, shards: int) -> int:
-    """The shard of a prompt, 0 <= k < shards. Edits are spread by the names of their source images too."""
-    words = [prompt] if isinstance(prompt, str) else [prompt.prompt, Path(prompt.source.place).name]
-    return int(hash_of(words)[:12], 16) % shards
+def shard_of(prompt: str, shards: int) -> int:
+    """The shard of the prompt with this hash, 0 <= k < shards."""
+    return int(prompt[:12], 16) % shards
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -229,6 +229,13 @@ class EmbeddingCache:
     def content(self) -> str:
         """A hash of all prompts and of the bytes of their images."""
         return str(self.manifest.get("content") or self.plan.get("content"))
+
+    def prompt_hashes(self) -> list[str]:
+        """Of all prompts (`prompt_hash`). Raises ValueError if a record of edits is damaged."""
+        if "source_side" not in self.plan:
+            return [hash_of([p]) for p in self.prompts]
+        records = (shard_path(self.folder, k).with_suffix(".json") for k in range(len(self._ends)))
+        return [str(key) for f in records for key, _ in read_object(f, "entries", hint=ENCODE_AGAIN)["entries"]]
 
     def check_teacher(self, teacher: Json) -> None:
         """Raises ValueError if another teacher's encoders made this cache."""

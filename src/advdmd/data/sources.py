@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from advdmd.data.captioned_images import BYTES_KEYS, SOURCE_KEYS, CaptionedImage, Columns, ImagePlace
+from advdmd.data.captioned_images import BYTES_KEYS, CaptionedImage, Columns, ImagePlace
 from advdmd.data.image_files import PHOTO_SUFFIXES, image_suffixes, is_system_file, same_name
 from advdmd.data.tables import parquet_file, saved_dataset
 from advdmd.files import listed
@@ -319,7 +319,9 @@ def _table(
     if wrong := [k for k in (columns.image, columns.source) if k and k not in images]:
         raise ValueError(f"{place}: there is no column {wrong[0]} of images, there are {', '.join(images) or 'none'}")
     source = next((k for k in columns.sources if k in images), None)
-    column = columns.image or next((k for k in sorted(images, key=lambda k: k in SOURCE_KEYS) if k != source), None)
+    column = columns.image or next((k for k in sorted(images, key=lambda k: k in columns.sources) if k != source), None)
+    if not source and (named := [k for k in columns.sources if k in names]):
+        raise ValueError(f"{place}: the column {named[0]} holds no images: embed them, or give metadata that names files")
     used = [k for k in (column, source) if k]
     there = [[v is not None for v in read(k)] for k in used] if place.is_file() else []
     for n, value in enumerate(read(text)):

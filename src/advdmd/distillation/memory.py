@@ -19,6 +19,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
 DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
 SOURCE_TOKENS = 64 * 64  # of a source image, which has 1024 x 1024 pixels (models/qwen_image_edit.py)
+FIRST_EDIT_TOKENS = 37 * 37 - 14 * 14  # that the text of the first Qwen-Image-Edit has more: it shows the source whole
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
 
 
@@ -81,9 +82,11 @@ def transformer(teacher: str) -> Inputs:
         folder = loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES)
         config = read_object(folder / "transformer/config.json", "_class_name", hint="download the teacher again")
         name, metadata = config["_class_name"], loading.read_metadata(folder)
-        text = next((m.text for m in MODELS.values() if m.transformer == name), DEFAULT_TEXT_TOKENS)
-        text = DEFAULT_TEXT_TOKENS + metadata["t5_length"] if "t5_length" in metadata else text
         edits = name in COUNTED and loading.edits_images(folder)
+        kind = (name, edits)
+        text = next((m.text for m in MODELS.values() if (m.transformer, m.edits) == kind), DEFAULT_TEXT_TOKENS)
+        text += FIRST_EDIT_TOKENS if edits and loading.read_index(folder)["_class_name"] == "QwenImageEditPipeline" else 0
+        text = DEFAULT_TEXT_TOKENS + metadata["t5_length"] if "t5_length" in metadata else text
     if name not in COUNTED:
         raise ValueError(f"{teacher} has a {name}: memory is counted for {', '.join(COUNTED)} only")
     cls = getattr(diffusers, name)

@@ -73,6 +73,10 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
         for name in ("prompt", "none"):
             text = nodes[name]["inputs"]["text"]
             nodes[name] = _node(node, clip=["clip", 0], vae=["vae", 0], prompt=text, **{image: ["source", 0]})
+        if backbone.pipe.transformer.config.get("zero_cond_t"):  # source images have time 0
+            how = {"conditioning": ["prompt", 0], "reference_latents_method": "index_timestep_zero"}
+            nodes["time"] = _node("FluxKontextMultiReferenceLatentMethod", **how)
+            nodes["sample"]["inputs"]["positive"] = ["time", 0]
     if kind == "Flux2KleinPipeline":
         nodes["latent"]["class_type"] = "EmptyFlux2LatentImage"
     if kind in (

@@ -102,6 +102,8 @@ class DiffusersModel:
         folder = Path(model)
         metadata = read_metadata(folder)
         verify_weights(folder)
+        if (folder / "model_index.json").is_file():
+            check_text_to_image(folder)
         if not folder.is_dir():
             model, _, named = model.partition("@")
             revision = revision or named or None
@@ -122,7 +124,6 @@ class DiffusersModel:
             raise
         except Exception as e:  # whatever a broken folder or an unreachable hub makes the library raise
             raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {hub_error(model, e)}") from None
-        check_text_to_image(type(self.pipe).__name__)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call_kwargs = sampling.call_kwargs(self.pipe, metadata)

@@ -132,10 +132,10 @@ def edits_images(path: Path) -> bool:
     return read_index(path)["_class_name"] in EDIT_PIPELINES
 
 
-def check_text_to_image(pipeline: str) -> None:
-    """Raises ValueError if a class of pipeline edits images, where prompts come without source images."""
-    if pipeline in EDIT_PIPELINES:
-        raise ValueError(f"a {pipeline} edits images, and here prompts have no source images: use advdmd sample --source")
+def check_text_to_image(folder: Path) -> None:
+    """Raises ValueError if a pipeline folder's model edits images, where prompts come without source images."""
+    if edits_images(folder):
+        raise ValueError(f"{folder.name} edits images, and here prompts have no source images: use advdmd sample --source")
 
 
 def silence_libraries() -> None:

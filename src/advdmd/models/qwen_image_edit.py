@@ -71,9 +71,7 @@ class QwenImageEdit(QwenImage):
     def __init__(self, pipe: Pipeline, side: int = 128, null_prompt: str = CARD_NULL_PROMPT, source_side: int = SOURCE_SIDE):
         super().__init__(pipe, side, null_prompt)
         self.source_side, self.max_text_length = source_side, sys.maxsize  # these pipelines cut no prompt
-        self.metadata |= {"edits": True}
-        if source_side != SOURCE_SIDE:
-            self.metadata |= {"source_side": source_side}
+        self.metadata |= {"edits": True, "source_side": source_side}
 
     def pipeline_call_kwargs(self, steps: int) -> Json:
         """`steps` steps and no guidance; where training was at 1024 pixels, the image has the source's ratio."""

@@ -114,7 +114,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], device: torch.
 def sample_latents(backbone: Backbone, net: nn.Module, cond: Cond, null: Cond, noise: Tensor, sampler: SamplerConfig) -> Tensor:
     """Latents [N, ...] of conditions [N] from noise [>= steps, N, ...], of which the ODE uses the first.
 
-    null [1]: the empty prompt, for guidance.
+    null [1]: the empty prompt, for guidance; unused where conditions have their own.
     """
     velocity, grid = Teacher(backbone, sampler.guidance_scale, null, net), sampler.grid(backbone, noise.device)
     if sampler.eta is None:

@@ -58,7 +58,9 @@ class TargetTime(nn.Module):
         r = self._r
 
         def change(t: Tensor, args: Arguments, embedding: Tensor) -> Tensor:
-            target = torch.zeros_like(t) if r is None else r
+            target = torch.zeros_like(t)  # a source image's tokens may have times of their own after those of the samples: 0
+            if r is not None:
+                target = torch.cat([r.to(t), target[len(r) :]])
             embedded = self.embed_target(self.time.offset + target * self.time.scale, *args[1:])
             return embedding + embedded * (t - target)[:, None].to(embedding.dtype)
 
