@@ -3,10 +3,9 @@
 Encoded once, read row by row.
 
 A cache is a folder: plan.json (whose encoders, which size, how many shards), prompts.jsonl, null.safetensors (the empty
-prompt), shards with prompts and all their images, and manifest.json, written last. A prompt's hash, of its words and of
-its source image's bytes if it has one, decides its shard. So a prompt that is added or changed costs one shard. Every tensor
-file has a record of its bytes and of what it was made from beside it. Images of several sizes are several caches in one
-folder, whose plan names them.
+prompt), shards with prompts and all their images, and manifest.json, written last. A prompt's hash decides its shard, so a
+prompt that is added or changed costs one shard. Every tensor file has a record of its bytes and of what it was made from
+beside it. Images of several sizes are several caches in one folder, whose plan names them.
 """
 
 import json
