@@ -31,9 +31,16 @@ def test_out_of_memory_says_what_to_change(monkeypatch, capsys):
         assert key in line
 
 
-@pytest.mark.parametrize("kind", [NotImplementedError, TypeError])
+def error_of_missing_operation():
+    """The class of the error that torch raises for an operation that a device lacks, here the meta device."""
+    with pytest.raises(RuntimeError) as error:
+        torch.nonzero(torch.zeros(2, device="meta"))
+    return error.type
+
+
+@pytest.mark.parametrize("kind", [error_of_missing_operation(), TypeError], ids=["operation", "type"])
 def test_what_apples_gpus_lack_is_named_with_the_way_out(kind, monkeypatch, capsys):
-    """With torch's own errors of a missing operation, which is this class, and of a missing type."""
+    """With torch's own errors of a missing operation, and of a missing type."""
     text = "The operator 'aten::x' is not currently implemented for the MPS device. If you want this op, comment on the issue."
     line = said_of(kind(text), monkeypatch, capsys)
     assert line.startswith("error: device=mps: The operator 'aten::x' is not currently implemented for the MPS device.")

@@ -48,7 +48,7 @@ class DemoModel:
     @classmethod
     def read(cls, name: str, device: str = "auto", dtype: str = "auto") -> "DemoModel":
         """A model by name on a device. Raises ValueError if it cannot be loaded."""
-        loading.check_text_to_image(loading.pipeline_folder(name, loading.DESCRIPTION_FILES))
+        loading.check_text_to_image(loading.pipeline_class(loading.pipeline_folder(name, loading.DESCRIPTION_FILES)))
         backbone, sampler = loading.load_for_sampling(name, device, dtype)
         path = loading.pipeline_folder(name)
         made_by = loading.read_metadata(path).get("recipe")

@@ -157,9 +157,15 @@ class _Member(NamedTuple):
 
 
 def _members(prompts: Sequence[Prompt], images: Sequence[Sequence[ImagePlace]]) -> list[_Member]:
-    """Prompts with their images. Raises ValueError that lists source images whose bytes cannot be had."""
+    """Prompts with their images. Source images are read: by their bytes edits are known, wherever they lie now.
+
+    Raises ValueError that lists source images whose bytes cannot be had.
+    """
     found, broken = list[_Member](), list[str]()
+    progress = Progress("reading source images", len(prompts)) if isinstance(prompts[0], Edit) else None
     for prompt, own in zip(prompts, images, strict=True):
+        if progress:
+            progress(len(found) + len(broken) + 1)
         try:
             found.append(_Member(prompt, prompt_hash(prompt), tuple(own)))
         except (OSError, ValueError) as e:
@@ -329,12 +335,12 @@ def _teacher_latents(
 ) -> list[Latents]:
     """The teacher's own images of prompts, as latents: what it cannot generate the discriminator will never see."""
     found = [known.get(m.key) for m in members]
+    names = [m.prompt if isinstance(m.prompt, str) else m.key for m in members]
     jobs = [(n, r) for n, e in enumerate(found) if e is None for r in range(each)]
     null, out = _encode_text(backbone, [backbone.null_prompt], device).to(device), list[Tensor]()
     for i in micro_batches(len(jobs), batch):
         part = [jobs[int(k)] for k in i]
-        names = ((m.prompt if isinstance(m.prompt, str) else m.key, r) for m, r in ((members[n], r) for n, r in part))
-        noise = draw_noise([("reals", seed, *name) for name in names], backbone.latent_shape, 1).to(device)
+        noise = draw_noise([("reals", seed, names[n], r) for n, r in part], backbone.latent_shape, 1).to(device)
         cond = conds[torch.tensor([n for n, _ in part])].to(device)
         out.append(sample_latents(backbone, backbone.net, cond, null, noise, sampler).cpu())
     new = iter(torch.cat(out).split(each) if out else ())

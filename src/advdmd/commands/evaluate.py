@@ -135,7 +135,7 @@ def generate_images(
 
     Raises ValueError if the folder holds images of another run.
     """
-    loading.check_text_to_image(loading.pipeline_folder(model, loading.DESCRIPTION_FILES))
+    loading.check_text_to_image(loading.pipeline_class(loading.pipeline_folder(model, loading.DESCRIPTION_FILES)))
     backbone, default = loading.load_for_sampling(model, device, dtype)
     batch = batch or max(4, min(512, 4 * LATENTS_PER_PASS // math.prod(backbone.latent_shape)))
     sampler, path = sampler or default, loading.pipeline_folder(model)

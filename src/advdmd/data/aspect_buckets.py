@@ -129,11 +129,10 @@ class BucketedCache:
         Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded.
         """
         self.check_tokenization(tokenization_fingerprint(backbone))
-        others = self.parts[1:]
         squarest = min(self.parts, key=lambda p: abs(_log_ratio(p.plan.get("size", (1, 1)))))  # as sample grids are
         batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real) for p in self.parts]
         sizes = [len(p.prompts) for p in self.parts]
-        batch_fn = mix_buckets(batch_fns, sizes, config.seed) if others else batch_fns[0]
+        batch_fn = mix_buckets(batch_fns, sizes, config.seed) if len(batch_fns) > 1 else batch_fns[0]
         shown = range(min(SAMPLE_PROMPTS, len(squarest.prompts)))
         return TrainingData(batch_fn, self.prompts, self.null, squarest.cond(shown))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from advdmd.files import read_object
 from advdmd.models import flux, flux2, loading, quantization, qwen_image, sd3, z_image
 from advdmd.models.backbone import Module
+from advdmd.models.qwen_image_edit import SOURCE_SIDE
 from advdmd.recipes.published import MODELS
 from advdmd.recipes.recipe import Recipe
 
@@ -18,8 +19,7 @@ GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
 DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
-SOURCE_TOKENS = 64 * 64  # of a source image, which has 1024 x 1024 pixels (models/qwen_image_edit.py)
-FIRST_EDIT_TOKENS = 37 * 37 - 14 * 14  # that the text of the first Qwen-Image-Edit has more: it shows the source whole
+FIRST_EDIT_TOKENS = 37 * 37 - 14 * 14  # that the first Qwen-Image-Edit has more, in units of 28 pixels: of 1024 pixels, not 384
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
 
 
@@ -77,22 +77,23 @@ def transformer(teacher: str) -> Inputs:
     if teacher in published:
         model = published[teacher]
         name, config, text = model.transformer, model.config, model.text
-        edits = model.edits
+        source_side = SOURCE_SIDE if model.edits else 0
     else:
         folder = loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES)
         config = read_object(folder / "transformer/config.json", "_class_name", hint="download the teacher again")
         name, metadata = config["_class_name"], loading.read_metadata(folder)
         edits = name in COUNTED and loading.edits_images(folder)
+        source_side = metadata.get("source_side", SOURCE_SIDE) if edits else 0
         kind = (name, edits)
         text = next((m.text for m in MODELS.values() if (m.transformer, m.edits) == kind), DEFAULT_TEXT_TOKENS)
-        text += FIRST_EDIT_TOKENS if edits and loading.read_index(folder)["_class_name"] == "QwenImageEditPipeline" else 0
+        text += FIRST_EDIT_TOKENS if edits and loading.pipeline_class(folder) == "QwenImageEditPipeline" else 0
         text = DEFAULT_TEXT_TOKENS + metadata["t5_length"] if "t5_length" in metadata else text
     if name not in COUNTED:
         raise ValueError(f"{teacher} has a {name}: memory is counted for {', '.join(COUNTED)} only")
     cls = getattr(diffusers, name)
     with torch.device("meta"):
         net = cls.from_config(config) if "_class_name" in config else cls(**config)
-    return Inputs(net, text, SOURCE_TOKENS if edits else 0)
+    return Inputs(net, text, (source_side // 16) ** 2)
 
 
 def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -> MemoryEstimate:

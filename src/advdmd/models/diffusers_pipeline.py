@@ -16,6 +16,7 @@ from advdmd.models.loading import (
     absent_parts,
     check_text_to_image,
     load_parts,
+    pipeline_class,
     read_index,
     read_metadata,
     silence_libraries,
@@ -102,8 +103,7 @@ class DiffusersModel:
         folder = Path(model)
         metadata = read_metadata(folder)
         verify_weights(folder)
-        if (folder / "model_index.json").is_file():
-            check_text_to_image(folder)
+        check_text_to_image(pipeline_class(folder))
         if not folder.is_dir():
             model, _, named = model.partition("@")
             revision = revision or named or None
@@ -124,6 +124,7 @@ class DiffusersModel:
             raise
         except Exception as e:  # whatever a broken folder or an unreachable hub makes the library raise
             raise ValueError(f"{model} cannot be loaded as a diffusers pipeline: {hub_error(model, e)}") from None
+        check_text_to_image(type(self.pipe).__name__)  # of one on the hub
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call_kwargs = sampling.call_kwargs(self.pipe, metadata)

@@ -127,15 +127,20 @@ def read_index(path: Path) -> Json:
     return read_object(path / "model_index.json", "_class_name", hint=EXPORT_AGAIN)
 
 
+def pipeline_class(path: Path) -> str:
+    """The class of a pipeline folder, or an empty string where there is no model_index.json."""
+    return read_index(path)["_class_name"] if (path / "model_index.json").is_file() else ""
+
+
 def edits_images(path: Path) -> bool:
     """Whether a pipeline folder holds a model whose prompts are about a source image."""
-    return read_index(path)["_class_name"] in EDIT_PIPELINES
+    return pipeline_class(path) in EDIT_PIPELINES
 
 
-def check_text_to_image(folder: Path) -> None:
-    """Raises ValueError if a pipeline folder's model edits images, where prompts come without source images."""
-    if edits_images(folder):
-        raise ValueError(f"{folder.name} edits images, and here prompts have no source images: use advdmd sample --source")
+def check_text_to_image(pipeline: str) -> None:
+    """Raises ValueError if a class of pipelines edits images, where prompts come without source images."""
+    if pipeline in EDIT_PIPELINES:
+        raise ValueError(f"a {pipeline} edits images, and here prompts have no source images: use advdmd sample --source")
 
 
 def silence_libraries() -> None:

@@ -21,8 +21,9 @@ UNIT = 32  # pixels: sides of source images are multiples
 
 def size_of_area(side: int, height: int, width: int) -> tuple[int, int]:
     """Height and width of about the area of a square, in the ratio height to width, in multiples of UNIT."""
-    wide = math.sqrt(side * side * (width / height))
-    return round(wide / (width / height) / UNIT) * UNIT, round(wide / UNIT) * UNIT
+    ratio = width / height
+    wide = math.sqrt(side * side * ratio)
+    return round(wide / ratio / UNIT) * UNIT, round(wide / UNIT) * UNIT
 
 
 class VisionProcessor:
