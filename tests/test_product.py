@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 
 from advdmd.cli.main import main
-from advdmd.commands import pretrain, train
+from advdmd.commands import mini, pretrain, train
 from advdmd.commands.evaluate import evaluate, score
 from advdmd.commands.export import export
-from advdmd.commands.mini import mini as main_job
 from advdmd.commands.sample import sample as sample_prompts
 from advdmd.distillation import validation
 from advdmd.mini.suites import CheckerJudge, MiniSuite
@@ -444,10 +443,22 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
 
 
 def test_the_main_job_writes_table_grid_and_pipeline(tiny_folder, tmp_path):
-    out = main_job(tmp_path / "m", [*SMALL, f"teacher={tiny_folder}"], images=4)
+    out = mini.mini(tmp_path / "m", [*SMALL, f"teacher={tiny_folder}"], images=4)
     assert "AdvDMD, 4 steps" in out["table"]
     for name in ("table.md", "table.json", "comparison.png", "run/student/model_index.json"):
         assert (tmp_path / "m" / name).is_file()
+
+
+def test_the_main_job_trains_in_as_many_processes_as_can_share_its_batch(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    def processes(*words):
+        return mini._processes(resolve(mini.RECIPE, words)[1])
+
+    assert processes() == mini.PROCESSES == 2
+    assert processes("prompts_per_step=3") == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert processes() == 1
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

@@ -10,7 +10,7 @@ from torch import Tensor
 from advdmd import flow
 from advdmd.rng import Rng
 from advdmd.transitions import Gaussian, StepCoefficients, ode, transition
-from advdmd.types import Cond
+from advdmd.types import Cond, Index, index_on, micro_batches
 
 
 class Velocity(Protocol):
@@ -74,7 +74,8 @@ class Trajectory:
         x, x0, neg_mse = (torch.cat(column, 1) for column in zip(*((p.x, p.x0, p.neg_mse) for p in parts), strict=True))
         return cls(x, parts[0].t, x0, neg_mse)
 
-    def __getitem__(self, i: Tensor) -> "Trajectory":
+    def __getitem__(self, i: Index) -> "Trajectory":
+        i = index_on(i, self.x.device)
         return Trajectory(self.x[:, i], self.t, self.x0[:, i], self.neg_mse[:, i])
 
 
@@ -105,8 +106,7 @@ def rollout(
     0. micro_batch_size: samples per forward pass, by default all.
     """
     n = noise.shape[1]
-    size = micro_batch_size or n
-    parts = (slice(i, i + size) for i in range(0, n, size))
+    parts = micro_batches(n, micro_batch_size or n)
     return Trajectory.cat([_rollout(velocity, cond[i], noise[:, i], grid, coefficients) for i in parts])
 
 

@@ -44,9 +44,22 @@ class Ranks:
 ONE_RANK = Ranks()
 
 
-def micro_batches(n: int, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
-    """The indices 0 to n - 1 in parts [m] of at most `size`."""
-    return torch.arange(n, device=device).split(size)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+def micro_batches(n: int, size: int) -> list[slice]:
+    """The indices 0 to n - 1 in parts of at most `size`."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def moved(x: Tensor, where: torch.device | torch.dtype | str) -> Tensor:
+    """A tensor on another device or of another type; the host does not wait for a GPU that the tensor goes to."""
+    return x.to(where, non_blocking=x.device.type == "cpu")
+
+
+Index = Tensor | slice  # of samples; a tensor [n] lies on the host, where masks are read and nothing has to be waited for
+
+
+def index_on(i: Index, device: torch.device) -> Index:
+    """Indices of the host for tensors on a device."""
+    return i if isinstance(i, slice) else moved(i, device)
 
 
 @dataclass(frozen=True)
@@ -57,15 +70,15 @@ class Columns:
         values = {k.name: getattr(self, k.name) for k in fields(self)}
         return type(self)(**{k: None if v is None else f(v) for k, v in values.items()})
 
-    def __getitem__(self, i: Tensor | slice) -> Self:
-        return self._map(lambda v: v[i])
+    def __getitem__(self, i: Index) -> Self:
+        return self._map(lambda v: v[i] if isinstance(v, Columns) else v[index_on(i, v.device)])
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     def to(self, where: torch.device | torch.dtype | str) -> Self:
         """The same on another device, or in another floating-point type."""
-        return self._map(lambda v: v.to(where))
+        return self._map(lambda v: v.to(where) if isinstance(v, Columns) else moved(v, where))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -113,7 +126,8 @@ Prompt = str | Edit
 
 @dataclass(frozen=True)
 class Cond(Columns):
-    """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None.
+    """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None, always on the CPU, so that
+    lengths are known without waiting for a GPU.
 
     Of models that edit images also: source [N, C, h, w], the latents of the source images, and null, the conditions [N] of the
     negative prompt with the same images (without `source`), for guidance.
@@ -124,6 +138,14 @@ class Cond(Columns):
     mask: Tensor | None = None
     source: Tensor | None = None
     null: "Cond | None" = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None:
+            object.__setattr__(self, "mask", self.mask.cpu())
+
+    def to(self, where: torch.device | torch.dtype | str) -> Self:
+        """The same on another device, or in another floating-point type; the mask stays as it is."""
+        return replace(super(Cond, replace(self, mask=None)).to(where), mask=self.mask)
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -165,7 +187,7 @@ class Cond(Columns):
 
     def repeated(self, n: int) -> Self:
         """The first condition n times, [n, ...]."""
-        return self[torch.zeros(n, dtype=torch.long, device=self.embeds.device)]
+        return self[torch.zeros(n, dtype=torch.long)]
 
     def differs(self, other: "Cond") -> Tensor:
         """[N] 1.0 where two batches of N conditions have different embeddings, else 0.0."""

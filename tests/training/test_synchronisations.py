@@ -1,37 +1,68 @@
-"""How often an iteration waits for the device: once for each optimizer step, and where a policy update checks its rewards."""
+"""How often an iteration waits for the device: once for each optimizer step, and where a policy update checks its rewards.
 
-import collections
+The device is torch's "meta", which holds no numbers: whoever asks for one gets an error.
+"""
+
+import inspect
 import traceback
+from itertools import chain
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advdmd.algorithms import policy
+from advdmd.algorithms import policy, twinflow
 from advdmd.distillation.build import setup
+from advdmd.mini import pipelines
+from advdmd.mini.world.caption import VOCABULARY
+from advdmd.models import networks
+from advdmd.models.loading import backbone_from_pipeline
 from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
 from advdmd.training import learner, trainer
-from advdmd.types import as_floats
+from advdmd.types import Columns
+from tests.conftest import TINY
+from tests.tiny_pipelines import flux, flux2, z_image
 
-WAITING = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.equal.default")
+WITHOUT_NUMBERS = torch.device("meta")
+ALMOST_NOTHING = 1e-9  # what the host is told: a loss that is finite, an error of the ratio that is small enough
 
 
-class Waits(TorchDispatchMode):
-    """Counts operations whose result the host needs, on a GPU a wait; rng.py draws on the CPU whatever the device is."""
+class CopiesThatWait(TorchDispatchMode):
+    """Where tensors of the host are copied to the device, and the host waits until they are there."""
 
     def __init__(self):
         super().__init__()
-        self.found = collections.Counter()
+        self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        index = args[1] if str(func).startswith(("aten.index.Tensor", "aten.index_put")) else []
-        masked = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index)
-        if str(func) in WAITING or masked:
+        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        source = args[1] if str(func).startswith("aten.copy_") else args[0] if str(func).startswith("aten._to_copy") else None
+        if source is not None and source.device.type == "cpu" and out.device == WITHOUT_NUMBERS:
+            waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             place = next(f for f in reversed(traceback.extract_stack()) if "/src/advdmd/" in f.filename)
-            if not place.filename.endswith("rng.py"):
-                self.found[f"{func} in {place.filename.rpartition('/')[2]}: {place.line}"] += 1
-        return func(*args, **(kwargs or {}))
+            self.found += [f"{place.filename.rpartition('/')[2]}: {place.line}"] if waits else []
+        return out
+
+
+def on_meta(models):
+    """The same networks, optimizers and tensors on the device without numbers, which has no fused Adam."""
+    learners = [m for m in models if isinstance(m, learner.Learner)]
+    nets = [*(m.net for m in learners), models.teacher.net]
+    if hasattr(models, "ema"):
+        nets += [v for v in inspect.getclosurevars(models.ema.__wrapped__).nonlocals.values() if isinstance(v, torch.nn.Module)]
+    held = chain(*(chain(n.parameters(), n.buffers()) for n in nets), *(m.ema.values() for m in learners))
+    for p in {id(p): p for p in held if p.device != WITHOUT_NUMBERS}.values():
+        other = p.detach().to(WITHOUT_NUMBERS)
+        torch.utils.swap_tensors(p, torch.nn.Parameter(other, p.requires_grad) if isinstance(p, torch.nn.Parameter) else other)
+    for m in learners:
+        for o in m._optimizers.values():
+            groups = [{"params": g["params"]} for g in o.adam.param_groups]
+            o.adam = torch.optim.Adam(groups, betas=o.config.betas, foreach=True)
+    if isinstance(models.teacher, networks.Teacher):
+        models.teacher.null = models.teacher.null.to(WITHOUT_NUMBERS)
+    moved = {k: v.to(WITHOUT_NUMBERS) for k, v in models._asdict().items() if isinstance(v, torch.Tensor | Columns)}
+    return models._replace(**moved)
 
 
 FULL = [
@@ -40,48 +71,72 @@ FULL = [
     "algorithm.dm_every=1",
     "algorithm.dm_updates=2",
 ]
+SEVERAL = "algorithm.micro_batch_size=2"
+DATA = ["data.num_prompts=8", "data.images_per_prompt=1"]
 
 
 @pytest.mark.parametrize(
     ("recipe", "words", "updates", "more"),
     [
-        ("mini-sd35-advdmd", [*FULL, "algorithm.micro_batch_size=2"], 2 + 1 + 2, 2),  # finite rewards and gate; ratios
+        ("mini-sd35-advdmd", [*FULL, SEVERAL], 2 + 1 + 2, 2),  # finite rewards and gate; ratios
         ("mini-sd35-advdmd", [*FULL, "lora_rank=2"], 2 + 1 + 2, 2),
-        ("mini-sd35-dmd2", ["algorithm.micro_batch_size=2"], 2 + 1, 0),
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=2"], 2 + 1 + 2, 2),
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.policy=forward"], 2 + 1 + 2, 1),  # which has no ratio
+        ("mini-sd35-dmd2", [SEVERAL], 2 + 1, 0),
+        ("mini-sd35-twinflow", [], 1, 1),  # finite targets
     ],
-    ids=["advdmd", "adapters", "dmd2"],
+    ids=["advdmd", "adapters", "every second sample", "forward", "dmd2", "twinflow"],
 )
 def test_an_iteration_waits_once_for_each_update(recipe, words, updates, more, tiny_folder, monkeypatch):
-    _, r = resolve(recipe, [f"teacher={tiny_folder}", "data.num_prompts=8", "data.images_per_prompt=1", *words])
+    check(recipe, [f"teacher={tiny_folder}", *words], updates + more, monkeypatch)
+
+
+def check(recipe, words, waits, monkeypatch):
+    """Two iterations on the device without numbers wait so often each, and not for a copy."""
+    _, r = resolve(recipe, [*DATA, *words])
     ready = setup(r, r.data.open(r.teacher))
-    asked = []
+    batches = [ready.data.batch_fn(iteration) for iteration in (0, 1)]  # in the second iteration optimizers have moments
+    models, asked = on_meta(ready.models), []
 
     def counted(values):
         asked.append(len(values))
-        return as_floats(values)
+        return [ALMOST_NOTHING] * len(values)
 
-    for module in (learner, trainer, policy):
+    for module in (learner, trainer, policy, twinflow):
         monkeypatch.setattr(module, "as_floats", counted)
-    listed, tolist = [], torch.Tensor.tolist  # which a tensor of the CPU does without an operation
-
-    def counted_list(values):
-        place = traceback.extract_stack()[-2].filename
-        listed.extend([place] if "/src/advdmd/" in place and not place.endswith(("types.py", "rng.py")) else [])
-        return tolist(values)
-
-    monkeypatch.setattr(torch.Tensor, "tolist", counted_list)
-    for iteration in (0, 1):  # in the second the student's optimizers have moments, whose alignment is logged
-        batch, ids = ready.data.batch_fn(iteration)
+    for iteration, (batch, ids) in enumerate(batches):
         asked.clear()
-        listed.clear()
-        with Waits() as waits:
-            metrics = r.algorithm.train_step(ready.models, batch, iteration, Rng(0, iteration, ids))
-        assert not waits.found
-        assert not listed
-        assert len(asked) == updates + more
-    numbers = trainer.as_numbers(metrics)
-    assert len(asked) == updates + more + 1, "all numbers of an iteration in one transfer"
-    assert all(isinstance(v, float) for v in numbers.values())
+        with CopiesThatWait() as copies:
+            moved = batch.to(WITHOUT_NUMBERS)
+            metrics = r.algorithm.train_step(models, moved, iteration, Rng(0, iteration, ids, device=WITHOUT_NUMBERS))
+        assert not copies.found
+        assert len(asked) == waits
+    trainer.as_numbers(metrics)
+    assert len(asked) == waits + 1, "all numbers of an iteration in one transfer"
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        lambda: pipelines.sd3(VOCABULARY, TINY, sd35=True),
+        lambda: pipelines.qwen_image(VOCABULARY, TINY),
+        lambda: flux(VOCABULARY, TINY),
+        lambda: flux2(VOCABULARY, TINY),
+        lambda: z_image(VOCABULARY, TINY),
+    ],
+    ids=["sd3", "qwen", "flux", "flux2", "z-image"],
+)
+def test_a_pass_of_any_backbone_waits_for_nothing(pipeline):
+    """After the first, in which libraries move their tables; prompts have different lengths."""
+    one = backbone_from_pipeline(pipeline(), {"side": 8})
+    with torch.no_grad():
+        cond = one.encode_text(one.tokenize(["a red circle", "a small blue square above a green triangle"]))
+        net, x = one.net.to(WITHOUT_NUMBERS), torch.empty(2, *one.latent_shape, device=WITHOUT_NUMBERS)
+        for _ in range(2):
+            with CopiesThatWait() as copies:
+                v = one.velocity(net, x, x[:, 0, 0, 0], cond.to(WITHOUT_NUMBERS))
+    assert v.shape == x.shape
+    assert not copies.found
 
 
 def test_what_was_not_measured_is_left_out():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from advdmd.commands.train import train
 from advdmd.files import write_atomically, write_text
 from advdmd.progress import Progress, duration
 from advdmd.recipes.registry import resolve
+from advdmd.rng import Rng
 from advdmd.training import checkpoint, logger, trainer
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.learner import Learner
@@ -152,8 +154,8 @@ def run(folder, steps, models=None, algorithm=None, **kw):
     models = models or make_models(Mixture(), seeded_net(), 4)
     algorithm = algorithm or AdvDMD(dm_only_iterations=1, policy_ramp_iterations=2, micro_batch_size=512)
     settings = {"seed": 0, "iterations": steps, "save_every": 2, "extra_state": algorithm.extra_state(models)} | kw
-    batch_fn = toy_batch_fn(Mixture())
-    trainer.Trainer(algorithm=algorithm, models=models, batch_fn=batch_fn, folder=folder, **settings).run()
+    settings = {"batch_fn": toy_batch_fn(Mixture())} | settings
+    trainer.Trainer(algorithm=algorithm, models=models, folder=folder, **settings).run()
     return models
 
 
@@ -171,6 +173,35 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(tmp_path):
     assert torch.equal(whole.discriminator_auc, resumed.discriminator_auc)
     assert all(torch.equal(v, resumed.student.ema[k]) for k, v in whole.student.ema.items())
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+def test_a_run_that_prepares_its_iterations_ahead_is_the_same_run(tmp_path, monkeypatch):
+    """What the second last iteration drew is there, and a policy update's draws are made where they are asked for."""
+    made, make = [], Rng._made
+
+    def watched(rng, draw):
+        made.append((rng.step, threading.current_thread() is threading.main_thread()))
+        return make(rng, draw)
+
+    whole = run(tmp_path / "a", 7)
+    monkeypatch.setattr(Rng, "_made", watched)
+    ahead = run(tmp_path / "b", 7, prefetch=True)
+    assert torch.equal(flat(whole.student.net), flat(ahead.student.net))
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+    late = [sum(step == n and main for step, main in made) for n in range(7)]
+    assert late[0] > 0
+    assert late[5:] == [0, 0], "the schedule no longer changes"
+
+
+def test_a_fault_of_the_data_stops_a_run_that_prepares_them_ahead(tmp_path):
+    def batch_fn(step):
+        if step == 2:
+            raise ValueError("damaged")
+        return toy_batch_fn(Mixture())(step)
+
+    with pytest.raises(ValueError, match="damaged"):
+        run(tmp_path, 4, prefetch=True, batch_fn=batch_fn)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_steps_after_the_last_checkpoint_are_done_again_and_written_once(tmp_path):

@@ -154,13 +154,13 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
             updates=self.fake_score_updates,
             micro_batch_size=self.samples_of_a_pass,
             renoise_range=self.renoise_range,
-            scale=self.discriminator_every_nth_sample,
+            every_nth=self.discriminator_every_nth_sample,
             mismatched_weight=self.mismatched_caption_weight,
             one_pass=2 * self.samples_of_a_pass >= 3 * n,  # no larger than the teacher's pass under guidance
         )
         if not trains:
             return metrics
-        shown = torch.ones_like(level) if inputs.shown is None else inputs.shown
+        shown = torch.arange(n, device=level.device) % self.discriminator_every_nth_sample == 0
         columns = torch.stack([logits["real_logit"], logits["fake_logit"], shown.float(), level.float()])
         real, fake, shown, level = models.ranks.gather(columns)  # every rank computes the same AUC
         for k in range(1, self.steps + 1):
@@ -175,7 +175,7 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
 
         State k of the trajectory or, for k = K, the final image re-noised to u in FINAL_NOISE_RANGE.
         """
-        (n, *shape), nth = batch.real_latents.shape, self.discriminator_every_nth_sample
+        n, *shape = batch.real_latents.shape
         level = rng.integers("critic.k", 1, self.steps + 1)
         x, t = trajectory.at(level)
         final = level == self.steps
@@ -183,14 +183,13 @@ class AdvDMD(PolicyUpdates, Algorithm[DistillationModels]):
         renoised = flow.interpolate(trajectory.x[-1], rng.normal("critic.fake", shape), t)
         other = batch.mismatched_cond
         if other is None:  # the prompt before it in the batch
-            other = batch.cond[torch.arange(n, device=t.device).roll(self.group_size)]
+            other = batch.cond[torch.arange(n).roll(self.group_size)]
         inputs = DiscriminatorInputs(
             real=batch.real_latents,
             fake=torch.where(flow.bcast(final, x), renoised, x),
             t=t,
             e=rng.normal("critic.real", shape),
             cond=batch.cond,
-            shown=torch.arange(n, device=t.device) % nth == 0 if nth > 1 else None,
             mismatched_cond=other if self.mismatched_caption_weight else None,
             mismatched=other.differs(batch.cond),  # two prompts of a batch may be the same words
         )

@@ -48,7 +48,7 @@ class Auditor:
         for level in levels:
             u = torch.full((n,), level, device=device)
             inputs[final_image_at(level)] = (flow.interpolate(trajectory.x[-1], e, u), u)
-        parts = micro_batches(n, self.algorithm.samples_of_a_pass, device)
+        parts = micro_batches(n, self.algorithm.samples_of_a_pass)
         return {
             name: torch.cat([self.models.discriminator(x[i], t[i], prompts.cond[i]).float() for i in parts])
             for name, (x, t) in inputs.items()
@@ -85,7 +85,7 @@ class Auditor:
         x, t = trajectory.at(k)
         u, e = rng.uniform("match.u", *algorithm.renoise_range), rng.normal("match.e", shape)
         w = torch.where(k + 1 < algorithm.steps, trajectory.t[k + 1], rng.uniform("match.w", *FINAL_NOISE_RANGE))
-        for i in micro_batches(n, algorithm.samples_of_a_pass, x.device):
+        for i in micro_batches(n, algorithm.samples_of_a_pass):
             cond = batch.cond[i]
             for draw in range(draws if algorithm.has_policy_updates else 0):
                 loss, _ = policy_loss(i, draw)

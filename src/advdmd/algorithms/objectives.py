@@ -10,7 +10,7 @@ from advdmd import flow, losses
 from advdmd.algorithms.base import Aux, DistillationModels
 from advdmd.rollout import Trajectory, step_distribution
 from advdmd.transitions import StepCoefficients
-from advdmd.types import Columns, Cond, micro_batches
+from advdmd.types import Columns, Cond, micro_batches, moved
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,7 @@ class DiscriminatorInputs(Columns):
     """What the discriminator sees of N samples.
 
     real, fake [N, ...]: a clean latent of a real image and a state of the student, which is at noise level t [N] already.
-    e [N, ...]: the noise that takes `real` to t. cond: conditions [N]. shown [N] true or false: whether the sample is used;
-    None: all are.
+    e [N, ...]: the noise that takes `real` to t. cond: conditions [N].
     mismatched_cond: other prompts for the same real images, or None. mismatched [N]: 1.0 where they are other words.
     """
 
@@ -28,7 +27,6 @@ class DiscriminatorInputs(Columns):
     t: Tensor
     e: Tensor
     cond: Cond
-    shown: Tensor | None = None
     mismatched_cond: Cond | None = None
     mismatched: Tensor | None = None
 
@@ -59,26 +57,29 @@ def discriminator_logits(models: DistillationModels, inputs: DiscriminatorInputs
 
 
 def discriminator_loss(
-    models: DistillationModels, inputs: DiscriminatorInputs, scale: float, mismatched_weight: float, one_pass: bool
+    models: DistillationModels,
+    inputs: DiscriminatorInputs,
+    shown: Tensor,
+    scale: float,
+    mismatched_weight: float,
+    one_pass: bool,
 ) -> tuple[Tensor, Aux]:
     """The GAN loss of the discriminator on those of N samples that are shown, times `scale`; 0 for the others. -> [N]
 
-    mismatched_weight >= 0: weight of real images under mismatched captions as further generated ones. Also returns the logits
-    "real_logit" and "fake_logit" [N], 0 where a sample is not shown. If no sample is shown, one is passed and counts for
-    nothing: sharded networks need as many passes on every rank.
+    shown: their indices [n], on the host; if there are none, one sample is passed and counts for nothing, because sharded
+    networks need as many passes on every rank. mismatched_weight >= 0: weight of real images under mismatched captions as
+    further generated ones. Also returns the logits "real_logit" and "fake_logit" [N], 0 where a sample is not shown.
     """
-    n = len(inputs)
-    at = torch.arange(n, device=inputs.t.device) if inputs.shown is None else inputs.shown.nonzero()[:, 0]
-    zeros = torch.zeros(n, device=inputs.t.device)
-    if not len(at) and models.ranks.world_size == 1:
+    kept, at = len(shown), moved(shown, inputs.t.device)
+    zeros = torch.zeros(len(inputs), device=inputs.t.device)
+    if not kept and models.ranks.world_size == 1:
         return zeros, {"real_logit": zeros, "fake_logit": zeros}
-    used = inputs[at] if len(at) else inputs[:1]
+    used = inputs[shown] if kept else inputs[:1]
     real, fake, *mismatched = discriminator_logits(models, used, one_pass)
     loss = losses.gan_discriminator(real, fake)
     if mismatched_weight:
         assert used.mismatched is not None
         loss = loss + mismatched_weight * used.mismatched * losses.gan_mismatched_caption(mismatched[0])
-    kept = len(at)
     logits = {
         "real_logit": zeros.index_put((at,), real.detach().float()[:kept]),
         "fake_logit": zeros.index_put((at,), fake.detach().float()[:kept]),
@@ -140,12 +141,13 @@ def discriminator_rewards(
     of the final image re-noised to each of `levels`, in (0, 1), with noise e [N, ...]. At most `micro_batch_size` states per
     forward pass. Without `with_steps`, final images alone are judged, and the first result is [0, N].
     """
-    n, low = len(cond), torch.tensor(levels, device=e.device)
+    n, low = len(cond), moved(torch.tensor(levels), e.device)
     final = [flow.interpolate(trajectory.x[-1], e, u.expand(n)) for u in low]
     states, times = (trajectory.x[1:-1], trajectory.t[1:-1]) if with_steps else ((), trajectory.t[:0])
     x, t = torch.cat([*states, *final]), torch.cat([times, low]).repeat_interleave(n)
-    parts = micro_batches(len(x), micro_batch_size, e.device)
-    logits = torch.cat([models.discriminator(x[i], t[i], cond[i % n]) for i in parts]).view(-1, n)
+    whose = torch.arange(len(x)) % n
+    parts = micro_batches(len(x), micro_batch_size)
+    logits = torch.cat([models.discriminator(x[i], t[i], cond[whose[i]]) for i in parts]).view(-1, n)
     return logits[: -len(low)], logits[-len(low) :].mean(0)
 
 

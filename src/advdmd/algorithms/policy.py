@@ -14,7 +14,7 @@ from advdmd.algorithms.objectives import discriminator_rewards, forward_policy_l
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory
 from advdmd.transitions import cps
-from advdmd.types import Batch, Ranks, StepMetrics, as_floats, micro_batches
+from advdmd.types import Batch, Index, Ranks, StepMetrics, as_floats, index_on, micro_batches
 
 CREDIT = {"step": 0.0, "final": 1.0, "both": 0.5}  # the final reward's share of a step's credit
 CHOICES = {
@@ -23,7 +23,7 @@ CHOICES = {
     "action": ("sample", "projected"),
     "credit": tuple(CREDIT),
 }
-LossOf = Callable[[Tensor, int], tuple[Tensor, Aux]]  # (indices of samples [n], number of the draw) -> loss [n], aux
+LossOf = Callable[[Index, int], tuple[Tensor, Aux]]  # (indices of samples [n], number of the draw) -> loss [n], aux
 
 
 class Advantages(NamedTuple):
@@ -110,15 +110,15 @@ class PolicyUpdates(MicroBatches):
         over; the less they agree, the shorter is the step, and the mean gate has no role. Raises FloatingPointError if a
         replayed ratio is not 1.
         """
-        found, device = self.advantages(models, trajectory, batch, rng), trajectory.x.device
+        found = self.advantages(models, trajectory, batch, rng)
         loss_of, draws = self.policy_loss(models, trajectory, batch, found.by_step, rng)
         if self.policy_step == "adam":
-            every = torch.arange(len(batch), device=device)
-            updated, aux = models.student.update(self._passes(loss_of, every, draws), "policy", lr_scale=found.gate)
+            every = self._passes(loss_of, torch.arange(len(batch)), draws)
+            updated, aux = models.student.update(every, "policy", lr_scale=found.gate)
         else:
             turn = models.student.accumulated_rollouts("policy")
             halves = halves_of_groups(len(batch), self.group_size, models.ranks, turn)
-            passes = [self._passes(loss_of, half.to(device), draws) for half in halves]
+            passes = [self._passes(loss_of, half, draws) for half in halves]
             updated, aux = models.student.accumulate(passes, "policy")
             agree = updated["policy/expected_agreement"] >= self.min_agreement
             if agree or updated["policy/rollouts"] >= self.max_policy_rollouts:
@@ -131,8 +131,8 @@ class PolicyUpdates(MicroBatches):
         return found.metrics | updated | {"policy/max_ratio_error": error}
 
     def _passes(self, loss_of: LossOf, samples: Tensor, draws: int) -> Iterator[tuple[Tensor, Aux]]:
-        """The losses of samples with these indices [n], micro-batch by micro-batch."""
-        for i in micro_batches(len(samples), self.samples_of_a_pass, samples.device):
+        """The losses of samples with these indices [n], on the host, micro-batch by micro-batch."""
+        for i in micro_batches(len(samples), self.samples_of_a_pass):
             for draw in range(draws):
                 yield loss_of(samples[i], draw)
 
@@ -144,8 +144,9 @@ class PolicyUpdates(MicroBatches):
         if self.policy == "grpo":
             settings = (cps(self.eta), self.scaled_clip_range(shape), self.action == "projected")
 
-            def grpo(i: Tensor, draw: int) -> tuple[Tensor, Aux]:
-                return policy_loss(models, trajectory[i], batch.cond[i], advantage[:, i], *settings)
+            def grpo(i: Index, draw: int) -> tuple[Tensor, Aux]:
+                part = advantage[:, index_on(i, advantage.device)]
+                return policy_loss(models, trajectory[i], batch.cond[i], part, *settings)
 
             return grpo, 1
         first = self.first_of_group(len(batch), trajectory.x.device)  # a group has the same draws, so that images alone differ
@@ -153,9 +154,10 @@ class PolicyUpdates(MicroBatches):
         levels = [trajectory.t[rng.integers(f"{name}.k", 0, self.steps)[first]] for name in names]
         noises = [rng.normal(f"{name}.e", shape)[first] for name in names]
 
-        def forward(i: Tensor, draw: int) -> tuple[Tensor, Aux]:
-            x0 = trajectory.x[-1][i]
-            return forward_policy_loss(models, x0, batch.cond[i], advantage[0, i], levels[draw][i], noises[draw][i])
+        def forward(i: Index, draw: int) -> tuple[Tensor, Aux]:
+            at = index_on(i, advantage.device)
+            x0, u, e = trajectory.x[-1][at], levels[draw][at], noises[draw][at]
+            return forward_policy_loss(models, x0, batch.cond[i], advantage[0, at], u, e)
 
         return forward, self.forward_draws
 

@@ -15,7 +15,7 @@ from advdmd.algorithms.base import Algorithm, Costs, ModelBuilder, TargetTimeVel
 from advdmd.models.sampler import SamplerConfig
 from advdmd.rng import Rng
 from advdmd.rollout import Velocity
-from advdmd.types import Batch, Cond, StepMetrics, as_floats
+from advdmd.types import Batch, Cond, StepMetrics, as_floats, moved
 
 EPS = 0.01  # the step from t towards r over which the instantaneous velocity stands for the average one
 QUARTERS = ("one_step", "near", "any_step", "fake_trajectory")
@@ -93,13 +93,13 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         (n, *shape), cond = batch.real_latents.shape, batch.cond
         t, r, quarter = self.sample_times(rng, n)
         e = rng.normal("z", shape)
-        first, fourth = ((quarter == q).nonzero()[:, 0] for q in (0, 3))
+        first, fourth = (slice(q, None, 4) for q in (0, 3))
 
         # 1. The fourth quarter's data are the student's own images, sampled in one step.
         x0 = batch.real_latents.clone()
         with torch.no_grad():
             e_fake = rng.normal("fake", shape)[fourth]
-            one, zero = e_fake.new_ones(len(fourth)), e_fake.new_zeros(len(fourth))
+            one, zero = torch.ones_like(t[fourth]), torch.zeros_like(t[fourth])
             x0[fourth] = flow.x0_from_velocity(e_fake, models.student(e_fake, one, zero, cond[fourth]), one)
         x, v = flow.interpolate(x0, e, t.abs()), e - x0
 
@@ -116,7 +116,8 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         # 3. Rectification of the first quarter's images.
         if self.rectification_weight:
             rectification = self.rectification_weight * self.rectification_loss(models, x, t, F, cond, first, rng)
-            loss = loss.index_add(0, first, len(QUARTERS) * rectification)  # a mean over its quarter, as in TwinFlow's code
+            weighted = len(QUARTERS) * rectification  # a mean over its quarter, as in TwinFlow's code
+            loss = loss + torch.zeros_like(loss).slice_scatter(weighted, 0, 0, None, 4)
             metrics["twinflow/rectification_loss"] = rectification.detach().mean()
         return metrics | models.student.update([loss])
 
@@ -146,15 +147,18 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         Clipped to +-1 around F. The student's own samples have v itself, without a clip. Raises FloatingPointError if a target
         is not finite.
         """
-        guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
-        if self.guidance_strength and len(guided):
-            twice = guided.repeat(2)
-            both = cond[guided].with_null(models.null)
+        of_quarter = torch.arange(len(x)) % 4
+        if self.guidance_strength:
+            guided = ((of_quarter == 1) | (of_quarter == 2)).nonzero()[:, 0]
+            at = moved(guided, x.device)
+            both, twice = cond[guided].with_null(models.null), at.repeat(2)
             conditional, null = self.instantaneous_velocity(models, x[twice], t[twice], both).chunk(2)
-            v = v.index_add(0, guided, self.guidance_strength * (conditional - null))
-        data = (quarter < 3).nonzero()[:, 0]
-        integral = torch.zeros_like(x)
-        integral[data] = self.integrate(models, x[data] - EPS * v[data], (t[data] - EPS).maximum(r[data]), r[data], cond[data])
+            v = v.index_add(0, at, self.guidance_strength * (conditional - null))
+        data = (of_quarter < 3).nonzero()[:, 0]
+        at = moved(data, x.device)
+        start, end = (t[at] - EPS).maximum(r[at]), r[at]
+        moves = self.integrate(models, x[at] - EPS * v[at], start, end, cond[data])
+        integral = torch.zeros_like(x).index_copy(0, at, moves)
         short = t < r + EPS
         a = torch.where(short, torch.ones_like(t), (t - r) / EPS)
         b = torch.where(short, torch.zeros_like(t), torch.full_like(t, 1 / EPS))  # nothing is left to integrate
@@ -182,7 +186,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         return total
 
     def rectification_loss(
-        self, models: TwinFlowModels, x: Tensor, t: Tensor, F: Tensor, cond: Cond, i: Tensor, rng: Rng
+        self, models: TwinFlowModels, x: Tensor, t: Tensor, F: Tensor, cond: Cond, i: slice, rng: Rng
     ) -> Tensor:
         """Moves the one-step images of samples i [n] by the difference of the two trajectories' velocities there. -> [n]"""
         x0, e = flow.x0_from_velocity(x[i], F[i].detach(), t[i]), rng.normal("again", x.shape[1:])[i]
@@ -190,7 +194,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         x_u = flow.interpolate(x0, e, u)
         with torch.no_grad():
             s = torch.cat([-u, u])
-            fake, real = models.student(torch.cat([x_u, x_u]), s, s, cond[i.repeat(2)]).chunk(2)
+            fake, real = models.student(torch.cat([x_u, x_u]), s, s, Cond.cat([cond[i], cond[i]])).chunk(2)
         g = (fake - real).clamp(-1, 1)
         return barron_loss(F[i] - (F[i].detach() - g))
 

@@ -13,7 +13,7 @@ from advdmd.algorithms.base import Aux, DistillationModels
 from advdmd.algorithms.objectives import DiscriminatorInputs, discriminator_loss, fake_score_loss, student_loss
 from advdmd.rng import Rng
 from advdmd.rollout import Trajectory, sample_exit_steps
-from advdmd.types import Columns, Cond, StepMetrics, micro_batches
+from advdmd.types import Columns, Cond, StepMetrics, micro_batches, moved
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def update_fake_score(
     updates: int,
     micro_batch_size: int,
     renoise_range: tuple[float, float],
-    scale: float = 1.0,
+    every_nth: int = 1,
     mismatched_weight: float = 0.0,
     one_pass: bool = False,
 ) -> tuple[StepMetrics, Aux]:
@@ -47,23 +47,24 @@ def update_fake_score(
     follows the student.
 
     The fake score learns the predictions at random steps, and which step each is from. The discriminator learns from its own
-    inputs [N], if there are any, in the same optimizer steps. Logs means over the N samples. Also returns "real_logit" and
-    "fake_logit" [N] of the discriminator, each from before the optimizer step on its minibatch.
+    inputs [N], if there are any, of every n-th sample, in the same optimizer steps. Logs means over the N samples. Also returns
+    "real_logit" and "fake_logit" [N] of the discriminator, each from before the optimizer step on its minibatch.
     """
     exits, shape = sample_exit_steps(rng, "fake.k", trajectory.num_steps), trajectory.x.shape[2:]
     u, e = rng.uniform("fake.u", *renoise_range), rng.normal("fake.e", shape)
     inputs = _FakeScoreInputs(trajectory.x0_at(exits), cond, u, e, exits)
 
     def loss_of(i: Tensor) -> tuple[Tensor, Aux]:
-        """Losses of samples i [n].
+        """Losses of samples i [n], indices on the host.
 
         If this rank has none, of one sample that counts for nothing: sharded networks need as many passes on every rank.
         """
         j = i if len(i) else i.new_zeros(1)
         fake_loss = fake_score_loss(models, **vars(inputs[j]))
-        loss, aux = fake_loss, {"index": j, "fake_score/loss": fake_loss.detach()}
+        loss, aux = fake_loss, {"index": moved(j, fake_loss.device), "fake_score/loss": fake_loss.detach()}
         if discriminator is not None:
-            d_loss, logits = discriminator_loss(models, discriminator[j], scale, mismatched_weight, one_pass)
+            shown = (j % every_nth == 0).nonzero()[:, 0]
+            d_loss, logits = discriminator_loss(models, discriminator[j], shown, every_nth, mismatched_weight, one_pass)
             loss, aux = fake_loss + d_loss, aux | {"discriminator/loss": d_loss.detach()} | logits
         return loss[: len(i)], {k: v[: len(i)] for k, v in aux.items()}
 
@@ -106,7 +107,7 @@ def update_student(
         x, t = trajectory.at(k)
         u, e = rng.uniform(f"{name}.u", *renoise_range), rng.normal(f"{name}.e", trajectory.x.shape[2:])
         w = gan_levels(name, k, u)
-        parts = micro_batches(len(x), micro_batch_size, x.device)
+        parts = micro_batches(len(x), micro_batch_size)
         metrics, aux = models.student.update(
             (student_loss(models, x[i], t[i], cond[i], k[i], u[i], e[i], w[i], gan_loss_weight) for i in parts), "dm"
         )

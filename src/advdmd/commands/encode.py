@@ -339,7 +339,7 @@ def _teacher_latents(
     jobs = [(n, r) for n, e in enumerate(found) if e is None for r in range(each)]
     null, out = _encode_text(backbone, [backbone.null_prompt], device).to(device), list[Tensor]()
     for i in micro_batches(len(jobs), batch):
-        part = [jobs[int(k)] for k in i]
+        part = jobs[i]
         noise = draw_noise([("reals", seed, names[n], r) for n, r in part], backbone.latent_shape, 1).to(device)
         cond = conds[torch.tensor([n for n, _ in part])].to(device)
         out.append(sample_latents(backbone, backbone.net, cond, null, noise, sampler).cpu())

@@ -1,6 +1,7 @@
 """The command mini, the main job: distil a shipped teacher, score the student beside it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,18 @@ from advdmd.files import write_image, write_text
 from advdmd.mini.prompts import SAMPLE_PROMPTS
 from advdmd.mini.suites import MiniSuite
 from advdmd.mini.training_data import MiniData
-from advdmd.models import loading
+from advdmd.models import devices, loading
 from advdmd.models.images import image_grid, image_sampler
 from advdmd.models.sampler import SamplerConfig
 from advdmd.progress import duration
 from advdmd.recipes import registry
+from advdmd.recipes.recipe import Recipe
+from advdmd.training import distributed
 from advdmd.types import Json
 
 RECIPE = "mini-sd35-advdmd"
+ADVDMD = (sys.executable, "-m", "advdmd")
+PROCESSES = 2  # more have too few samples each: 8 samples take 1.8 times as long a sample as 32 do (docs/performance.md)
 
 
 def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> Json:
@@ -47,17 +52,18 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
         for place in places:
             if (place / "manifest.json").is_file():
                 shutil.rmtree(place)
-    # The teacher's many steps are sampled by a second process on another core, while this one trains.
+    # The teacher's many steps are sampled by a process of their own, in the moments when those that train wait for each other.
     reference = subprocess.Popen(
         [
-            *(sys.executable, "-m", "advdmd", "eval", r.teacher, suite.name, "--out", str(places[0])),
+            *(*ADVDMD, "eval", r.teacher, suite.name, "--out", str(places[0])),
             *("--images", str(images), "--world", suite.world, "--threads", "1"),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        student = train(RECIPE, r, folder / "run", overwrite)
+        with distributed.with_local_processes(_processes(r), [*ADVDMD, "train", RECIPE, "--out", str(folder / "run"), *words]):
+            student = train(RECIPE, r, folder / "run", overwrite)
         reference.wait()  # if it has failed, its images are sampled below, where an error is reported
     finally:
         reference.kill()
@@ -72,6 +78,17 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
     write_text(folder / "table.md", text)
     write_text(folder / "table.json", json.dumps({"models": out, "gap_closed": closed}, indent=1))
     return {"table": text, "models": out, "gap_closed": closed, "student": student}
+
+
+def _processes(r: Recipe) -> int:
+    """How many processes train: PROCESSES on a CPU with so many cores, if they can share a recipe's batch."""
+    if devices.resolve_device(r.device) != "cpu" or os.name != "posix" or (os.cpu_count() or 1) < PROCESSES:
+        return 1
+    try:
+        r.check_world_size(PROCESSES)
+    except ValueError:
+        return 1
+    return PROCESSES
 
 
 def _write_comparison(models: Sequence[tuple[str, SamplerConfig]], path: Path) -> None:

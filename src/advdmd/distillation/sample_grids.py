@@ -24,8 +24,8 @@ def save_sample_grid(
     each = 3 if small else 1
     n = each * len(cond)
     noise = draw_noise([("look", k) for k in range(n)], backbone.latent_shape, sampler.steps).to(cond.embeds.device)
-    parts = micro_batches(n, each)  # few at a time, as they are sampled beside what trains
-    drawn = [decode(backbone, sample_latents(backbone, net, cond[i // each], null, noise[:, i], sampler)) for i in parts]
+    conds, parts = cond[torch.arange(n) // each], micro_batches(n, each)  # few at a time: they are sampled beside what trains
+    drawn = [decode(backbone, sample_latents(backbone, net, conds[i], null, noise[:, i], sampler)) for i in parts]
     images = to_uint8(torch.cat(drawn))
     (folder / "samples").mkdir(exist_ok=True)
     rows = [images] if n % 2 else [images[: n // 2], images[n // 2 :]]

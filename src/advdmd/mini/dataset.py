@@ -109,10 +109,10 @@ def encode_dataset(backbone: Backbone, pool: MiniDataset, progress: Callable[[in
     n, each = pool.images.shape[:2]
     out = []
     for i in micro_batches(n, 128):
-        z = backbone.encode(
-            pool.pixels(i.repeat_interleave(each), torch.arange(each).repeat(len(i))).to(backbone.vae.device)
-        ).cpu()
-        out.append(z.unflatten(0, (len(i), each)))
+        prompts = torch.arange(n)[i]
+        pixels = pool.pixels(prompts.repeat_interleave(each), torch.arange(each).repeat(len(prompts)))
+        z = backbone.encode(pixels.to(backbone.vae.device)).cpu()
+        out.append(z.unflatten(0, (len(prompts), each)))
         if progress:
-            progress(int(i[-1]) + 1)
+            progress(i.stop)
     return torch.cat(out)

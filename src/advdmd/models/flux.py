@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from advdmd.models.backbone import ATTENTION, Backbone, Module, Pipeline, TimeEmbedding, padded_ids
 from advdmd.models.qwen_image import pack, unpack
-from advdmd.types import Cond, Json
+from advdmd.types import Cond, Json, moved
 
 TEXT_LENGTH = 512  # tokens of a prompt that T5 reads
 CARD_GUIDANCE = 3.5  # of FLUX.1 dev's model card
@@ -88,7 +88,7 @@ class Flux(Backbone):
     def _positions(self, h: int, w: int, device: torch.device) -> Tensor:
         """[h w, 3]: 0, row and column of each image token."""
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(device, self.dtype)
+        return moved(torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(self.dtype), device)
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """The transformer's blocks, in order: those with weights for each of text and image, then the joint ones."""

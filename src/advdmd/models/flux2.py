@@ -17,7 +17,7 @@ from advdmd.models.backbone import (
 )
 from advdmd.models.flux import Flux
 from advdmd.models.qwen_image import pack, unpack
-from advdmd.types import Cond, Json
+from advdmd.types import Cond, Json, moved
 
 TEXT_LENGTH = 512  # tokens of a prompt, its chat template included
 TEXT_LAYERS = (9, 18, 27)  # of the text encoder, whose outputs are a prompt's embedding
@@ -111,8 +111,8 @@ class Flux2(Backbone):
             timestep=(t * 1000).to(self.dtype) / 1000,
             guidance=None,
             encoder_hidden_states=cond.embeds.to(self.dtype),
-            txt_ids=torch.cartesian_prod(zero, zero, zero, words).to(x.device),
-            img_ids=torch.cartesian_prod(zero, rows, columns, zero).to(x.device),
+            txt_ids=moved(torch.cartesian_prod(zero, zero, zero, words), x.device),
+            img_ids=moved(torch.cartesian_prod(zero, rows, columns, zero), x.device),
             return_dict=False,
         )[0]
         return unpack(out.float(), h, w)

@@ -145,8 +145,8 @@ def sample(
     encode = encode or (lambda texts: encode_prompts(backbone, texts, noise.device))
     out, null = [], None if backbone.edits else encode([backbone.null_prompt])  # an edit's condition holds its own
     for i in micro_batches(len(prompts), batch):
-        cond = encode([prompts[int(k)] for k in i])
+        cond = encode(prompts[i])
         out.append(decode(backbone, sample_latents(backbone, net, cond, cond if null is None else null, noise[:, i], sampler)))
         if progress:
-            progress(int(i[-1]) + 1)
+            progress(i.stop)
     return torch.cat(out)

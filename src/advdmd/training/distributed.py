@@ -9,6 +9,8 @@ every network, or its shards of those that `fully_shard_` has sharded (FSDP2). S
 # pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
 
 import os
+import socket
+import subprocess
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from advdmd.files import file_hash, folder_hash
 from advdmd.types import ONE_RANK, Metrics, Ranks
 
+READY = "ADVDMD_READY"  # variable: the pipe on which a process of with_local_processes says that it has begun
 BUCKET = 2**23  # numbers of gradients that are exchanged at once: 32 MB
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait while the first saves samples, a few minutes, or validates
 
@@ -31,6 +34,43 @@ TIMEOUT = timedelta(minutes=30)  # how long ranks wait while the first saves sam
 def rank_and_world_size() -> tuple[int, int]:
     """Which of how many processes torchrun started this one is; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def with_local_processes(n: int, command: Sequence[str]) -> Generator[None, None, None]:
+    """Inside, this process is the first of n on this machine. The others run `command`, and end when the context does.
+
+    They find each other as processes that torchrun starts do, so `command` must do the same work as the caller. Raises
+    ValueError if one of them ends before `init_distributed`.
+    """
+    if n == 1:
+        yield
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own, others, pipes = dict(os.environ), list[subprocess.Popen[bytes]](), list[int]()
+    try:
+        for rank in range(1, n):
+            ready, says_ready = os.pipe()
+            env = own | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), READY: str(says_ready)}
+            others.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env, pass_fds=[says_ready]))
+            os.close(says_ready)
+            pipes.append(ready)
+        for rank, ready in enumerate(pipes, 1):
+            if not os.read(ready, 1):
+                raise ValueError(f"process {rank} of {n} ended with status {others[rank - 1].wait()} before it had begun")
+        os.environ.update(shared | {"RANK": "0", "LOCAL_RANK": "0"})
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
+        for other in others:
+            other.kill()
+            other.wait()
+        for ready in pipes:
+            os.close(ready)
 
 
 def num_nodes() -> int:
@@ -50,6 +90,8 @@ def init_distributed(device: str = "cpu") -> Generator[Ranks, None, None]:
     if rank_and_world_size()[1] == 1:
         yield ONE_RANK
         return
+    if READY in os.environ:
+        os.write(int(os.environ[READY]), b"1")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from advdmd.rng import Rng
+from advdmd.rng import Draw, Rng
 from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter
 from advdmd.training.learner import Learner
@@ -59,6 +60,13 @@ def as_numbers(metrics: StepMetrics) -> Metrics:
     return {k: found[k] for k in metrics if not math.isnan(found[k])}
 
 
+class _Prepared(NamedTuple):
+    """What an iteration starts from."""
+
+    batch: Columns
+    rng: Rng
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Runs an algorithm's train steps into a folder, from its newest checkpoint to `iterations`.
@@ -67,9 +75,10 @@ class Trainer:
     after n iterations, every so many and at the end, by all ranks; the scores that `validate` returns are logged with the
     iteration's metrics, and `should_stop` says after it whether the run ends early. extra_state: tensors that belong to the
     run's state and are changed in place. fingerprint names the recipe: a checkpoint of another one is refused. data_contents:
-    what the run's data hold now (training.checkpoint.check_data). efficiency
-    measures what an iteration costs. console_keys: metrics of the console line. health: one line about the run, printed every
-    tenth of it (10 or more iterations) after its first quarter. trackers: training.trackers.
+    what the run's data hold now (training.checkpoint.check_data). efficiency measures an iteration's cost. prefetch: whether
+    a thread prepares the next iteration's batch, and the random numbers that the last one drew, while this one runs; by default
+    on a GPU. console_keys: metrics of the console line. health: one line about the run, printed every tenth of it (10 or more
+    iterations) after its first quarter. trackers: training.trackers.
     """
 
     algorithm: TakesTrainSteps
@@ -90,6 +99,7 @@ class Trainer:
     validate: Callable[[int], Metrics] | None = None
     should_stop: Callable[[], bool] = _never
     efficiency: EfficiencyMeter | None = None
+    prefetch: bool | None = None
     console_keys: tuple[str, ...] = ()
     health: Callable[[], str] | None = None
     trackers: Sequence[str] = ()
@@ -117,10 +127,11 @@ class Trainer:
         distributed.barrier()  # until all have read the checkpoint
         # The main process alone writes metrics, scores, pictures and records of checkpoints.
         logger = MetricsLogger(folder, self.label, total, start, self.console_keys, self.trackers) if main else None
-        with _sigterm_received() as sigterm, closing(logger) if logger else nullcontext():
-            for iteration in range(start, total):
+        iterations = self._prepared(range(start, total))
+        with _sigterm_received() as sigterm, closing(logger) if logger else nullcontext(), closing(iterations):
+            for iteration, prepared in zip(range(start, total), iterations, strict=True):
                 done = iteration + 1
-                metrics = self._train_step(iteration)
+                metrics = self._train_step(iteration, prepared)
                 evaluated = bool(self.validate and self.eval_every and is_due(done, self.eval_every, total))
                 if self.validate and evaluated:
                     metrics = metrics | self.validate(done)
@@ -146,14 +157,32 @@ class Trainer:
                         )
                     raise SystemExit(128 + signal.SIGTERM)
 
-    def _train_step(self, iteration: int) -> Metrics:
+    def _prepared(self, iterations: range) -> Generator[_Prepared, None, None]:
+        """Of each iteration in turn; with `prefetch` the next is prepared in a thread while the caller has one."""
+        ahead = torch.device(self.device).type != "cpu" if self.prefetch is None else self.prefetch
+        if not ahead:
+            yield from (self._prepare(i) for i in iterations)
+            return
+        with ThreadPoolExecutor(1, "prefetch") as thread:
+            draws: Sequence[Draw] = ()  # of the last iteration that is over
+            following = [thread.submit(self._prepare, i) for i in iterations[:1]]
+            for i in iterations:
+                prepared = following.pop().result()
+                following += [thread.submit(self._prepare, n, draws) for n in iterations if n == i + 1]
+                yield prepared
+                draws = prepared.rng.draws
+
+    def _prepare(self, iteration: int, draws: Sequence[Draw] = ()) -> _Prepared:
+        batch, samples = self.batch_fn(iteration)
+        rng = Rng(self.seed, iteration, samples, self.ranks, self.device)
+        rng.draw_ahead(draws)
+        return _Prepared(batch.to(self.device), rng)
+
+    def _train_step(self, iteration: int, prepared: _Prepared) -> Metrics:
         try:
-            batch, samples = self.batch_fn(iteration)
-            batch = batch.to(self.device)
             if self.efficiency:
                 self.efficiency.start(iteration)
-            rng = Rng(self.seed, iteration, samples, self.ranks, self.device)
-            metrics = as_numbers(self.algorithm.train_step(self.models, batch, iteration, rng))
+            metrics = as_numbers(self.algorithm.train_step(self.models, prepared.batch, iteration, prepared.rng))
         except FloatingPointError as e:
             raise FloatingPointError(f"iteration {iteration}, {e}: the last checkpoint is untouched") from None
         return distributed.mean_over_ranks(metrics | (self.efficiency.stop(iteration) if self.efficiency else {}))
