@@ -1,7 +1,8 @@
 """What an iteration must cost against what it does cost: forwards counted and measured, in one run.
 
 A forward of the batch without gradient is timed between the iterations; medians; ratios only, as clocks here drift. Where
-nvidia-modelopt is installed (it needs omegaconf and pulp too), its DMD2 is measured in the same way, beside ours.
+nvidia-modelopt is installed (it needs omegaconf and pulp too), its DMD2 is measured in the same way, beside ours, and so is a
+step of diffusers' LoRA script.
 Usage: python benchmarks/iteration.py [--threads 1] [--rounds 7] [--out results/performance/iteration.json]
 """
 
@@ -128,6 +129,35 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
     return row("nvidia-modelopt DMD2, no GAN", *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))
 
 
+def plain_lora(rounds: int, threads: int) -> dict[str, Any]:
+    """A step of diffusers' LoRA script for SD3 (train_dreambooth_lora_sd3.py), without its logging: peft's adapters on its
+    layers of the stock transformer, flow matching on the same batch, clipped gradients, AdamW."""
+    from peft import LoraConfig
+
+    layers = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
+    _, r = registry.resolve("mini-sd35-advdmd", ["data.num_prompts=16", f"threads={threads}"])
+    torch.set_num_threads(threads)
+    backbone, data, _ = setup(r, r.data.open(r.teacher))
+    batch, _ = data.batch_fn(0)
+    net: Any = copy.deepcopy(backbone.net).requires_grad_(False)
+    net.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=[f"attn.{name}" for name in layers]))
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-4)
+
+    def iteration() -> float:
+        noise, sigma = torch.randn_like(batch.real_latents), torch.rand(len(batch), 1, 1, 1)
+        noisy = (1 - sigma) * batch.real_latents + sigma * noise
+        embeds, pooled = batch.cond.embeds, batch.cond.pooled
+        (v,) = net(noisy, embeds, pooled, sigma.flatten() * 1000, return_dict=False)
+        (v - (noise - batch.real_latents)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return 2.0
+
+    return row("LoRA training, as diffusers' script", *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -141,6 +171,7 @@ def main() -> None:
     runs += [(n, "algorithm.fake_score_updates=1") for n in names[:2]]
     runs += [("mini-sd35-dmd2", "algorithm.fake_score_updates=1", "algorithm.gan_loss_weight=0")]
     rows = [measure(n, args.rounds, args.threads, *c) for n, *c in runs]
+    rows.append(plain_lora(3 * args.rounds, args.threads))
     if peer := theirs(3 * args.rounds, args.threads):  # its iterations differ in the length of their rollouts
         rows.append(peer)
     print("| recipe | counted F | measured F | eta |\n|---|---|---|---|")

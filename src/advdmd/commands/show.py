@@ -5,7 +5,7 @@ from advdmd.distillation.memory import GB
 from advdmd.distillation.micro_batch import fitted
 from advdmd.recipes import registry
 from advdmd.recipes.overrides import dump
-from advdmd.recipes.published import PRESETS, preset_from_name
+from advdmd.recipes.published import name_parts, preset_from_name
 from advdmd.recipes.recipe import Recipe
 
 
@@ -35,10 +35,8 @@ def recipe_table() -> str:
 
 def _parts(name: str) -> tuple[str, str, str, str]:
     """Model, method, steps and preset of a recipe, of which published models' names have all four."""
-    for model, preset in PRESETS:
-        if name.startswith(f"{model}-") and name.endswith(f"-{preset}") and name.count("-") == model.count("-") + 3:
-            method, steps = name.removeprefix(f"{model}-").removesuffix(f"-{preset}").split("-")
-            return model, method, steps.removesuffix("step"), preset
+    if found := name_parts(name):
+        return found
     r = registry.recipe_by_name(name)
     return r.teacher, name.removeprefix(f"{r.teacher}-"), str(r.algorithm.steps), ""
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from advdmd.distillation import memory
 from advdmd.models.backbone import Module
+from advdmd.recipes.published import name_parts
 from advdmd.recipes.recipe import Recipe
 
 # What a layer is applied to, by its name: once a sample (times, guidance, modulation), text and image, or text; else the image.
@@ -60,7 +61,8 @@ def hours(r: Recipe, name: str, gpu: str, resolution: int, gpus: int = 1) -> str
     rates, (net, text, source) = MEASURED[gpu.lower()], memory.transformer(r.teacher)
     tokens = memory.tokens_of(net, resolution // 8, resolution // 8) + source
     total = forward_operations(net, tokens, text) * r.forwards_until(r.iterations) * r.batch / 1e12
-    known = [rate for (model, side), rate in rates.items() if re.match(rf"{model}-\w+-\dstep", name) and side == resolution]
+    of = name_parts(name)
+    known = [rate for at, rate in rates.items() if of and at == (of.model, resolution)]
     whose = "as measured for it" if known else "as measured for other models and sizes"
     low, high = min(known or rates.values()), max(known or rates.values())
     took, at = (f"{total / rate / gpus / 3600:.1f}" for rate in (high, low)), (f"{rate:.0f}" for rate in (low, high))

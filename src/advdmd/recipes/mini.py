@@ -14,6 +14,7 @@ from advdmd.mini.training_data import MiniData
 from advdmd.models.discriminator import DiscriminatorConfig
 from advdmd.recipes.overrides import override
 from advdmd.recipes.recipe import Recipe
+from advdmd.recipes.reinforcement import reinforcement
 from advdmd.rewards.registry import register_scorer
 from advdmd.training.optimizer import OptimizerConfig
 
@@ -171,27 +172,8 @@ def advdmd_reinforce(name: str, guidance: float, iterations: int = 800) -> Recip
     .036, and by .034 without policy updates, at equal forwards; with them it keeps its teacher's diversity (.86, without .80).
     With the exact checker as the reward policy updates are worth .05 on mini-geneval, on mini-sd3 (docs/log.md).
     """
-    warmup = iterations // 4
-    changes: dict[str, object] = {
-        "algorithm.warmup_iterations": warmup,
-        "algorithm.dm_only_iterations": warmup,
-        "algorithm.policy_ramp_iterations": 0,
-        "algorithm.dm_every": 4,
-        "algorithm.dm_updates": 1,
-        "algorithm.discriminator_every_nth_sample": 1,
-        "algorithm.policy": "forward",
-        "algorithm.forward_draws": 2,
-        "algorithm.policy_step": "agreement",
-        "algorithm.max_policy_rollouts": 16,
-        "algorithm.min_agreement": 0.3,
-        "algorithm.final_noise_levels": (0.3, 0.5),
-        "dm_optimizer.lr": 2e-4,
-        "dm_optimizer.decay_steps": 0,
-        "policy_optimizer.lr": 3e-4,
-        "policy_optimizer.betas": (0.8, 0.999),
-        "policy_optimizer.decay_steps": 0,
-    }
-    return override(advdmd_long(name, guidance, iterations), changes)
+    rates: dict[str, object] = {"dm_optimizer.lr": 2e-4, "policy_optimizer.lr": 3e-4}
+    return override(advdmd_long(name, guidance, iterations), reinforcement(iterations) | rates)
 
 
 def dmd2(name: str, guidance: float, iterations: int = 860, rate: float = 1e-3) -> Recipe:

@@ -17,7 +17,9 @@ from advdmd.algorithms.dmd2 import DMD2
 from advdmd.algorithms.twinflow import TwinFlow, guidance_strength
 from advdmd.data.aspect_buckets import CachedData
 from advdmd.models.discriminator import DiscriminatorConfig
+from advdmd.recipes.overrides import override
 from advdmd.recipes.recipe import Recipe
+from advdmd.recipes.reinforcement import reinforcement
 from advdmd.training.optimizer import OptimizerConfig
 from advdmd.types import Json
 
@@ -100,10 +102,29 @@ PRESETS = {
 }
 
 
+class NameParts(NamedTuple):
+    """What the name of a recipe is made of."""
+
+    model: str
+    method: str
+    steps: str
+    preset: str
+
+
+def name_parts(name: str) -> NameParts | None:
+    """The parts of the name of a recipe of these; None for other recipes."""
+    if name not in RECIPES:
+        return None
+    model = max((model for model, _ in PRESETS if name.startswith(f"{model}-")), key=len)
+    found = re.fullmatch(r"(.+)-(\d)step-(\w+)", name.removeprefix(f"{model}-"))
+    assert found
+    return NameParts(model, found[1], found[2], found[3])
+
+
 def preset_from_name(name: str) -> Preset | None:
     """What a recipe of these is named after."""
-    found = re.fullmatch(r"(.+)-\w+-\dstep-(\w+)", name)
-    return PRESETS.get((found[1], found[2])) if found else None
+    found = name_parts(name)
+    return PRESETS[found.model, found.preset] if found else None
 
 
 ITERATIONS = 2000  # 64,000 samples, the miniature's long recipes have 38,400; one to five days of an H200 (docs/own-model.md)
@@ -176,6 +197,16 @@ def advdmd(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> 
     return _recipe(name, preset, algorithm, guidance_scale=MODELS[name].guidance, iterations=iterations)
 
 
+def advdmd_reinforce(name: str, preset: str, steps: int, iterations: int = ITERATIONS // 2) -> Recipe:
+    """Reinforcement of a student that exists (`student=`), with the miniature's schedule and its ratios of learning rates.
+
+    In the miniature that keeps the teacher's diversity, and raises the score only where `rewards` know more than the
+    discriminator does (docs/results.md). Each GPU's prompts are halved, so there are recipes of one GPU.
+    """
+    rates: dict[str, object] = {"dm_optimizer.lr": 3e-5, "policy_optimizer.lr": 4e-5}
+    return override(advdmd(name, preset, steps, iterations), reinforcement(iterations) | rates)
+
+
 def dmd2(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -> Recipe:
     """The baseline on the same batches, with DMD2's weights (2405.14867) and a discriminator on the frozen teacher."""
     algorithm = DMD2(
@@ -209,7 +240,12 @@ def twinflow(name: str, preset: str, steps: int, iterations: int = ITERATIONS) -
     return _recipe(name, one, algorithm, guidance_scale=1.0, iterations=iterations, prompts_per_step=prompts)
 
 
-METHODS: dict[str, Callable[..., Recipe]] = {"advdmd": advdmd, "dmd2": dmd2, "twinflow": twinflow}
+METHODS: dict[str, Callable[..., Recipe]] = {
+    "advdmd": advdmd,
+    "advdmd-reinforce": advdmd_reinforce,
+    "dmd2": dmd2,
+    "twinflow": twinflow,
+}
 RECIPES = {
     f"{name}-{method}-{steps}step-{preset}": partial(make, name, preset, steps)
     for (name, preset), fit in PRESETS.items()
@@ -217,4 +253,5 @@ RECIPES = {
     for steps in (4, 2)
     # TwinFlow's batch in one piece does not fit beside a base that had to be of few bits, nor with source images.
     if make is not twinflow or (fit.base_bits == 32 and not MODELS[name].edits)
+    if make is not advdmd_reinforce or fit.gpus == 1
 }

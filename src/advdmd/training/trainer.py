@@ -77,7 +77,7 @@ class Trainer:
     run's state and are changed in place. fingerprint names the recipe: a checkpoint of another one is refused. data_contents:
     what the run's data hold now (training.checkpoint.check_data). efficiency measures an iteration's cost. prefetch: whether
     a thread prepares the next iteration's batch, and the random numbers that the last one drew, while this one runs; by default
-    on a GPU. console_keys: metrics of the console line. health: one line about the run, printed every tenth of it (10 or more
+    on CUDA. console_keys: metrics of the console line. health: one line about the run, printed every tenth of it (10 or more
     iterations) after its first quarter. trackers: training.trackers.
     """
 
@@ -159,7 +159,7 @@ class Trainer:
 
     def _prepared(self, iterations: range) -> Generator[_Prepared, None, None]:
         """Of each iteration in turn; with `prefetch` the next is prepared in a thread while the caller has one."""
-        ahead = torch.device(self.device).type != "cpu" if self.prefetch is None else self.prefetch
+        ahead = torch.device(self.device).type == "cuda" if self.prefetch is None else self.prefetch
         if not ahead:
             yield from (self._prepare(i) for i in iterations)
             return
