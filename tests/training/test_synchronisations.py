@@ -25,7 +25,7 @@ from tests.conftest import TINY
 from tests.tiny_pipelines import flux, flux2, z_image
 
 WITHOUT_NUMBERS = torch.device("meta")
-ALMOST_NOTHING = 1e-9  # what the host is told: a loss that is finite, an error of the ratio that is small enough
+ALMOST_NOTHING = 1e-9  # what the host reads: a loss that is finite, an error of the ratio that is small enough
 
 
 class CopiesThatWait(TorchDispatchMode):
