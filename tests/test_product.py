@@ -517,7 +517,7 @@ def test_show_prints_the_recipe_and_its_cost():
     assert "forwards per sample" in done.stdout
     table = cli("show").stdout
     assert len(table.splitlines()) <= 40
-    assert re.search(r"sd35-medium +advdmd +4, 2 +24gb, 80gb, 8x80gb", table)
+    assert re.search(r"sd35-medium +advdmd, dmd2, twinflow +4, 2 +24gb, 80gb, 8x80gb", table)
     assert all(re.search(rf"^(.*, )?{name}[ ,]", table, re.M) for name in ("mini-sd3", "mini-sd35", "mini-qwen", "qwen-image"))
 
 

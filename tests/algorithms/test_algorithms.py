@@ -357,7 +357,7 @@ def test_a_critics_pass_holds_what_single_ones_would_say(tiny_folder, backbone):
     t, wrong = torch.full((8,), 0.4), b.cond[torch.arange(8).flip(0)]
     image = flow.interpolate(b.real_latents, e, t)
     for together in (False, True):
-        inputs = DiscriminatorInputs(b.real_latents, path.x[1], t, e, b.cond, torch.ones(8), wrong, torch.ones(8))
+        inputs = DiscriminatorInputs(b.real_latents, path.x[1], t, e, b.cond, wrong, torch.ones(8))
         for logits, x, cond in zip(
             discriminator_logits(models, inputs, together), (image, path.x[1], image), (b.cond, b.cond, wrong), strict=True
         ):

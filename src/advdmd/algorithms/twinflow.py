@@ -106,12 +106,10 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         # 2. Every sample learns its average velocity from r to t.
         F = models.student(x, t, r, cond)
         target = self.target(models, F.detach(), x, t, r, v, cond, quarter)
-        weight = torch.where(quarter == 3, torch.ones_like(t), torch.tan((1 - (t - r)) * math.pi / 2.5) + 1)
+        weight = torch.tan((1 - (t - r)) * math.pi / 2.5) + 1
+        weight[fourth] = 1.0
         loss = weight * barron_loss(F - target)
-        shares = [(quarter == i).to(loss) / (quarter == i).sum() for i in range(len(QUARTERS))]
-        metrics: StepMetrics = {
-            f"twinflow/{q}_loss": (loss.detach() * share).sum() for q, share in zip(QUARTERS, shares, strict=True)
-        }
+        metrics: StepMetrics = {f"twinflow/{q}_loss": loss.detach()[i::4].mean() for i, q in enumerate(QUARTERS)}
 
         # 3. Rectification of the first quarter's images.
         if self.rectification_weight:
@@ -122,18 +120,19 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         return metrics | models.student.update([loss])
 
     def sample_times(self, rng: Rng, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Times t [N], target times r [N] and quarter [N] in 0..3 of n samples; negative times for the fourth quarter.
+        """Times t [N], target times r [N] and, on the host, quarter [N] in 0..3 of n samples; negative times for the fourth.
 
         Raises ValueError unless n is a multiple of 4.
         """
         if n % 4:
             raise ValueError(f"TwinFlow: {n} samples per rank do not make four quarters")
         u, share = rng.uniform("t"), rng.uniform("r")
-        quarter = torch.arange(n, device=u.device) % 4
-        t = torch.where(quarter == 0, torch.ones_like(u), u.clamp(1e-3, 1 - 1e-3))
-        distance = torch.where(quarter == 1, self.near_fraction * share, share)
-        r = torch.where(quarter == 0, torch.zeros_like(u), t * (1 - distance))
-        return torch.where(quarter == 3, -t, t), torch.where(quarter == 3, -t, r), quarter
+        quarter = torch.arange(n) % 4
+        of = moved(quarter, u.device)
+        t = torch.where(of == 0, torch.ones_like(u), u.clamp(1e-3, 1 - 1e-3))
+        distance = torch.where(of == 1, self.near_fraction * share, share)
+        r = torch.where(of == 0, torch.zeros_like(u), t * (1 - distance))
+        return torch.where(of == 3, -t, t), torch.where(of == 3, -t, r), quarter
 
     @torch.no_grad()
     def target(
@@ -144,17 +143,16 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         The average velocity from r to t.
 
         (EPS v + integral from t - EPS to r) / (t - r): one short step along v [N, ...], the target network for the rest.
-        Clipped to +-1 around F. The student's own samples have v itself, without a clip. Raises FloatingPointError if a target
-        is not finite.
+        Clipped to +-1 around F. The student's own samples have v itself, without a clip. quarter [N] lies on the host. Raises
+        FloatingPointError if a target is not finite.
         """
-        of_quarter = torch.arange(len(x)) % 4
-        if self.guidance_strength:
-            guided = ((of_quarter == 1) | (of_quarter == 2)).nonzero()[:, 0]
+        guided = ((quarter == 1) | (quarter == 2)).nonzero()[:, 0]
+        if self.guidance_strength and len(guided):
             at = moved(guided, x.device)
             both, twice = cond[guided].with_null(models.null), at.repeat(2)
             conditional, null = self.instantaneous_velocity(models, x[twice], t[twice], both).chunk(2)
             v = v.index_add(0, at, self.guidance_strength * (conditional - null))
-        data = (of_quarter < 3).nonzero()[:, 0]
+        data = (quarter < 3).nonzero()[:, 0]
         at = moved(data, x.device)
         start, end = (t[at] - EPS).maximum(r[at]), r[at]
         moves = self.integrate(models, x[at] - EPS * v[at], start, end, cond[data])
@@ -165,7 +163,7 @@ class TwinFlow(Algorithm[TwinFlowModels]):
         error = flow.bcast(a, x) * F - flow.bcast(b, x) * integral - v
         if not as_floats(error.isfinite().all()[None])[0]:  # which clipping would hide
             raise FloatingPointError("student: a target is not finite")
-        return torch.where(flow.bcast(quarter == 3, x), v, F - error.clamp(-1, 1))
+        return torch.where(flow.bcast(moved(quarter == 3, x.device), x), v, F - error.clamp(-1, 1))
 
     def instantaneous_velocity(self, models: TwinFlowModels, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The velocity at x [N, ...] and t [N] by which targets are guided. -> [N, ...]"""

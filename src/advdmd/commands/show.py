@@ -10,7 +10,7 @@ from advdmd.recipes.recipe import Recipe
 
 
 def recipe_table() -> str:
-    """All recipes as a table: one row per model and method, with steps and presets; models without presets share rows."""
+    """All recipes as a table; those of equal steps and presets share a row: a model's methods, or models without presets."""
     rows: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
     for name in registry.known_recipes():
         model, method, steps, preset = _parts(name)
@@ -18,11 +18,14 @@ def recipe_table() -> str:
         known_steps += [steps] if steps not in known_steps else []
         presets += [preset] if preset and preset not in presets else []
     models = list(dict.fromkeys(model for model, _ in rows))
-    shared: dict[tuple[str, ...], list[str]] = {}
+    shared: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for (model, method), (steps, presets) in sorted(rows.items(), key=lambda row: models.index(row[0][0])):
-        own = model if presets else ""  # a row of its own
-        shared.setdefault((method, ", ".join(steps), ", ".join(presets) or "-", own), []).append(model)
-    cells = [("model", "algorithm", "steps", "presets"), *((", ".join(of), *key[:3]) for key, of in shared.items())]
+        own = model if presets else method
+        of, methods = shared.setdefault((own, ", ".join(steps), ", ".join(presets) or "-"), ([], []))
+        of += [model] if model not in of else []
+        methods += [method] if method not in methods else []
+    cells = [("model", "algorithm", "steps", "presets")]
+    cells += [(", ".join(of), ", ".join(methods), *key[1:]) for key, (of, methods) in shared.items()]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
