@@ -7,6 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seeds=${SEEDS:-0 1} iterations=${ITERATIONS:-300} bin=${BIN:-.venv/bin} recipe=mini-sd35-advdmd
+# The kept runs have the discriminator that was the recipe's then.
+base=(algorithm.discriminator_every_nth_sample=1 "discriminator.feature_depths=[0.25,0.5,0.75,1.0]")
 work=runs/ablations kept=results/${KEPT:-ablations} commit=${COMMIT:-$(git rev-parse --short HEAD)}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/comparisons" "$kept"
@@ -40,7 +42,8 @@ for seed in $seeds; do
   for name in $names; do
     run=$work/$name-$seed scores=$work/scores/$name-$seed
     read -ra words <<<"${change[$name]}"
-    n=$("$bin/python" runs/match_budget.py "$recipe" "iterations=$iterations" -- "$recipe" "${words[@]}")
+    words=("${base[@]}" "${words[@]}")
+    n=$("$bin/python" runs/match_budget.py "$recipe" "${base[@]}" "iterations=$iterations" -- "$recipe" "${words[@]}")
     what=("$recipe" "${words[@]}" "iterations=$n" "seed=$seed" eval_every=100)
     if complete "$name-$seed"; then
       "$bin/python" runs/check_recipe.py "$kept/$name-$seed/recipe.yaml" "${what[@]}"

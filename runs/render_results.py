@@ -460,7 +460,10 @@ def main() -> None:
         lines += reinforcement(folder)
     for folder, title in ABLATIONS.items():
         if (RESULTS / folder / "comparisons.json").is_file():
-            text = "`runs/ablations.sh` changes the recipe in one place. Forwards are equal, scores are strict."
+            text = (
+                "`runs/ablations.sh` changes the main job's recipe in one place, as it was when its discriminator saw every "
+                "sample with its whole trunk. Forwards are equal, scores are strict."
+            )
             lines += ["", f"## {title}", "", text, "", ablations(RESULTS / folder), ""]
             reading = RESULTS / folder / "reading.md"
             lines += [reading.read_text().strip()] if reading.is_file() else []

@@ -450,14 +450,17 @@ def test_the_main_job_writes_table_grid_and_pipeline(tiny_folder, tmp_path):
 
 
 def test_the_main_job_trains_in_as_many_processes_as_can_share_its_batch(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
 
     def processes(*words):
         return mini._processes(resolve(mini.RECIPE, words)[1])
 
     assert processes() == mini.PROCESSES == 2
     assert processes("prompts_per_step=3") == 1
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes() == 1, "torchrun has started two"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0}, raising=False)
     assert processes() == 1
 
 

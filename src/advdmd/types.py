@@ -52,10 +52,10 @@ def micro_batches(n: int, size: int) -> list[slice]:
 def moved(x: Tensor, where: torch.device | torch.dtype | str) -> Tensor:
     """A tensor on another device or of another type; the host does not wait for a GPU that the tensor goes to.
 
-    For Apple's it does: torch may free the source before it is copied there.
+    For Apple's it does: torch may free the source before it is copied there. For CUDA the source is pinned first.
     """
-    apple = not isinstance(where, torch.dtype) and torch.device(where).type == "mps"
-    return x.to(where, non_blocking=x.device.type == "cpu" and not apple)
+    kind = "" if isinstance(where, torch.dtype) or x.device.type != "cpu" else torch.device(where).type
+    return (x.pin_memory() if kind == "cuda" else x).to(where, non_blocking=kind not in ("", "mps"))
 
 
 Index = Tensor | slice  # of samples; a tensor [n] lies on the host, where masks are read and nothing has to be waited for

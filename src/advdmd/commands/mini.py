@@ -81,8 +81,14 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
 
 
 def _processes(r: Recipe) -> int:
-    """How many processes train: PROCESSES on a CPU with so many cores, if they can share a recipe's batch."""
-    if devices.resolve_device(r.device) != "cpu" or os.name != "posix" or (os.cpu_count() or 1) < PROCESSES:
+    """How many processes train: PROCESSES on a CPU with so many cores, if they can share a recipe's batch.
+
+    One where torchrun has started several already.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if devices.resolve_device(r.device) != "cpu" or os.name != "posix" or cores < PROCESSES:
+        return 1
+    if distributed.rank_and_world_size()[1] > 1:
         return 1
     try:
         r.check_world_size(PROCESSES)

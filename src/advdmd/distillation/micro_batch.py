@@ -52,7 +52,7 @@ def proven(r: Recipe, backbone: Backbone, models: Any, batch_fn: BatchFn, ranks:
     """
     full = r.full_iteration
     batch, samples = batch_fn(full)
-    batch = batch.to(backbone.device)
+    following, batch = batch.to(backbone.device), batch.to(backbone.device)  # as the next one is there while one runs
     while True:
         algorithm, now = r.algorithm, r.algorithm.samples_per_pass(r.batch)
         rng = Rng(r.seed, full, samples, ranks, backbone.device)
@@ -60,6 +60,7 @@ def proven(r: Recipe, backbone: Backbone, models: Any, batch_fn: BatchFn, ranks:
         if ranks.gather(torch.tensor([float(enough)], device=backbone.device)).min() > 0 or now == 1:
             break
         r = with_micro_batch(r, now // 2)
+    del following
     if not ranks.rank:
         print(f"algorithm.micro_batch_size=auto: {now} samples a pass", file=sys.stderr)
     return r

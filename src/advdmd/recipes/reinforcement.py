@@ -22,6 +22,7 @@ def reinforcement(iterations: int) -> dict[str, object]:
         "algorithm.max_policy_rollouts": 16,
         "algorithm.min_agreement": 0.3,
         "algorithm.final_noise_levels": (0.3, 0.5),
+        "dm_optimizer.warmup_steps": 0,
         "dm_optimizer.decay_steps": 0,
         "policy_optimizer.betas": (0.8, 0.999),
         "policy_optimizer.decay_steps": 0,

@@ -11,6 +11,7 @@ every network, or its shards of those that `fully_shard_` has sharded (FSDP2). S
 import os
 import socket
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,26 +52,32 @@ def with_local_processes(n: int, command: Sequence[str]) -> Generator[None, None
         port = s.getsockname()[1]
     shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     own, others, pipes = dict(os.environ), list[subprocess.Popen[bytes]](), list[int]()
-    try:
-        for rank in range(1, n):
-            ready, says_ready = os.pipe()
-            env = own | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), READY: str(says_ready)}
-            others.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env, pass_fds=[says_ready]))
-            os.close(says_ready)
-            pipes.append(ready)
-        for rank, ready in enumerate(pipes, 1):
-            if not os.read(ready, 1):
-                raise ValueError(f"process {rank} of {n} ended with status {others[rank - 1].wait()} before it had begun")
-        os.environ.update(shared | {"RANK": "0", "LOCAL_RANK": "0"})
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(own)
-        for other in others:
-            other.kill()
-            other.wait()
-        for ready in pipes:
-            os.close(ready)
+    with tempfile.TemporaryFile() as errors:  # the first process says what both find
+        try:
+            for rank in range(1, n):
+                ready, says_ready = os.pipe()
+                env = own | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), READY: str(says_ready)}
+                others.append(
+                    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=env, pass_fds=[says_ready])
+                )
+                os.close(says_ready)
+                pipes.append(ready)
+            for rank, ready in enumerate(pipes, 1):
+                if not os.read(ready, 1):
+                    status = others[rank - 1].wait()
+                    errors.seek(0)
+                    text = errors.read().decode(errors="replace").strip()
+                    raise ValueError(f"process {rank} of {n} ended with status {status} before it had begun: {text[-1000:]}")
+            os.environ.update(shared | {"RANK": "0", "LOCAL_RANK": "0"})
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(own)
+            for other in others:
+                other.kill()
+                other.wait()
+            for ready in pipes:
+                os.close(ready)
 
 
 def num_nodes() -> int:

@@ -60,6 +60,15 @@ def as_numbers(metrics: StepMetrics) -> Metrics:
     return {k: found[k] for k in metrics if not math.isnan(found[k])}
 
 
+@contextmanager
+def _names_iteration(iteration: int) -> Generator[None, None, None]:
+    """Inside, a FloatingPointError gets the number of the iteration."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise FloatingPointError(f"iteration {iteration}, {e}: the last checkpoint is untouched") from None
+
+
 class _Prepared(NamedTuple):
     """What an iteration starts from."""
 
@@ -161,28 +170,33 @@ class Trainer:
         """Of each iteration in turn; with `prefetch` the next is prepared in a thread while the caller has one."""
         ahead = torch.device(self.device).type == "cuda" if self.prefetch is None else self.prefetch
         if not ahead:
-            yield from (self._prepare(i) for i in iterations)
+            for i in iterations:
+                prepared = self._prepare(i)
+                self._measure_before(i)
+                yield prepared
             return
         with ThreadPoolExecutor(1, "prefetch") as thread:
             draws: Sequence[Draw] = ()  # of the last iteration that is over
             following = [thread.submit(self._prepare, i) for i in iterations[:1]]
             for i in iterations:
                 prepared = following.pop().result()
+                self._measure_before(i)  # while nothing else is on its way to the GPU
                 following += [thread.submit(self._prepare, n, draws) for n in iterations if n == i + 1]
                 yield prepared
                 draws = prepared.rng.draws
 
+    def _measure_before(self, iteration: int) -> None:
+        if self.efficiency:
+            self.efficiency.start(iteration)
+
     def _prepare(self, iteration: int, draws: Sequence[Draw] = ()) -> _Prepared:
-        batch, samples = self.batch_fn(iteration)
+        with _names_iteration(iteration):
+            batch, samples = self.batch_fn(iteration)
         rng = Rng(self.seed, iteration, samples, self.ranks, self.device)
         rng.draw_ahead(draws)
         return _Prepared(batch.to(self.device), rng)
 
     def _train_step(self, iteration: int, prepared: _Prepared) -> Metrics:
-        try:
-            if self.efficiency:
-                self.efficiency.start(iteration)
+        with _names_iteration(iteration):
             metrics = as_numbers(self.algorithm.train_step(self.models, prepared.batch, iteration, prepared.rng))
-        except FloatingPointError as e:
-            raise FloatingPointError(f"iteration {iteration}, {e}: the last checkpoint is untouched") from None
         return distributed.mean_over_ranks(metrics | (self.efficiency.stop(iteration) if self.efficiency else {}))
