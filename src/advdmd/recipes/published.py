@@ -87,11 +87,11 @@ PRESETS = {
     ("sd35-medium", "80gb"): Preset(64, 32, 80),
     ("sd35-large", "80gb"): Preset(64, 12, 80),
     ("qwen-image", "80gb"): Preset(32, 2, 80),
-    ("qwen-image-edit", "24gb"): Preset(8, 1, 24, base_bits=4, resolution=512),  # sources have 1024 pixels
+    ("qwen-image-edit", "24gb"): Preset(4, 1, 24, base_bits=4, resolution=512),  # sources have 1024 pixels
     ("qwen-image-edit", "80gb"): Preset(32, 1, 80),
     ("flux-dev", "24gb"): Preset(16, 6, 24, base_bits=4, resolution=512),
     ("flux-dev", "80gb"): Preset(64, 6, 80),
-    ("flux2-klein-4b", "24gb"): Preset(16, 3, 24),
+    ("flux2-klein-4b", "24gb"): Preset(16, 2, 24),
     ("flux2-klein-4b", "80gb"): Preset(64, 16, 80),
     ("z-image", "24gb"): Preset(16, 4, 24, resolution=512),
     ("z-image", "80gb"): Preset(64, 10, 80),
