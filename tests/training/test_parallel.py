@@ -71,7 +71,7 @@ def ran_alone(folder, teacher, words, recipe="mini-sd35-advdmd"):
 def test_a_process_that_ends_before_it_begins_is_an_error_at_once():
     before = dict(os.environ)
     command = [sys.executable, "-c", "raise SystemExit(7)"]
-    with pytest.raises(ValueError, match="process 1 of 2 ended with status 7"), distributed.with_local_processes(2, command):
+    with pytest.raises(ValueError, match="process 1 of 2 ended with status 7"), distributed.local_processes(2, command):
         pass
     assert dict(os.environ) == before
 
@@ -81,7 +81,7 @@ def test_processes_that_a_command_starts_end_with_it(tmp_path):
     write = f"import os, pathlib, time; pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid()))"
     begin = f"os.write(int(os.environ['{distributed.READY}']), b'1'); time.sleep(600)"
     command = [sys.executable, "-c", f"{write}; {begin}"]
-    with distributed.with_local_processes(2, command):
+    with distributed.local_processes(2, command):
         assert distributed.rank_and_world_size() == (0, 2)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -19,10 +19,10 @@ from advdmd.models import networks
 from advdmd.models.loading import backbone_from_pipeline
 from advdmd.recipes.registry import resolve
 from advdmd.rng import Rng
-from advdmd.training import learner, trainer
-from advdmd.types import Columns
+from advdmd.training import gradient_halves, learner, trainer
+from advdmd.types import Columns, Cond
 from tests.conftest import TINY
-from tests.tiny_pipelines import flux, flux2, z_image
+from tests.tiny_pipelines import flux, flux2, qwen_image_edit, z_image
 
 WITHOUT_NUMBERS = torch.device("meta")
 ALMOST_NOTHING = 1e-9  # what the host reads: a loss that is finite, an error of the ratio that is small enough
@@ -72,28 +72,30 @@ FULL = [
     "algorithm.dm_updates=2",
 ]
 SEVERAL = "algorithm.micro_batch_size=2"
-DATA = ["data.num_prompts=8", "data.images_per_prompt=1"]
+AGREEMENT = ["algorithm.policy=forward", "algorithm.policy_step=agreement", "algorithm.max_policy_rollouts=1"]
 
 
 @pytest.mark.parametrize(
     ("recipe", "words", "updates", "more"),
     [
-        ("mini-sd35-advdmd", [*FULL, SEVERAL], 2 + 1 + 2, 2),  # finite rewards and gate; ratios
-        ("mini-sd35-advdmd", [*FULL, "lora_rank=2"], 2 + 1 + 2, 2),
+        # finite rewards and gate; ratios
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=1"], 2 + 1 + 2, 2),
         ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=2"], 2 + 1 + 2, 2),
+        ("mini-sd35-advdmd", [*FULL, "lora_rank=2"], 2 + 1 + 2, 2),
         ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.policy=forward"], 2 + 1 + 2, 1),  # which has no ratio
+        (
+            "mini-sd35-advdmd",
+            [*FULL, SEVERAL, *AGREEMENT],
+            2 + 2 + 2,
+            3,
+        ),  # an update of two halves; their agreement, the length
         ("mini-sd35-dmd2", [SEVERAL], 2 + 1, 0),
         ("mini-sd35-twinflow", [], 1, 1),  # finite targets
     ],
-    ids=["advdmd", "adapters", "every second sample", "forward", "dmd2", "twinflow"],
+    ids=["advdmd", "every second sample", "adapters", "forward", "agreement", "dmd2", "twinflow"],
 )
 def test_an_iteration_waits_once_for_each_update(recipe, words, updates, more, tiny_folder, monkeypatch):
-    check(recipe, [f"teacher={tiny_folder}", *words], updates + more, monkeypatch)
-
-
-def check(recipe, words, waits, monkeypatch):
-    """Two iterations on the device without numbers wait so often each, and not for a copy."""
-    _, r = resolve(recipe, [*DATA, *words])
+    _, r = resolve(recipe, [f"teacher={tiny_folder}", "data.num_prompts=8", "data.images_per_prompt=1", *words])
     ready = setup(r, r.data.open(r.teacher))
     batches = [ready.data.batch_fn(iteration) for iteration in (0, 1)]  # in the second iteration optimizers have moments
     models, asked = on_meta(ready.models), []
@@ -102,7 +104,7 @@ def check(recipe, words, waits, monkeypatch):
         asked.append(len(values))
         return [ALMOST_NOTHING] * len(values)
 
-    for module in (learner, trainer, policy, twinflow):
+    for module in (gradient_halves, learner, trainer, policy, twinflow):
         monkeypatch.setattr(module, "as_floats", counted)
     for iteration, (batch, ids) in enumerate(batches):
         asked.clear()
@@ -110,9 +112,9 @@ def check(recipe, words, waits, monkeypatch):
             moved = batch.to(WITHOUT_NUMBERS)
             metrics = r.algorithm.train_step(models, moved, iteration, Rng(0, iteration, ids, device=WITHOUT_NUMBERS))
         assert not copies.found
-        assert len(asked) == waits
+        assert len(asked) == updates + more
     trainer.as_numbers(metrics)
-    assert len(asked) == waits + 1, "all numbers of an iteration in one transfer"
+    assert len(asked) == updates + more + 1, "all numbers of an iteration in one transfer"
 
 
 @pytest.mark.parametrize(
@@ -120,17 +122,24 @@ def check(recipe, words, waits, monkeypatch):
     [
         lambda: pipelines.sd3(VOCABULARY, TINY, sd35=True),
         lambda: pipelines.qwen_image(VOCABULARY, TINY),
+        lambda: qwen_image_edit(VOCABULARY, TINY, zero_cond_t=True),
         lambda: flux(VOCABULARY, TINY),
         lambda: flux2(VOCABULARY, TINY),
         lambda: z_image(VOCABULARY, TINY),
     ],
-    ids=["sd3", "qwen", "flux", "flux2", "z-image"],
+    ids=["sd3", "qwen", "edit", "flux", "flux2", "z-image"],
 )
 def test_a_pass_of_any_backbone_waits_for_nothing(pipeline):
     """After the first, in which libraries move their tables; prompts have different lengths."""
     one = backbone_from_pipeline(pipeline(), {"side": 8})
     with torch.no_grad():
-        cond = one.encode_text(one.tokenize(["a red circle", "a small blue square above a green triangle"]))
+        if one.edits:  # whose prompts are encoded with pictures
+            mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+            cond = Cond(
+                torch.zeros(2, 3, one.net.config.joint_attention_dim), mask=mask, source=torch.zeros(2, *one.latent_shape)
+            )
+        else:
+            cond = one.encode_text(one.tokenize(["a red circle", "a small blue square above a green triangle"]))
         net, x = one.net.to(WITHOUT_NUMBERS), torch.empty(2, *one.latent_shape, device=WITHOUT_NUMBERS)
         for _ in range(2):
             with CopiesThatWait() as copies:

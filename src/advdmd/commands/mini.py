@@ -28,7 +28,7 @@ from advdmd.types import Json
 
 RECIPE = "mini-sd35-advdmd"
 ADVDMD = (sys.executable, "-m", "advdmd")
-PROCESSES = 2  # more have too few samples each: 8 samples take 1.8 times as long a sample as 32 do (docs/performance.md)
+PROCESSES = 2  # of which two cores make 1.3 times the iterations of one (docs/log.md); more were not measured
 
 
 def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, images: int = 96) -> Json:
@@ -62,7 +62,7 @@ def mini(folder: Path, words: Sequence[str] = (), overwrite: bool = False, image
         stderr=subprocess.DEVNULL,
     )
     try:
-        with distributed.with_local_processes(_processes(r), [*ADVDMD, "train", RECIPE, "--out", str(folder / "run"), *words]):
+        with distributed.local_processes(_processes(r), [*ADVDMD, "train", RECIPE, "--out", str(folder / "run"), *words]):
             student = train(RECIPE, r, folder / "run", overwrite)
         reference.wait()  # if it has failed, its images are sampled below, where an error is reported
     finally:

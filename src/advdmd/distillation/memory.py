@@ -140,6 +140,7 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
     words = (text * net.config[counted.text_width] + source * 4 * channels) * algorithm.conditions_per_sample
     words *= 2 if source else 1  # an edit has an empty prompt of its own
     parts["trajectories and text"] = 4.0 * r.batch / gpus * (trajectory + words)
+    # While an iteration runs, the next one's real images, noise of the rollout and of at most five more draws, and prompts.
     parts["next batch"] = 4.0 * r.batch / gpus * ((algorithm.steps + 6) * channels * (resolution // 8) ** 2 + words)
     if sharded:  # while samples are generated the first GPU holds the student whole, instead of what a pass takes
         standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "EMA"))

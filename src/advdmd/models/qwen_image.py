@@ -139,12 +139,12 @@ class QwenImage(Backbone):
         """v = e - x0 at x [N, C, H, W], t [N]. The pipeline rounds 1000 t to the latents' dtype; so must training."""
         n, _, h, w = x.shape
         images = [x] if cond.source is None else [x, cond.source]  # a source image: further tokens, which are not denoised
-        padded = cond.mask is not None and not bool(cond.mask.all())
+        mask = None if cond.mask is None or bool(cond.mask.all()) else moved(cond.mask, x.device)
         out = net(
             hidden_states=torch.cat([pack(z.to(self.dtype)) for z in images], 1),
             timestep=(t * 1000).to(self.dtype) / 1000,
             encoder_hidden_states=cond.embeds.to(self.dtype),
-            encoder_hidden_states_mask=moved(cond.mask, x.device) if cond.mask is not None and padded else None,
+            encoder_hidden_states_mask=mask,
             img_shapes=[[(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in images]] * n,
             return_dict=False,
         )[0]

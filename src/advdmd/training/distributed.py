@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from advdmd.files import file_hash, folder_hash
 from advdmd.types import ONE_RANK, Metrics, Ranks
 
-READY = "ADVDMD_READY"  # variable: the pipe on which a process of with_local_processes says that it has begun
+READY = "ADVDMD_READY"  # variable: the pipe on which a process of local_processes says that it has begun
 BUCKET = 2**23  # numbers of gradients that are exchanged at once: 32 MB
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait while the first saves samples, a few minutes, or validates
 
@@ -38,7 +38,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 @contextmanager
-def with_local_processes(n: int, command: Sequence[str]) -> Generator[None, None, None]:
+def local_processes(n: int, command: Sequence[str]) -> Generator[None, None, None]:
     """Inside, this process is the first of n on this machine. The others run `command`, and end when the context does.
 
     They find each other as processes that torchrun starts do, so `command` must do the same work as the caller. Raises

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd.training import distributed
-from advdmd.types import Json
+from advdmd.types import Json, as_floats
 
 DAMPING = 0.05  # of the mean scale, added to all: numbers that distribution matching hardly moves get no huge steps
 
@@ -109,7 +109,7 @@ class GradientHalves:
         return local if scales is None else list(torch._foreach_div(local, list(scales)))
 
     def _reduced(self, values: Sequence[Tensor]) -> list[float]:
-        return distributed.all_reduce_sum(torch.stack(list(values)), self.params).tolist()
+        return as_floats(distributed.all_reduce_sum(torch.stack(list(values)), self.params))
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

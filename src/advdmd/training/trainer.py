@@ -169,7 +169,7 @@ class Trainer:
     def _prepared(self, iterations: range) -> Generator[_Prepared, None, None]:
         """Of each iteration in turn; with `prefetch` the next is prepared in a thread while the caller has one."""
         ahead = torch.device(self.device).type == "cuda" if self.prefetch is None else self.prefetch
-        if not ahead:
+        if not (ahead and iterations):
             for i in iterations:
                 prepared = self._prepare(i)
                 self._measure_before(i)
@@ -177,11 +177,12 @@ class Trainer:
             return
         with ThreadPoolExecutor(1, "prefetch") as thread:
             draws: Sequence[Draw] = ()  # of the last iteration that is over
-            following = [thread.submit(self._prepare, i) for i in iterations[:1]]
+            following = thread.submit(self._prepare, iterations.start)
             for i in iterations:
-                prepared = following.pop().result()
+                prepared = following.result()
                 self._measure_before(i)  # while nothing else is on its way to the GPU
-                following += [thread.submit(self._prepare, n, draws) for n in iterations if n == i + 1]
+                if i + 1 in iterations:
+                    following = thread.submit(self._prepare, i + 1, draws)
                 yield prepared
                 draws = prepared.rng.draws
 
