@@ -121,5 +121,6 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def damped(scales: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """Scales [...], shards of the parameters' sizes, plus DAMPING times their mean over all parameters."""
     dtype = distributed.widest_float(scales[0].device)
-    total = distributed.all_reduce_sum(torch.stack([s.sum(dtype=dtype) for s in scales]).sum(), params).item()
-    return list(torch._foreach_add(list(scales), DAMPING * total / sum(p.numel() for p in params)))
+    total = distributed.all_reduce_sum(torch.stack([s.sum(dtype=dtype) for s in scales]).sum(), params)
+    more = (DAMPING * total / sum(p.numel() for p in params)).to(scales[0])
+    return [s + more for s in scales]
