@@ -9,7 +9,7 @@ mini: $(VENV)/ready
 	$(BIN)/advdmd mini --out runs/mini
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --maxschedchunk 8
 
 check: lint docs test
 

@@ -14,11 +14,11 @@ from advdmd.recipes.registry import resolve
     ("name", "billions"),
     [
         *(("sd3-medium", 2.028), ("sd35-medium", 2.243), ("sd35-large", 8.057), ("qwen-image", 20.430), ("flux-dev", 11.901)),
-        *(("flux2-klein-4b", 3.876), ("z-image", 6.155)),
+        *(("flux2-klein-4b", 3.876), ("flux2-dev", 32.223), ("z-image", 6.155)),
     ],
 )
 def test_parameters_are_the_published_models(name, billions):
-    found = estimate(resolve(f"{name}-advdmd-4step-80gb")[1])
+    found = estimate(resolve(f"{name}-advdmd-4step-80gb", ["base_bits=32"])[1])
     assert found.base / 1e9 == pytest.approx(billions, abs=6e-4)
     assert found.parts["frozen base"] == 2 * found.base
 

@@ -1,4 +1,4 @@
-"""Pipelines of the real classes with random weights: SD3 with T5, Qwen-Image-Edit, FLUX.1, FLUX.2 klein, Z-Image."""
+"""Pipelines of the real classes with random weights: SD3 with T5, Qwen-Image-Edit, FLUX.1, FLUX.2, Z-Image."""
 
 import json
 
@@ -75,25 +75,18 @@ def flux(corpus, size, guidance_embeds=True, seed=0):
     return FluxPipeline(scheduler, vae, clip.eval(), tokenizer, t5.eval(), words, net.eval())
 
 
-def flux2(corpus, size, distilled=False, seed=0):
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def flux2(corpus, size, distilled=False, dev=False, seed=0):
+    """FLUX.2 klein, or dev with the tokenizer that stands for its processor."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Pipeline,
+        Flux2Transformer2DModel,
+    )
 
     torch.manual_seed(seed)
-    tokenizer = pipelines.qwen_tokenizer(corpus, "user\n{}\nassistant\n")
-    tokenizer.chat_template = CHAT
-    text = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=28,  # the pipeline reads layer 27
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    tokenizer, text = _mistral(corpus) if dev else _qwen3(corpus)
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -113,12 +106,46 @@ def flux2(corpus, size, distilled=False, seed=0):
         num_attention_heads=2,
         joint_attention_dim=48,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=dev,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, shift=3.0)
-    return Flux2KleinPipeline(scheduler, vae.eval(), text.eval(), tokenizer, net.eval(), is_distilled=distilled)
+    parts = (scheduler, vae.eval(), text.eval(), tokenizer, net.eval())
+    return Flux2Pipeline(*parts) if dev else Flux2KleinPipeline(*parts, is_distilled=distilled)
 
 
+NARROW = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+    **{"num_key_value_heads": 1, "head_dim": 8},
+}
+
+
+def _qwen3(corpus):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = pipelines.qwen_tokenizer(corpus, "user\n{}\nassistant\n")
+    tokenizer.chat_template = CHAT
+    layers = 28  # the pipeline reads layer 27
+    config = {"vocab_size": len(tokenizer), "num_hidden_layers": layers, "pad_token_id": tokenizer.pad_token_id}
+    return tokenizer, Qwen3ForCausalLM(Qwen3Config(**config, **NARROW))
+
+
+def _mistral(corpus):
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    tokenizer = pipelines.qwen_tokenizer([*corpus, *SYSTEM_MESSAGE.split()], "system\nuser\n{}\n")
+    tokenizer.chat_template, tokenizer.padding_side = PARTS_CHAT, "left"
+    layers = 31  # the pipeline reads layer 30
+    config = {"vocab_size": len(tokenizer), "num_hidden_layers": layers, "pad_token_id": tokenizer.pad_token_id}
+    vision = {**NARROW, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    return tokenizer, Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=MistralConfig(**config, **NARROW), vision_config=PixtralVisionConfig(**vision))
+    )
+
+
+PARTS_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+)
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -192,4 +219,5 @@ FAMILIES = {
     "z-image": lambda: z_image(VOCABULARY, TINY),
     "flux": lambda: flux(VOCABULARY, TINY),
     "flux2": lambda: flux2(VOCABULARY, TINY),
+    "flux2-dev": lambda: flux2(VOCABULARY, TINY, dev=True),
 }

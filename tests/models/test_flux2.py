@@ -1,4 +1,4 @@
-"""FLUX.2 klein as a backbone, against the stock pipeline: text layers, normalised patches, a student that runs there."""
+"""FLUX.2 klein and dev as backbones, against the stock pipeline: text layers, normalised patches, a student that runs there."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoTokenizer
 
 from advdmd import flow
 from advdmd.commands import train
@@ -23,15 +24,36 @@ from tests.models.test_flux import SMALL
 from tests.tiny_pipelines import flux2
 
 PROMPTS = ["a picture of a red circle", "Two small red circles. A large blue star. Circles above star. Gray background."]
-METADATA = {"name": "tiny-flux2", "sampling": {"steps": 4, "guidance": 1.0}, "side": 8, "text_length": 40}
+LENGTH = 100  # tokens; dev has a system message
+METADATA = {"name": "tiny-flux2", "sampling": {"steps": 4, "guidance": 1.0}, "side": 8, "text_length": LENGTH}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher") / "tiny-flux2"
-    flux2(VOCABULARY, TINY).save_pretrained(folder)
+def save(folder, dev):
+    """A folder as it is published: dev's tokenizer is in a processor."""
+    flux2(VOCABULARY, TINY, dev=dev).save_pretrained(folder)
     (folder / "advdmd.json").write_text(json.dumps(METADATA))
+    if dev:
+        index = json.loads((folder / "model_index.json").read_text())
+        index["tokenizer"] = ["transformers", "PixtralProcessor"]
+        (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.fixture(scope="module", params=["klein", "dev"])
+def folder(tmp_path_factory, request):
+    return save(tmp_path_factory.mktemp("teacher") / f"tiny-{request.param}", request.param == "dev")
+
+
+def stock(folder):
+    """The stock pipeline of a folder; dev's with a tokenizer for its processor, which needs torchvision."""
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline
+
+    index = json.loads((folder / "model_index.json").read_text())
+    if index["tokenizer"][1] != "PixtralProcessor":
+        return Flux2KleinPipeline.from_pretrained(folder, local_files_only=True)
+    pipe = Flux2Pipeline.from_pretrained(folder, local_files_only=True, tokenizer=None)
+    pipe.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return pipe
 
 
 @pytest.fixture
@@ -42,19 +64,22 @@ def backbone(folder):
 def test_embeddings_are_the_stock_pipelines(backbone):
     with torch.no_grad():
         cond = backbone.encode_text(backbone.tokenize(PROMPTS))
-        embeds, _ = backbone.pipe.encode_prompt(list(PROMPTS), max_sequence_length=40)
+        embeds, _ = backbone.pipe.encode_prompt(list(PROMPTS), max_sequence_length=LENGTH)
     torch.testing.assert_close(cond.embeds, embeds)
     assert cond.pooled is None
     assert cond.mask is None, "padding is attended to"
-    assert 5 < backbone.text_lengths(PROMPTS)[0] < backbone.text_lengths(PROMPTS)[1] < 40
+    assert 5 < backbone.text_lengths(PROMPTS)[0] < backbone.text_lengths(PROMPTS)[1] < LENGTH
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_teachers_sampler_is_the_stock_pipeline(folder, guidance):
-    """A wrong position, layer of text, normalisation or time would all differ; so would another grid, which goes by steps."""
-    backbone = loading.backbone_from_pipeline(loading.load_pipeline(folder), METADATA)
+    """A wrong position, layer of text, normalisation or time would all differ; so would another grid, which goes by steps.
+    klein has classifier-free guidance, dev takes the scale as a number."""
+    pipe = loading.load_pipeline(folder)
+    embedded = bool(pipe.transformer.config.guidance_embeds)
+    backbone = loading.backbone_from_pipeline(pipe, METADATA | {"embedded_guidance": guidance} if embedded else METADATA)
     noise = draw_noise([0, 1], backbone.latent_shape, 1)
-    how = SamplerConfig(steps=4, shift=None, guidance_scale=guidance)
+    how = SamplerConfig(steps=4, shift=None, guidance_scale=1.0 if embedded else guidance)
     ours = sample(backbone, backbone.net.eval(), PROMPTS, noise, how)
     scale = backbone.pipe.vae_scale_factor
     theirs = backbone.pipe(
@@ -65,7 +90,7 @@ def test_the_teachers_sampler_is_the_stock_pipeline(folder, guidance):
         output_type="pt",
         height=8 * scale,
         width=8 * scale,
-        max_sequence_length=40,
+        max_sequence_length=LENGTH,
     ).images
     torch.testing.assert_close((ours + 1) / 2, theirs, atol=2e-5, rtol=0)
     assert ours.std() > 0.01
@@ -98,16 +123,16 @@ def test_latents_are_the_pipelines_normalised_patches(backbone):
 
 @pytest.mark.parametrize("words", [[], ["lora_rank=4", "gradient_checkpointing=true"]], ids=["whole", "adapters"])
 def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
+    scale = 1 if loading.read_index(folder)["_class_name"] == "Flux2Pipeline" else 2
     student = train.train(
-        *resolve("mini-sd35-advdmd", [*SMALL, f"teacher={folder}", "guidance_scale=2", *words]), tmp_path / "run"
+        *resolve("mini-sd35-advdmd", [*SMALL, f"teacher={folder}", f"guidance_scale={scale}", *words]), tmp_path / "run"
     )
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
+    pipe = stock(student)
     pipe.set_progress_bar_config(disable=True)
     backbone, how = loading.load(str(student))
     call = json.loads((student / "advdmd.json").read_text())["stock_call"]
-    assert (call["num_inference_steps"], call["guidance_scale"], call["max_sequence_length"]) == (2, 1.0, 40)
+    guidance = 4.0 if backbone.guidance else 1.0
+    assert (call["num_inference_steps"], call["guidance_scale"], call["max_sequence_length"]) == (2, guidance, LENGTH)
     first = torch.randn(1, 4, 8, 8)
     torch.manual_seed(11)
     noise = torch.stack([first, torch.randn(1, 16, 16).reshape(1, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(1, 4, 8, 8)])
@@ -120,8 +145,9 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     nodes = json.loads((student / "comfyui_workflow.json").read_text())
     kinds = {nodes[k]["class_type"] for k in ("shift", "latent", "clip")}
     assert kinds == {"ModelSamplingFlux", "EmptyFlux2LatentImage", "CLIPLoader"}
+    assert ("guidance" in nodes) == (guidance > 1)
     if words:
-        base = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        base = stock(folder)
         base.load_lora_weights(student)
         base.fuse_lora()
         base.unload_lora_weights()
@@ -161,3 +187,13 @@ def test_its_makers_names_in_a_lora_are_placed_as_diffusers_converts_them(tmp_pa
     assert set(found) == {k for k, m in net.named_modules() if isinstance(m, nn.Linear)}
     for k, (_, b) in found.items():
         assert torch.equal(b, expected[f"{k}.weight"]), k
+
+
+def test_a_processor_without_a_chat_template_is_named(tmp_path):
+    folder = save(tmp_path / "dev", dev=True)
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer holds no chat template \(chat_template.jinja\)"):
+        loading.load_pipeline(folder)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="dev cannot be loaded as a pipeline|holds no tokenizer that can be loaded"):
+        loading.load_pipeline(folder)

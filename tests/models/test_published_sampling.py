@@ -45,6 +45,9 @@ def test_images_are_the_stock_pipelines_at_its_own_defaults(family, scheduler, t
     elif family == "flux2":
         patches = backbone.pipe._patchify_latents(noise[0])
         call |= {"latents": patches, "guidance_scale": how.guidance_scale, "max_sequence_length": 12}
+    elif family == "flux2-dev":
+        patches = backbone.pipe._patchify_latents(noise[0])
+        call |= {"latents": patches, "guidance_scale": 4.0, "max_sequence_length": 12}
     elif family == "z-image":
         call |= {"guidance_scale": how.guidance_scale - 1}
     else:
@@ -66,6 +69,7 @@ def test_guidance_and_steps_are_those_of_each_models_card():
         "ZImageTransformer2DModel": "ZImagePipeline",
     }
     pipelines = {k: "QwenImageEditPlusPipeline" if m.edits else pipelines_of[m.transformer] for k, m in MODELS.items()}
+    pipelines["flux2-dev"] = "Flux2Pipeline"
     found = {name: card_sampling(pipelines[name], m.config) for name, m in MODELS.items()}
     assert {k: (v.steps, v.guidance) for k, v in found.items()} == {
         "sd3-medium": (28, 7.0),
@@ -75,6 +79,7 @@ def test_guidance_and_steps_are_those_of_each_models_card():
         "qwen-image-edit": (40, 4.0),
         "flux-dev": (50, 3.5),
         "flux2-klein-4b": (50, 4.0),
+        "flux2-dev": (50, 4.0),
         "z-image": (50, 4.0),
     }
     assert all(MODELS[k].guidance == v.cfg for k, v in found.items()), "distillation guides by the card too"

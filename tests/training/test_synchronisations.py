@@ -69,9 +69,10 @@ FULL = [
     "algorithm.dm_only_iterations=0",
     "algorithm.policy_ramp_iterations=0",
     "algorithm.dm_every=1",
-    "algorithm.dm_updates=2",
+    "algorithm.steps=2",
+    "algorithm.fake_score_updates=1",
 ]
-SEVERAL = "algorithm.micro_batch_size=2"
+SEVERAL = "algorithm.micro_batch_size=4"
 AGREEMENT = ["algorithm.policy=forward", "algorithm.policy_step=agreement", "algorithm.max_policy_rollouts=1"]
 
 
@@ -79,19 +80,20 @@ AGREEMENT = ["algorithm.policy=forward", "algorithm.policy_step=agreement", "alg
     ("recipe", "words", "updates", "more"),
     [
         # finite rewards and gate; ratios
-        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=1"], 2 + 1 + 2, 2),
-        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=2"], 2 + 1 + 2, 2),
-        ("mini-sd35-advdmd", [*FULL, "lora_rank=2"], 2 + 1 + 2, 2),
-        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.policy=forward"], 2 + 1 + 2, 1),  # which has no ratio
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=1"], 1 + 1 + 1, 2),
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.discriminator_every_nth_sample=2"], 1 + 1 + 1, 2),
+        ("mini-sd35-advdmd", [*FULL, "lora_rank=2"], 1 + 1 + 1, 2),
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, "algorithm.policy=forward"], 1 + 1 + 1, 1),  # which has no ratio
         # an update of two halves; finite rewards, agreement
-        ("mini-sd35-advdmd", [*FULL, SEVERAL, *AGREEMENT], 2 + 2 + 2, 2),
+        ("mini-sd35-advdmd", [*FULL, SEVERAL, *AGREEMENT], 1 + 2 + 1, 2),
         ("mini-sd35-dmd2", [SEVERAL], 2 + 1, 0),
         ("mini-sd35-twinflow", [], 1, 1),  # finite targets
     ],
     ids=["advdmd", "every second sample", "adapters", "forward", "agreement", "dmd2", "twinflow"],
 )
 def test_an_iteration_waits_once_for_each_update(recipe, words, updates, more, tiny_folder, monkeypatch):
-    _, r = resolve(recipe, [f"teacher={tiny_folder}", "data.num_prompts=8", "data.images_per_prompt=1", *words])
+    small = ["prompts_per_step=2", "data.num_prompts=8", "data.images_per_prompt=1"]
+    _, r = resolve(recipe, [f"teacher={tiny_folder}", *small, *words])
     ready = setup(r, r.data.open(r.teacher))
     batches = [ready.data.batch_fn(iteration) for iteration in (0, 1)]  # in the second iteration optimizers have moments
     models, asked = on_meta(ready.models), []
@@ -121,9 +123,10 @@ def test_an_iteration_waits_once_for_each_update(recipe, words, updates, more, t
         lambda: qwen_image_edit(VOCABULARY, TINY, zero_cond_t=True),
         lambda: flux(VOCABULARY, TINY),
         lambda: flux2(VOCABULARY, TINY),
+        lambda: flux2(VOCABULARY, TINY, dev=True),
         lambda: z_image(VOCABULARY, TINY),
     ],
-    ids=["sd3", "qwen", "edit", "flux", "flux2", "z-image"],
+    ids=["sd3", "qwen", "edit", "flux", "flux2", "flux2-dev", "z-image"],
 )
 def test_a_pass_of_any_backbone_waits_for_nothing(pipeline):
     """After the first, in which libraries move their tables; prompts have different lengths."""

@@ -18,7 +18,10 @@ ONE_ENCODER = {
     "QwenImageEditPlusPipeline": ("qwen_2.5_vl_7b", "qwen_image"),
     "ZImagePipeline": ("qwen_3_4b", "lumina2"),
     "Flux2KleinPipeline": ("qwen_3_4b", "flux2"),
+    "Flux2Pipeline": ("mistral_3_small_flux2_bf16", "flux2"),
 }
+
+FLUX2 = ("Flux2KleinPipeline", "Flux2Pipeline")
 
 
 def _node(kind: str, **inputs: object) -> Json:
@@ -77,12 +80,9 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
             how = {"conditioning": ["prompt", 0], "reference_latents_method": "index_timestep_zero"}
             nodes["time"] = _node("FluxKontextMultiReferenceLatentMethod", **how)
             nodes["sample"]["inputs"]["positive"] = ["time", 0]
-    if kind == "Flux2KleinPipeline":
+    if kind in FLUX2:
         nodes["latent"]["class_type"] = "EmptyFlux2LatentImage"
-    if kind in (
-        "FluxPipeline",
-        "Flux2KleinPipeline",
-    ):  # its node's shift grows with the image: here a constant
+    if kind in ("FluxPipeline", *FLUX2):  # its node's shift grows with the image: here a constant
         constant = round(math.log(sampler.shift or 1.0), 6)
         shifts = {"max_shift": constant, "base_shift": constant, "width": side, "height": side}
         nodes["shift"] = _node("ModelSamplingFlux", model=["model", 0], **shifts)

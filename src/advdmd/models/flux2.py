@@ -1,6 +1,7 @@
-"""FLUX.2 klein through diffusers' own classes."""
+"""FLUX.2 klein and FLUX.2 dev through diffusers' own classes."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from advdmd.models.backbone import (
     Module,
     Pipeline,
     TimeEmbedding,
+    Tokenizer,
     block_outputs,
     chat_prompts,
     scheduler_grid,
@@ -20,7 +22,7 @@ from advdmd.models.qwen_image import pack, unpack
 from advdmd.types import Cond, Json, moved
 
 TEXT_LENGTH = 512  # tokens of a prompt, its chat template included
-TEXT_LAYERS = (9, 18, 27)  # of the text encoder, whose outputs are a prompt's embedding
+CARD_GUIDANCE = 4.0  # of FLUX.2 dev's model card
 LORA_TARGETS = (*ATTENTION, "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 LORA_TARGETS += ("to_qkv_mlp_proj", "attn.to_out")  # of the joint blocks
 
@@ -31,6 +33,9 @@ class Flux2(Backbone):
     The pipeline normalises latents in patches of 2 x 2, channel by channel; here they are [N, C, H, W] as elsewhere. It attends
     to the padding of prompts, so every prompt has text_length tokens. Raises ValueError if the side is odd.
     """
+
+    text_layers: tuple[int, ...] = (9, 18, 27)  # of the text encoder, whose outputs are a prompt's embedding
+    guidance: float | None = None  # that the transformer takes
 
     def __init__(self, pipe: Pipeline, side: int = 128, text_length: int = TEXT_LENGTH):
         self.pipe, self.vae = pipe, pipe.vae
@@ -61,7 +66,7 @@ class Flux2(Backbone):
 
     def text_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt as a user's message."""
-        return [len(ids) for ids in self.pipe.tokenizer(self._messages(prompts)).input_ids]
+        return [len(ids) for ids in self._token_ids(prompts)["input_ids"]]
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -71,17 +76,18 @@ class Flux2(Backbone):
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """[N, 2, text_length] token ids of the prompts as a user's message, and their mask."""
         how = {"padding": "max_length", "max_length": self.max_text_length, "truncation": True, "return_tensors": "pt"}
-        out = self.pipe.tokenizer(self._messages(prompts), **how)
-        return torch.stack([out.input_ids, out.attention_mask], 1)
+        out = self._token_ids(prompts, **how)
+        return torch.stack([out["input_ids"], out["attention_mask"]], 1)
 
-    def _messages(self, prompts: Sequence[str]) -> list[str]:
-        return chat_prompts(self.pipe.tokenizer, prompts, enable_thinking=False)
+    def _token_ids(self, prompts: Sequence[str], **how: object) -> Json:
+        """Token ids and masks of the prompts in the chat template; how: of padding and what is returned."""
+        return self.pipe.tokenizer(chat_prompts(self.pipe.tokenizer, prompts, enable_thinking=False), **how)
 
     def encode_text(self, ids: Tensor) -> Cond:
         """Token ids and masks [N, 2, L] -> outputs of three layers beside each other [N, L, 3 D]. There is no pooled one."""
         tokens, mask = ids[:, 0], ids[:, 1]
         out = self.pipe.text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        return Cond(torch.cat([out.hidden_states[k] for k in TEXT_LAYERS], -1))
+        return Cond(torch.cat([out.hidden_states[k] for k in self.text_layers], -1))
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of packed latents [1, 1, 4 C], like z."""
@@ -109,7 +115,7 @@ class Flux2(Backbone):
         out = net(
             hidden_states=pack(x.to(self.dtype)),
             timestep=(t * 1000).to(self.dtype) / 1000,
-            guidance=None,
+            guidance=None if self.guidance is None else torch.full((len(x),), self.guidance, device=x.device),
             encoder_hidden_states=cond.embeds.to(self.dtype),
             txt_ids=moved(torch.cartesian_prod(zero, zero, zero, words), x.device),
             img_ids=moved(torch.cartesian_prod(zero, rows, columns, zero), x.device),
@@ -124,3 +130,44 @@ class Flux2(Backbone):
         return [(o if isinstance(o, Tensor) else o[1])[:, -tokens:].float() for o in outputs]
 
     blocks = Flux.blocks
+
+
+class Flux2Dev(Flux2):
+    """A Flux2Pipeline as a backbone, for prompts without images.
+
+    The transformer takes its guidance scale as a number that it was trained with, in one pass: `guidance` here, and
+    classifier-free guidance is off (a recipe's guidance_scale of 1). The text encoder is a Mistral, with a system message.
+    """
+
+    text_layers = (10, 20, 30)
+
+    def __init__(self, pipe: Pipeline, side: int = 128, text_length: int = TEXT_LENGTH, guidance: float = CARD_GUIDANCE):
+        super().__init__(pipe, side, text_length)
+        if pipe.transformer.config.guidance_embeds:
+            self.guidance = self.metadata["embedded_guidance"] = guidance
+
+    def pipeline_call_kwargs(self, steps: int) -> Json:
+        """`steps` steps under the embedded guidance; the rest as klein's."""
+        return super().pipeline_call_kwargs(steps) | {"guidance_scale": self.guidance or 1.0}
+
+    def _token_ids(self, prompts: Sequence[str], **how: object) -> Json:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        messages = format_input(list(prompts), system_message=self.pipe.system_message)
+        return self.pipe.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
+
+
+def chat_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in FLUX.2 dev's folder of a processor, which for prompts without images does what the processor does.
+
+    transformers' own processor needs torchvision. Raises ValueError if the tokenizer cannot be loaded or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} holds no tokenizer that can be loaded: {e}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"{folder} holds no chat template (chat_template.jinja), in which prompts are put: fetch it again")
+    return tokenizer

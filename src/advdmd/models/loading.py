@@ -15,7 +15,7 @@ from advdmd.models import hub
 from advdmd.models.backbone import Backbone, Pipeline
 from advdmd.models.devices import DTYPES, check_dtype, has_dtype, resolve_device
 from advdmd.models.flux import Flux
-from advdmd.models.flux2 import Flux2
+from advdmd.models.flux2 import Flux2, Flux2Dev, chat_tokenizer
 from advdmd.models.folder_kinds import no_pipeline
 from advdmd.models.model_cards import card_sampling
 from advdmd.models.qwen_image import QwenImage
@@ -42,7 +42,8 @@ PIPELINE_FILES = (
 DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)
 EDIT_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # whose prompts are about a source image
 KNOWN_PIPELINES = (
-    *("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline", "Flux2KleinPipeline"),
+    *("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline"),
+    *("Flux2KleinPipeline", "Flux2Pipeline"),
     *EDIT_PIPELINES,
 )
 
@@ -171,7 +172,10 @@ def load_pipeline(
     index = read_index(path)
     if index["_class_name"] not in KNOWN_PIPELINES:
         raise ValueError(f"{path} holds a {index['_class_name']}: {', '.join(KNOWN_PIPELINES)} are supported")
-    absent: dict[str, None] = dict.fromkeys([*absent_parts(path, index), *({"processor"} & index.keys())])
+    # Parts whose own classes need torchvision are set afterwards, for the library asks for its own classes.
+    makers = {"Qwen2VLProcessor": VisionProcessor.from_pretrained, "PixtralProcessor": chat_tokenizer}
+    processors = {k: makers[v[1]] for k, v in index.items() if isinstance(v, list) and v[1] in makers}
+    absent: dict[str, None] = dict.fromkeys([*absent_parts(path, index), *processors])
     if not encoders:
         absent |= {k: None for k in TEXT_ENCODERS if k in index}
     dtypes = {"transformer": dtype, "default": torch.float32} | {k: text_dtype for k in TEXT_ENCODERS if k in index}
@@ -180,8 +184,8 @@ def load_pipeline(
         pipe = getattr(diffusers, index["_class_name"]).from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype=dtypes, **parts, **absent
         )
-        if "processor" in index:  # set afterwards, for the library asks for its own class
-            pipe.processor = VisionProcessor.from_pretrained(path / "processor")
+        for name, maker in processors.items():
+            setattr(pipe, name, maker(path / name))
     except UnfitWeights:
         raise
     except Exception as e:  # whatever a broken folder makes the library raise
@@ -275,15 +279,15 @@ def default_sampling(path: Path) -> SamplerConfig:
 
 def backbone_from_pipeline(pipe: Pipeline, metadata: Json) -> Backbone:
     """The backbone of a pipeline; its metadata may hold `t5_length` (SD3), the latents' `side`, a `null_prompt` (Qwen),
-    a `source_side` (Qwen-Image-Edit), `embedded_guidance` (FLUX.1) and `text_length` (FLUX)."""
+    a `source_side` (Qwen-Image-Edit), `embedded_guidance` (FLUX.1 and FLUX.2 dev) and `text_length` (FLUX)."""
     kind = type(pipe).__name__
     if kind in ("QwenImagePipeline", *EDIT_PIPELINES):
         more = {k: v for k, v in metadata.items() if k in ("null_prompt", *("source_side",) * (kind in EDIT_PIPELINES))}
         cls = QwenImageEdit if kind in EDIT_PIPELINES else QwenImage
         return cls(pipe, side=metadata.get("side", pipe.default_sample_size), **more)
-    if kind == "FluxPipeline":
+    if kind in ("FluxPipeline", "Flux2Pipeline"):
         names = {"side": "side", "embedded_guidance": "guidance", "text_length": "text_length"}
-        return Flux(pipe, **{names[k]: v for k, v in metadata.items() if k in names})
+        return (Flux if kind == "FluxPipeline" else Flux2Dev)(pipe, **{names[k]: v for k, v in metadata.items() if k in names})
     if kind == "Flux2KleinPipeline":
         return Flux2(pipe, **{k: v for k, v in metadata.items() if k in ("side", "text_length")})
     if kind == "ZImagePipeline":

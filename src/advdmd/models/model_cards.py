@@ -34,6 +34,7 @@ def card_sampling(pipeline: str, transformer: Mapping[str, Any], distilled: bool
         "QwenImageEditPlusPipeline": CardSampling(40, 4.0, 4.0),
         "ZImagePipeline": CardSampling(50, 4.0, 5.0),
         "Flux2KleinPipeline": CardSampling(50, 4.0, 4.0),
+        "Flux2Pipeline": CardSampling(50, 4.0, 1.0),  # a number that the transformer takes
     }
     if pipeline not in cards:
         raise ValueError(f"{pipeline}: no model card is known, name steps and guidance")

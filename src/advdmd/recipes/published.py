@@ -57,9 +57,12 @@ MODELS = {
     "qwen-image-edit": PublishedModel(
         "Qwen/Qwen-Image-Edit-2511", 4.0, "QwenImageTransformer2DModel", {"zero_cond_t": True}, text=512, edits=True
     ),
-    # Its guidance is a number that the transformer takes (models.flux), so classifier-free guidance is off.
+    # The guidance of both dev models is a number that the transformer takes, so classifier-free guidance is off.
     "flux-dev": PublishedModel("black-forest-labs/FLUX.1-dev", 1.0, "FluxTransformer2DModel", {"guidance_embeds": True}, 512),
     "flux2-klein-4b": PublishedModel("black-forest-labs/FLUX.2-klein-base-4B", 4.0, "Flux2Transformer2DModel", KLEIN, 512),
+    "flux2-dev": PublishedModel(
+        "black-forest-labs/FLUX.2-dev", 1.0, "Flux2Transformer2DModel", text=512
+    ),  # guidance as flux-dev
     "z-image": PublishedModel("Tongyi-MAI/Z-Image", 5.0, "ZImageTransformer2DModel", text=512),
 }
 
@@ -74,7 +77,7 @@ class Preset(NamedTuple):
     samples: int
     gpu_memory: int  # GB
     gpus: int = 1
-    base_bits: Literal[4, 32] = 32
+    base_bits: Literal[4, 8, 32] = 32
     resolution: int = 1024  # pixels
 
 
@@ -93,6 +96,7 @@ PRESETS = {
     ("flux-dev", "80gb"): Preset(64, 6, 80),
     ("flux2-klein-4b", "24gb"): Preset(16, 2, 24),
     ("flux2-klein-4b", "80gb"): Preset(64, 16, 80),
+    ("flux2-dev", "80gb"): Preset(32, 2, 80, base_bits=8),  # of 16 bits the base alone would take 64 GB
     ("z-image", "24gb"): Preset(16, 4, 24, resolution=512),
     ("z-image", "80gb"): Preset(64, 10, 80),
     ("sd3-medium", "8x80gb"): Preset(0, 8, 80, gpus=8),
