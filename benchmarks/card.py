@@ -28,6 +28,7 @@ from advdmd.distillation import memory
 from advdmd.distillation.build import Builder
 from advdmd.files import write_text
 from advdmd.models import loading
+from advdmd.models.devices import float32_precision
 from advdmd.models.quantization import quantize
 from advdmd.recipes import registry
 from advdmd.recipes.recipe import Recipe
@@ -261,7 +262,8 @@ def main() -> None:
     if args.runs:
         return runs(args.runs, args.on, args.out)
     if args.case:
-        return write_text(args.out, json.dumps(size(args.case, device, args.tiny, args.rounds)))
+        with float32_precision("bfloat16"):  # as in these cases' runs
+            return write_text(args.out, json.dumps(size(args.case, device, args.tiny, args.rounds)))
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
     if "same" in args.parts:
         found["same"] = found.get("same", {}) | same([n for n in SAME if not args.only or n in args.only], device)

@@ -195,5 +195,5 @@ def test_a_processor_without_a_chat_template_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer holds no chat template \(chat_template.jinja\)"):
         loading.load_pipeline(folder)
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="dev cannot be loaded as a pipeline|holds no tokenizer that can be loaded"):
+    with pytest.raises(ValueError, match=r"dev cannot be loaded as a pipeline|holds no tokenizer that can be loaded"):
         loading.load_pipeline(folder)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from advdmd.algorithms.dmd2 import DMD2
 from advdmd.commands import train
 from advdmd.models import devices
 from advdmd.recipes.registry import resolve
@@ -68,3 +69,25 @@ def test_a_type_that_a_device_lacks_is_refused_before_anything_is_loaded(monkeyp
     devices.check_dtype("cpu", "float32")
     with pytest.raises(ValueError, match="dtype=bfloat16: device=cpu has no such numbers here; use dtype=float32"):
         devices.check_dtype("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "products"), [("float32", "highest"), ("bfloat16", "high")])
+def test_a_runs_products_in_float32_are_exact_where_the_run_is(dtype, products, tiny_folder, tmp_path, monkeypatch):
+    step, found = DMD2.train_step, []
+
+    def watched(self, *args):
+        found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return step(self, *args)
+
+    monkeypatch.setattr(DMD2, "train_step", watched)
+    small = [
+        "data.num_prompts=6",
+        "data.images_per_prompt=1",
+        "iterations=1",
+        "prompts_per_step=2",
+        f"dtype={dtype}",
+        "lora_rank=2",
+    ]
+    train.train(*resolve("mini-sd35-dmd2", [f"teacher={tiny_folder}", *small]), tmp_path / "run")
+    assert found == [(products, False)]
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", True)

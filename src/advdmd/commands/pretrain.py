@@ -36,7 +36,7 @@ def pretrain(
     device = devices.resolve_device(device)
     source = None if plan.origin == "nothing" else _check_start(stage, plan.origin, start)
     _create_or_resume(folder, plan, file_hash(loading.weights_file(source)) if source else "nothing")
-    with devices.exact_convolutions():
+    with devices.float32_precision("float32"):
         if plan.model.endswith("autoencoder"):
             vae = _load_autoencoder(source) if source else _new_autoencoder(plan)
             return train_autoencoder(plan, folder, vae, device)

@@ -44,7 +44,7 @@ def train(name: str, recipe: Recipe, out: str | Path, overwrite: bool = False, t
     check_trackers(trackers)
     if recipe.uses_bitsandbytes:
         import_bitsandbytes()
-    with distributed.init_distributed(devices.resolve_device(recipe.device)) as ranks, devices.exact_convolutions():
+    with distributed.init_distributed(devices.resolve_device(recipe.device)) as ranks, devices.float32_precision(recipe.dtype):
         recipe.check_world_size(ranks.world_size)
         return _train(name, recipe, Path(out), overwrite and not ranks.rank, ranks, trackers)
 

@@ -35,11 +35,17 @@ def check_dtype(device: str, dtype: str) -> None:
 
 
 @contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """Inside, a GPU's convolutions are as exact as the CPU's: cuDNN would round float32 to TF32."""
-    before = torch.backends.cudnn.allow_tf32
+def float32_precision(dtype: str) -> Iterator[None]:
+    """Inside, a GPU computes in float32 as a run in `dtype` needs it.
+
+    Convolutions are as exact as the CPU's, which cuDNN would round to TF32. Products of matrices are exact in a run in float32.
+    In a run in bfloat16 they are rounded to TF32, which has more bits than what they are multiplied with.
+    """
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
