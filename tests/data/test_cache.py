@@ -380,6 +380,19 @@ def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, e
     assert (student / "comfyui_workflow.json").is_file() == ("twinflow" not in name), "what nobody could sample there"
 
 
+def test_conditions_are_in_the_transformers_type_and_velocities_the_same(qwen):
+    """A cache has bfloat16 numbers: float32 on a bfloat16 transformer would be twice the memory for nothing."""
+    backbone, _ = loading.load(str(qwen / "t"), dtype=torch.bfloat16)
+    data = aspect_buckets.BucketedCache(qwen / "c").load(backbone, BatchConfig(2, 2, 0))
+    batch, _ = data.batch_fn(0)
+    wide = Cond.cat([embedding_cache.EmbeddingCache(qwen / "c").cond([n]) for n in batch.prompt_index.tolist()]).trimmed()
+    assert {c.embeds.dtype for c in (batch.cond, data.null, data.sample_cond)} == {torch.bfloat16}
+    assert (wide.embeds.dtype, batch.real_latents.dtype) == (torch.float32, torch.float32)
+    x, t = batch.real_latents, torch.full((4,), 0.5)
+    with torch.no_grad():
+        assert torch.equal(backbone.velocity(backbone.net, x, t, batch.cond), backbone.velocity(backbone.net, x, t, wide))
+
+
 @pytest.mark.parametrize(("shown", "size"), [(1, (130, 130)), (4, (260, 260)), (5, (650, 130))])
 def test_large_pictures_are_few(qwen, tmp_path, shown, size):
     backbone, _ = loading.load(str(qwen / "t"), resolution=128)

@@ -1,7 +1,7 @@
 """Aspect buckets: image sizes of about one area, a cache for each, one size per step; and caches as a recipe's data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,17 +124,21 @@ class BucketedCache:
         return self.parts[0].null
 
     def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
-        """Batches of one size each.
+        """Batches of one size each, with conditions in the transformer's type, in which it takes them anyway.
 
         Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded.
         """
         self.check_tokenization(tokenization_fingerprint(backbone))
         squarest = min(self.parts, key=lambda p: abs(_log_ratio(p.plan.get("size", (1, 1)))))  # as sample grids are
-        batch_fns = [make_batch_fn(len(p.prompts), config, p.cond, p.real) for p in self.parts]
+
+        def cond_of(part: EmbeddingCache) -> Callable[[Sequence[int]], Cond]:
+            return lambda i: part.cond(i).to(backbone.dtype)
+
+        batch_fns = [make_batch_fn(len(p.prompts), config, cond_of(p), p.real) for p in self.parts]
         sizes = [len(p.prompts) for p in self.parts]
         batch_fn = mix_buckets(batch_fns, sizes, config.seed) if len(batch_fns) > 1 else batch_fns[0]
         shown = range(min(SAMPLE_PROMPTS, len(squarest.prompts)))
-        return TrainingData(batch_fn, self.prompts, self.null, squarest.cond(shown))
+        return TrainingData(batch_fn, self.prompts, self.null.to(backbone.dtype), cond_of(squarest)(shown))
 
     def validation(self, images: int) -> Validation | None:
         """None."""

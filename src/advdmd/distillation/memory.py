@@ -139,9 +139,10 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
     trajectory = (2 * algorithm.steps + 3) * channels * (resolution // 8) ** 2
     words = (text * net.config[counted.text_width] + source * 4 * channels) * algorithm.conditions_per_sample
     words *= 2 if source else 1  # an edit has an empty prompt of its own
-    parts["trajectories and text"] = 4.0 * r.batch / gpus * (trajectory + words)
+    text_bytes = r.batch / gpus * bytes_each * words
+    parts["trajectories and text"] = 4.0 * r.batch / gpus * trajectory + text_bytes
     # While an iteration runs, the next one's real images, noise of the rollout and of at most five more draws, and prompts.
-    parts["next batch"] = 4.0 * r.batch / gpus * ((algorithm.steps + 6) * channels * (resolution // 8) ** 2 + words)
+    parts["next batch"] = 4.0 * r.batch / gpus * (algorithm.steps + 6) * channels * (resolution // 8) ** 2 + text_bytes
     if sharded:  # while samples are generated the first GPU holds the student whole, instead of what a pass takes
         standing = sum(parts[k] for k in ("frozen base", "trained weights", "Adam", "EMA"))
         parts["more during sampling"] = max(0.0, standing + float(base) * bytes_each - sum(parts.values()))
