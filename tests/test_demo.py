@@ -85,7 +85,7 @@ images = [c["props"] for c in config["components"] if c["type"] == "image"]
 print(json.dumps([[p["label"], p["elem_classes"]] for p in images]))
 """
     done = subprocess.run([sys.executable, "-c", script, *models], capture_output=True, text=True)
-    want = [["teacher tiny", ["small"]], ["student of mini-sd35-advdmd", ["small"]]]
+    want = [["teacher tiny", ["picture", "small"]], ["student of mini-sd35-advdmd", ["picture", "small"]]]
     assert [[label.replace(models[0].rpartition("/")[2], "tiny"), look] for label, look in json.loads(done.stdout)] == want
 
 
@@ -166,6 +166,10 @@ def test_a_browser_sees_pictures_change_and_nothing_is_asked_of_others(models, t
 
             first = drawn(0)
             assert "evaluations an image" in page.inner_text("#line-1")
+            top = page.locator("#picture-1 img").bounding_box()["y"]
+            for above in ("[data-testid=block-label]", ".icon-button-wrapper"):  # what would hide a part of the picture
+                box = page.locator(f"#picture-1 {above}").bounding_box()
+                assert box["y"] + box["height"] <= top + 1, above
             second = drawn(1)
             assert all(a != b for a, b in zip(first, second, strict=True))
             page.screenshot(path=tmp_path / "demo.png")

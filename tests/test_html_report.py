@@ -120,3 +120,12 @@ def test_a_chart_shows_every_curve_and_skips_what_is_no_number():
     assert len(re.search(r'class="c0" d="M([^"]*)"', drawn)[1].split()) == 2 * len(charts.thin(many)[0]) <= 2 * charts.POINTS
     assert charts.thin(([1, 2, 3], [1.0, float("nan"), 3.0])) == ([1, 3], [1.0, 3.0])
     assert charts.line_chart([([], [])]) == ""
+
+
+def test_panels_share_one_x_axis():
+    late = ([80.0, 100.0], [1.0, 2.0])
+    drawn = charts.line_chart([late], x_range=(0, 100))
+    points = [float(v) for v in re.search(r'class="c0" d="M([^"]*)"', drawn)[1].split()]
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    assert points[::2] == pytest.approx([left + 0.8 * (right - left), right], abs=0.1)
+    assert all(f">{tick}</text>" in drawn for tick in (0, 20, 100))

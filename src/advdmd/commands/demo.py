@@ -24,7 +24,11 @@ MOST_STEPS, MOST_IMAGES, QUEUE, LONGEST = 50, 16, 8, 400  # what a visitor may a
 EXAMPLE = "a picture of a red circle left of a blue square"
 SMALL = 64  # pixels of a side
 WIDE = 300  # pixels of a control: on a phone one below the other
-STYLE = ".small img { image-rendering: pixelated; width: auto; max-width: 100%; margin: auto }"
+STYLE = """
+.small img { image-rendering: pixelated; width: auto; max-width: 100%; margin: auto }
+.picture [data-testid=block-label] { position: static; max-width: none; padding-right: 5em }
+.picture .image-container { position: static }
+"""  # name and buttons stand above their picture, where the library puts them over it
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def page(models: Sequence[DemoModel]) -> Any:
         with gr.Row():
             steps = gr.Slider(1, MOST_STEPS, teacher.sampler.steps, step=1, label="Teacher's steps", min_width=WIDE)
             seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=WIDE)
-            images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Images, each with noise of its own", min_width=WIDE)
+            images = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Number of images", min_width=WIDE)
         button = gr.Button("Generate", variant="primary", elem_id="draw")
         status = gr.Markdown(elem_id="status")
         shown: list[Any] = []
@@ -157,7 +161,7 @@ def page(models: Sequence[DemoModel]) -> Any:
                         label=m.label,
                         buttons=["download", "fullscreen"],
                         elem_id=f"picture-{i}",
-                        elem_classes=["small"] if m.is_small else [],
+                        elem_classes=["picture", *["small"] * m.is_small],
                     )
                     shown.append(picture)
                     shown.append(gr.Markdown(elem_id=f"line-{i}"))

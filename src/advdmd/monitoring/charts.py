@@ -31,13 +31,18 @@ def tick_label(v: float) -> str:
     return f"{v / 1000:g}k" if abs(v) >= 10_000 else f"{v:.4g}"
 
 
-def line_chart(curves: Sequence[Curve], band: tuple[float, float] | None = None, label: str = "") -> str:
-    """One SVG: curve i has the class c{i}, `band` is the shaded range. Axes are fitted to the curves."""
+def line_chart(
+    curves: Sequence[Curve],
+    band: tuple[float, float] | None = None,
+    label: str = "",
+    x_range: tuple[float, float] | None = None,
+) -> str:
+    """One SVG: curve i has the class c{i}, `band` is the shaded range. Axes are fitted to the curves, or x to `x_range`."""
     curves = [thin(c) for c in curves]
     xs, ys = ([v for c in curves for v in c[axis]] for axis in (0, 1))
     if not ys:
         return ""
-    (x0, x1), (y0, y1) = _range(xs, 0.0), _range(ys, 0.06)
+    (x0, x1), (y0, y1) = _range([*xs, *(x_range or ())], 0.0), _range(ys, 0.06)
     px = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     py = lambda y: TOP + (y1 - y) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
     out = [f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {HEIGHT}"><title>{label}</title>']

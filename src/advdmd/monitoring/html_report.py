@@ -34,9 +34,9 @@ STYLE = """
 svg.chart { position: static; height: auto } .chart text { fill: currentColor; opacity: .7; stroke: none; font-size: 10px }
 .chart .end { text-anchor: end } .chart .mid { text-anchor: middle } .chart .grid { stroke: var(--line); fill: none }
 .chart rect.band { fill: #2e9e5b; fill-opacity: .13; stroke: none } .chart path, .chart circle { fill: none; stroke-width: 1.6 }
-.grids { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem }
-.grids figure { flex: none; width: min(85vw, 420px) }
-.grids .wide { width: min(85vw, 900px) } .grids img { width: 100%; image-rendering: pixelated }
+.grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1rem }
+.grids figure { width: auto } .grids .wide { grid-column: 1 / -1; max-width: 900px }
+.grids img { width: 100%; image-rendering: pixelated }
 .scroll { overflow-x: scroll; scrollbar-width: thin }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
@@ -157,9 +157,11 @@ def _overview(runs: Sequence[RunRecord]) -> str:
     return "".join(out)
 
 
-def _card(title: str, text: str, curves: Sequence[charts.Curve], band: health.Range | None = None) -> str:
-    drawn = charts.line_chart(curves, band, html.escape(title))
-    return f'<div class="card"><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p>{drawn}</div>' if drawn else ""
+def _card(runs: Sequence[RunRecord], key: str, text: str, band: health.Range | None = None) -> str:
+    """A metric of all runs by iteration; all cards have one x-axis."""
+    iterations = [m["step"] for r in runs for m in r.metrics]
+    drawn = charts.line_chart([r.curve(key) for r in runs], band, html.escape(key), (min(iterations), max(iterations)))
+    return f'<div class="card"><h3>{html.escape(key)}</h3><p>{html.escape(text)}</p>{drawn}</div>' if drawn else ""
 
 
 def _validation(runs: Sequence[RunRecord]) -> str:
@@ -171,8 +173,8 @@ def _validation(runs: Sequence[RunRecord]) -> str:
     }
     known = {k for r in runs for m in r.metrics for k in m if k.startswith("eval/")} - {d.key for d in health.DIAGNOSTICS}
     keys = [*texts, *sorted(known - set(texts) - {"eval/forwards_per_sample"})]
-    cards = [_card(key, texts.get(key, "validation prompts, mean"), [r.curve(key) for r in runs]) for key in keys]
-    cards.append(_card("reward/final", "reward of the discriminator for final images", [r.curve("reward/final") for r in runs]))
+    cards = [_card(runs, key, texts.get(key, "validation prompts, mean")) for key in keys]
+    cards.append(_card(runs, "reward/final", "reward of the discriminator for final images"))
     hacked = [f"{r.label} after {s} iterations" for r in runs if (s := reward_hacking_step(r.metrics)) is not None]
     note = "<p>All curves are by iteration.</p>"
     note += f"<p>Reward hacking: {html.escape(', '.join(hacked))}.</p>" if hacked else ""
@@ -185,10 +187,10 @@ def _panels(runs: Sequence[RunRecord]) -> str:
     for p in health.DIAGNOSTICS:
         good = ranges.get(p.key)
         text = p.meaning + (f"; good runs {good[0]:.3g} to {good[1]:.3g}" if good else "")
-        cards.append(_card(p.key, text, [r.curve(p.key) for r in runs], good))
+        cards.append(_card(runs, p.key, text, good))
     known = {p.key for p in health.DIAGNOSTICS} | {"step"}
     others = sorted({k for r in runs for m in r.metrics[-50:] for k in m if k not in known and not k.startswith("eval/")})
-    more = "".join(_card(k, "", [r.curve(k) for r in runs]) for k in others)
+    more = "".join(_card(runs, k, "") for k in others)
     folded = f'<details><summary>everything else that was logged</summary><div class="cards">{more}</div></details>'
     return _part("Diagnostics", f'<div class="cards">{"".join(cards)}</div>' + (folded if more else ""))
 
