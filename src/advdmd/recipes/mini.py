@@ -90,10 +90,10 @@ DISCRIMINATOR = DiscriminatorConfig(trunk="own", feature_depths=(0.25, 0.5, 0.75
 # forgets what it knew of correctness: in 300 iterations its correlation falls from .17 to .12, at a fifth it rises to .26. A
 # student of mini-sd35 scores less with it (docs/log.md).
 SLOW_DISCRIMINATOR = {"mini-sd3": {"discriminator_lr_scale": 0.2, "trunk_lr_scale": 0.2}}
-# Half of the samples, and three quarters of the trunk's blocks: the same score for a quarter fewer forwards, three seeds of the
-# short recipe (docs/log.md). On other teachers it was not measured.
+# Half of the samples and half of the trunk's blocks: the same score for a third fewer forwards, over seeds of the short recipe
+# (docs/log.md). On other teachers it was not measured.
 CHEAPER_DISCRIMINATOR = {
-    "mini-sd35": {"algorithm.discriminator_every_nth_sample": 2, "discriminator.feature_depths": (0.25, 0.5, 0.75)}
+    "mini-sd35": {"algorithm.discriminator_every_nth_sample": 2, "discriminator.feature_depths": (0.25, 0.5)}
 }
 FROZEN_DISCRIMINATOR = replace(DISCRIMINATOR, trunk="teacher")  # DMD2's: features that hold still beat the fake score's
 
