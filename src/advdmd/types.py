@@ -116,10 +116,10 @@ class SourceImage(Protocol):
 
 @dataclass(frozen=True)
 class Edit:
-    """A prompt of a model that edits images, and the image that the prompt is about."""
+    """A prompt of a model that edits images, and the images that the prompt is about, in their order."""
 
     prompt: str
-    source: SourceImage
+    sources: tuple[SourceImage, ...]
 
     def __str__(self) -> str:
         return self.prompt
@@ -133,8 +133,8 @@ class Cond(Columns):
     """Encoded prompts: embeds [N, L, D], pooled [N, P] or None, mask [N, L] (1 = token) or None, always on the CPU, so that
     lengths are known without waiting for a GPU.
 
-    Of models that edit images also: source [N, C, h, w], the latents of the source images, and null, the conditions [N] of the
-    negative prompt with the same images (without `source`), for guidance.
+    Of models that edit images also: source [N, S, C, h, w], the latents of each prompt's S source images, and null, the
+    conditions [N] of the negative prompt with the same images (without `source`), for guidance.
     """
 
     embeds: Tensor

@@ -1,6 +1,7 @@
 """Qwen-Image-Edit as a backbone, against the stock pipelines; and a student of it from pairs to exported pipeline."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -36,6 +37,10 @@ from tests import tiny_pipelines
 from tests.conftest import TINY
 
 PROMPTS = ["a picture of a red circle", "two blue stars. gray background."]
+SHORT = [
+    *("algorithm.steps=2", "algorithm.group_size=2", "algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"),
+    *("prompts_per_step=2", "device=cpu", "dtype=float32", "gradient_checkpointing=false", "threads=1"),
+]
 SIDE = 32  # pixels, of images and of source images
 
 
@@ -100,7 +105,7 @@ def test_the_teachers_sampler_is_the_stock_pipeline(model, edits, guidance):
     ours = sample(model, model.net, edits, noise, SamplerConfig(steps=3, guidance_scale=guidance))
     for n, edit in enumerate(edits):
         theirs = model.pipe(
-            Image.open(edit.source.path),
+            Image.open(edit.sources[0].path),
             str(edit),
             negative_prompt=" " if guidance > 1 else None,
             true_cfg_scale=guidance,
@@ -111,6 +116,55 @@ def test_the_teachers_sampler_is_the_stock_pipeline(model, edits, guidance):
             output_type="pt",
         ).images
         torch.testing.assert_close((ours[[n]] + 1) / 2, theirs, atol=1e-4, rtol=0)
+
+
+def test_several_source_images_are_the_stock_pipelines(tmp_path, pictures):
+    model, _ = loading.load(str(save(tmp_path / "plus", zero_cond_t=True)))
+    files = [pictures / f"before-{n}.png" for n in range(2)]
+    both, swapped, (one,) = edits_of(PROMPTS[:1], files), edits_of(PROMPTS[:1], files[::-1]), edits_of(PROMPTS[:1], files[:1])
+    noise, how = draw_noise([0], model.latent_shape, 1), SamplerConfig(steps=2, guidance_scale=3.0)
+    ours = sample(model, model.net, both, noise, how)
+    theirs = model.pipe(
+        [Image.open(f) for f in files],
+        PROMPTS[0],
+        negative_prompt=" ",
+        true_cfg_scale=3.0,
+        num_inference_steps=2,
+        latents=pack(noise[0]),
+        height=SIDE,
+        width=SIDE,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close((ours + 1) / 2, theirs, atol=1e-4, rtol=0)
+    assert not torch.allclose(ours, sample(model, model.net, swapped, noise, how), atol=1e-3), "their order matters"
+    mixed = sample(model, model.net, [*both, one], torch.cat([noise, noise], 1), how)
+    torch.testing.assert_close(mixed[:1], ours, atol=1e-5, rtol=0)
+    first, _ = loading.load(str(save(tmp_path / "first", plus=False)))
+    with pytest.raises(ValueError, match="has 2 source images: a QwenImageEditPipeline takes one"):
+        encode_prompts(first, both, "cpu")
+
+
+def test_prompts_with_other_numbers_of_source_images_are_other_buckets(pictures, tmp_path):
+    """A student learns from all of them, and a cache of one number stays a single one."""
+    pairs = shutil.copytree(pictures, tmp_path / "pairs")
+    rows = [json.loads(line) for line in (pairs / "metadata.jsonl").read_text().splitlines()]
+    more = [rows[0] | {"source_image": ["before-0.png", "before-1.png"]}, rows[1] | {"source_image": ["before-1.png"]}]
+    (pairs / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*more, rows[0]]))
+    teacher, cache = save(tmp_path / "teacher"), tmp_path / "cache"
+    assert encode(pairs, str(teacher), cache)
+    data = BucketedCache(cache)
+    assert [(part.folder.name, len(part.prompts)) for part in data.parts] == [("32x32", 2), ("32x32-2-sources", 1)]
+    backbone, _ = loading.load(str(teacher), encoders=False)
+    batch_fn = data.load(backbone, BatchConfig(2, 2, 0)).batch_fn
+    assert {batch_fn(i)[0].cond.source.shape[1] for i in range(20)} == {1, 2}
+    words = [f"teacher={teacher}", f"data.folder={cache}", "iterations=4", "lora_rank=2", "base_bits=32", *SHORT]
+    student = train.train(*resolve("qwen-image-edit-advdmd-4step-80gb", words), tmp_path / "run")
+    assert loading.load(str(student))[0].edits
+    with pytest.raises(ValueError, match="1 to 2 source images a prompt: give all as many"):
+        read_prompts(pairs, edits=True)
+    (pairs / "metadata.jsonl").write_text(json.dumps(rows[0] | {"source_image": ["before-0.png", "none.png"]}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1: there is no image 'none\.png'"):
+        encode(pairs, str(teacher), tmp_path / "other")
 
 
 @pytest.mark.parametrize(("height", "width"), [(1024, 1024), (832, 1216), (1344, 768)])
@@ -133,7 +187,7 @@ def test_teacher_and_discriminator_see_the_source(model, edits):
 def test_guidance_keeps_the_source(model, edits):
     cond = encode_prompts(model, edits, "cpu")
     x, t = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.8])
-    empty = encode_prompts(model, [Edit(model.null_prompt, e.source) for e in edits], "cpu")
+    empty = encode_prompts(model, [Edit(model.null_prompt, e.sources) for e in edits], "cpu")
     unused = cond[torch.tensor([0])]
     with torch.no_grad():
         v = Teacher(model, 3.0, unused)(x, t, cond)
@@ -181,7 +235,7 @@ def test_one_prompt_edits_many_images_and_only_what_is_new_is_encoded(pictures, 
     monkeypatch.setattr(QwenImageEdit, "encode_edits", lambda self, e, *size: seen.append(e) or stock(self, e, *size))
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[0] | {"source_image": "a2.png"}]))
     assert encode(pairs, str(folder), tmp_path / "cache")
-    assert [e.source.path.name for (e,) in seen] == ["a2.png"]
+    assert [e.sources[0].path.name for (e,) in seen] == ["a2.png"]
     found = EmbeddingCache(tmp_path / "cache")
     assert len(found.prompts) == len(set(found.prompt_hashes())) == 3
     seen.clear()
@@ -192,9 +246,7 @@ def test_one_prompt_edits_many_images_and_only_what_is_new_is_encoded(pictures, 
 
 @pytest.mark.parametrize("more", [["lora_rank=0"], ["lora_rank=2"]], ids=["whole", "adapter"])
 def test_a_student_from_pairs_to_the_stock_pipeline(folder, cache, edits, pictures, tmp_path, more):
-    words = [f"teacher={folder}", f"data.folder={cache}", "iterations=2", "algorithm.steps=2", "algorithm.group_size=2"]
-    words += ["prompts_per_step=2", "algorithm.dm_only_iterations=0", "algorithm.policy_ramp_iterations=0"]
-    words += ["device=cpu", "dtype=float32", "gradient_checkpointing=false", "threads=1", "sample_every=2", *more]
+    words = [f"teacher={folder}", f"data.folder={cache}", "iterations=2", *SHORT, "sample_every=2", *more]
     recipe = "qwen-image-edit-advdmd-2step-80gb"
     student = train.train(*resolve(recipe, words), tmp_path / "run")
     assert list((tmp_path / "run/samples").glob("*.png"))
@@ -208,7 +260,7 @@ def test_a_student_from_pairs_to_the_stock_pipeline(folder, cache, edits, pictur
     drawn = torch.randn(1, 16, 16)
     torch.manual_seed(3)
     theirs = pipe(
-        Image.open(edits[0].source.path), PROMPTS[0], latents=pack(noise[0][:1]), output_type="latent", **kwargs
+        Image.open(edits[0].sources[0].path), PROMPTS[0], latents=pack(noise[0][:1]), output_type="latent", **kwargs
     ).images
     again = sample(backbone, backbone.net, edits[:1], torch.stack([noise[0][:1], unpack(drawn, 8, 8)]), sampler)
     torch.testing.assert_close(again, backbone.decode(unpack(theirs, 8, 8)), atol=1e-5, rtol=1e-4)
@@ -226,7 +278,7 @@ def test_a_student_from_pairs_to_the_stock_pipeline(folder, cache, edits, pictur
         torch.randn(1, 16, 16)
         torch.manual_seed(3)
         adapted = base(
-            Image.open(edits[0].source.path), PROMPTS[0], latents=pack(noise[0][:1]), output_type="latent", **kwargs
+            Image.open(edits[0].sources[0].path), PROMPTS[0], latents=pack(noise[0][:1]), output_type="latent", **kwargs
         ).images
         torch.testing.assert_close(adapted, theirs, atol=1e-4, rtol=1e-4)
 
@@ -346,7 +398,7 @@ def test_source_columns_of_tables(tmp_path, pictures):
     table = datasets.Dataset.from_dict(dict(zip(kinds, row, strict=True)), features=datasets.Features(kinds))
     table.save_to_disk(tmp_path / "saved")
     (found,) = read_captioned_images(tmp_path / "saved", Columns(caption="edit_prompt", edits=True))
-    assert (found.image.column, found.source.column) == ("edited_image", "input_image")
-    assert isinstance(found.source, ImagePlace)
+    assert (found.image.column, found.sources[0].column) == ("edited_image", "input_image")
+    assert isinstance(found.sources[0], ImagePlace)
     (found,) = read_captioned_images(tmp_path / "saved", Columns(caption="edit_prompt"))
-    assert (found.image.column, found.source) == ("input_image", None), "the first, where sources are not wanted"
+    assert (found.image.column, found.sources) == ("input_image", ()), "the first, where sources are not wanted"

@@ -135,7 +135,7 @@ def test_a_pass_of_any_backbone_waits_for_nothing(pipeline):
         if one.edits:  # whose prompts are encoded with pictures
             mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
             cond = Cond(
-                torch.zeros(2, 3, one.net.config.joint_attention_dim), mask=mask, source=torch.zeros(2, *one.latent_shape)
+                torch.zeros(2, 3, one.net.config.joint_attention_dim), mask=mask, source=torch.zeros(2, 2, *one.latent_shape)
             )
         else:
             cond = one.encode_text(one.tokenize(["a red circle", "a small blue square above a green triangle"]))

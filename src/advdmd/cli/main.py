@@ -215,7 +215,7 @@ def sample(
     model: str,
     prompts: list[str],
     source: Annotated[
-        list[Path] | None, typer.Option(help="Image that the prompts edit; for each its own: repeat the option.")
+        list[Path] | None, typer.Option(help="Image that the prompts edit. Repeat it: as many for each prompt.")
     ] = None,
     out: Out = Path("samples"),
     steps: Steps = None,

@@ -109,13 +109,15 @@ def encode(
     if worker[0] == 0:
         _report_cut_captions(backbone, [str(p) for p in prompts])
     members = _members(prompts, images)
-    parts: dict[Path, tuple[aspect_buckets.Size, Sequence[_Member]]] = {out: ((side, side), members)}
-    if by_aspect:
-        found = _by_aspect(members, aspect_buckets.bucket_sizes(side, 2 * scale))
-        for height, width in found:
-            backbone.check_latent_size(height // scale, width // scale)
-        parts = {out / aspect_buckets.bucket_name(size): (size, own) for size, own in found.items()}
+    sizes = _by_aspect(members, aspect_buckets.bucket_sizes(side, 2 * scale)) if by_aspect else {(side, side): members}
+    for height, width in sizes:
+        backbone.check_latent_size(height // scale, width // scale)
+    buckets = {(size, n): own for size, every in sizes.items() for n, own in _by_sources(every).items()}
+    parts = {out / aspect_buckets.bucket_name(*key): (key[0], own) for key, own in buckets.items()}
+    if bucketed := by_aspect or len(buckets) > 1:
         embedding_cache.create_or_resume(out, plan | {"sizes": [p.name for p in parts]})
+    else:
+        parts = {out: ((side, side), members)}
     needed = (backbone.vae,) * (real_images == "source" or edits) + (backbone.net,) * (real_images == "teacher")
     for module in (*backbone.encoders, *needed):
         module.to(device)
@@ -128,7 +130,7 @@ def encode(
     progress, done, broken = Progress("encoding prompts", sum(len(own) for _, own in parts.values())), 0, list[str]()
     contents: dict[Path, list[embedding_cache.ShardContent]] = {}
     for part, (size, own) in parts.items():
-        about = plan | ({"size": size} if by_aspect else {})
+        about = plan | ({"size": size} if bucketed else {})
         shards = int(embedding_cache.create_or_resume(part, about, len(own))["shards"])
         if worker[0] == 0 and embedding_cache.verified_record(embedding_cache.null_path(part)) is None:
             embedding_cache.write_null(part, _encode_text(backbone, [backbone.null_prompt], device))
@@ -169,7 +171,8 @@ def _members(prompts: Sequence[Prompt], images: Sequence[Sequence[ImagePlace]]) 
         try:
             found.append(_Member(prompt, prompt_hash(prompt), tuple(own)))
         except (OSError, ValueError) as e:
-            broken.append(f"image {prompt.source.place if isinstance(prompt, Edit) else prompt} cannot be read: {e}")
+            places = ", ".join(s.place for s in prompt.sources) if isinstance(prompt, Edit) else prompt
+            broken.append(f"image {places} cannot be read: {e}")
     if broken:
         raise ValueError(listed(broken))
     return found
@@ -247,10 +250,18 @@ def _by_aspect(members: Sequence[_Member], choices: Sequence[aspect_buckets.Size
     return {size: [_Member(prompts[k], k, tuple(own)) for k, own in rows.items()] for size, rows in sorted(found.items())}
 
 
+def _by_sources(members: Sequence[_Member]) -> dict[int, list[_Member]]:
+    """Prompts by their number of source images: conditions of one pass have as many. Texts have none."""
+    found: dict[int, list[_Member]] = {}
+    for m in members:
+        found.setdefault(len(m.prompt.sources) if isinstance(m.prompt, Edit) else 0, []).append(m)
+    return dict(sorted(found.items()))
+
+
 def _content(members: Sequence[_Member], with_images: bool) -> embedding_cache.ShardContent:
     def state(m: _Member) -> tuple[object, ...]:
         about = str(m.prompt), [e.state for e in m.images] if with_images else []
-        return (*about, m.prompt.source.state) if isinstance(m.prompt, Edit) else about
+        return (*about, *(s.state for s in m.prompt.sources)) if isinstance(m.prompt, Edit) else about
 
     states = (state(m) for m in members)
     return embedding_cache.ShardContent([m.prompt for m in members], hash_of(states))

@@ -44,13 +44,17 @@ def sample(
 
 
 def edits_of(prompts: Sequence[str], sources: Sequence[Path]) -> list[Edit]:
-    """Prompts with the images that they edit: one for all, or each its own. Raises ValueError on another number, or none."""
-    if len(sources) not in (1, len(prompts)):
-        raise ValueError(f"--source: {len(sources)} images for {len(prompts)} prompts: give one, or one for each")
+    """Prompts with the images that they edit: one for all, or as many for each, in order.
+
+    Raises ValueError on other numbers, and on an image that is not there.
+    """
+    if len(sources) != 1 and len(sources) % len(prompts):
+        raise ValueError(f"--source: {len(sources)} images for {len(prompts)} prompts: give one, or as many for each")
     if missing := [f for f in sources if not f.expanduser().is_file()]:
         raise ValueError(f"--source: there is no image {missing[0]}")
     places = [ImagePlace(f.expanduser()) for f in sources]
-    return [Edit(p, place) for p, place in zip(prompts, places * (len(prompts) // len(places)), strict=True)]
+    each = len(places) // len(prompts)
+    return [Edit(p, tuple(places[k * each : (k + 1) * each] if each else places)) for k, p in enumerate(prompts)]
 
 
 def check_prompts(backbone: Backbone, prompts: Sequence[Prompt]) -> None:

@@ -1,4 +1,5 @@
-"""Aspect buckets: image sizes of about one area, a cache for each, one size per step; and caches as a recipe's data."""
+"""Buckets: image sizes of about one area, a cache for each and for each number of source images, one of them per step; and
+caches as a recipe's data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,9 +40,9 @@ def _log_ratio(size: Size) -> float:
     return math.log(size[1] / size[0])
 
 
-def bucket_name(size: Size) -> str:
-    """A bucket's folder: "832x1216", height first."""
-    return f"{size[0]}x{size[1]}"
+def bucket_name(size: Size, sources: int) -> str:
+    """A bucket's folder: "832x1216", height first, or "832x1216-2-sources" of prompts with so many source images."""
+    return f"{size[0]}x{size[1]}" + (f"-{sources}-sources" if sources > 1 else "")
 
 
 @dataclass(frozen=True, kw_only=True)

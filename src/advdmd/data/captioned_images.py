@@ -1,4 +1,4 @@
-"""A caption with one image of it and perhaps a source image, wherever their bytes lie; and the names of their columns."""
+"""A caption with one image of it and perhaps source images, wherever their bytes lie; and the names of their columns."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,8 @@ SOURCE_KEYS = ("source_image", "input_image", "original_image", "conditioning_im
 class Columns(NamedTuple):
     """Names of the columns, or keys, of captions and images; None: the first of CAPTION_KEYS, FILE_KEYS or BYTES_KEYS there.
 
-    source: of the images that captions edit, by default the first of SOURCE_KEYS there. edits: whether these are wanted.
+    source: of the images that captions edit, one or a list, by default the first of SOURCE_KEYS there. edits: whether these are
+    wanted.
     """
 
     caption: str | None = None
@@ -92,11 +93,11 @@ class ImagePlace:
 
 
 class CaptionedImage(NamedTuple):
-    """A prompt, with an image of it, and with the source image of which that one is an edit."""
+    """A prompt, with an image of it, and with the source images of which that one is an edit."""
 
     prompt: str
     image: ImagePlace | None = None
-    source: ImagePlace | None = None
+    sources: tuple[ImagePlace, ...] = ()
 
 
 def image_size(image: ImagePlace) -> tuple[int, int]:
@@ -113,10 +114,10 @@ def load_image(image: ImagePlace, height: int, width: int, data: bytes | None = 
 
 
 def group_by_prompt(entries: Sequence[CaptionedImage]) -> tuple[list[Prompt], list[list[ImagePlace]]]:
-    """Each prompt, or prompt with its source image, once, in order of appearance, and its distinct images."""
+    """Each prompt, or prompt with its source images, once, in order of appearance, and its distinct images."""
     found: dict[Prompt, dict[str, ImagePlace]] = {}
     for e in entries:
-        images = found.setdefault(e.prompt if e.source is None else Edit(e.prompt, e.source), {})
+        images = found.setdefault(Edit(e.prompt, e.sources) if e.sources else e.prompt, {})
         if e.image is not None:
             images[e.image.place] = e.image
     return list(found), [list(images.values()) for images in found.values()]
@@ -131,10 +132,10 @@ def hash_of(values: Iterable[object]) -> str:
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """What a prompt is known by: its words and, of an edit, the bytes of its source image.
+    """What a prompt is known by: its words and, of an edit, the bytes of its source images.
 
-    Raises OSError or ValueError if the source image cannot be had.
+    Raises OSError or ValueError if a source image cannot be had.
     """
     if isinstance(prompt, str):
         return hash_of([prompt])
-    return hash_of([prompt.prompt, hashlib.sha256(prompt.source.read()).hexdigest()])
+    return hash_of([prompt.prompt, *(hashlib.sha256(source.read()).hexdigest() for source in prompt.sources)])

@@ -329,7 +329,7 @@ def _old_shards(prompts: int) -> list[int]:
 
 # Of a shard of n prompts: how many dimensions each tensor has, and what its type begins with.
 LAYOUT = {
-    **{"embeds": (3, "BF"), "pooled": (2, "BF"), "mask": (2, "I64"), "source": (4, "BF")},
+    **{"embeds": (3, "BF"), "pooled": (2, "BF"), "mask": (2, "I64"), "source": (5, "BF")},
     **{"null_embeds": (3, "BF"), "null_mask": (2, "I64")},
     **{"counts": (1, "I64"), "latents": (4, "BF")},
 }

@@ -166,20 +166,22 @@ def _csv(path: Path, columns: Columns, findings: _Findings) -> Iterator[Captione
 
 
 def _metadata_row(path: Path, where: str, row: Row, columns: Columns, findings: _Findings) -> Iterator[CaptionedImage]:
-    """A row of a metadata file: its captions, and the image that it names, if any, beside the file."""
+    """A row of a metadata file: its captions, and the image and source images that it names, if any, beside the file."""
     prompts = _captions(row, where, columns, findings)
     if not prompts:
         return
     if missing := [k for k in (columns.image, columns.source) if k and k not in row]:
         findings.faults.append(f"{where}: there is no {missing[0]}; it has {', '.join(map(str, row))}")
         return
-    names = (next((str(row[k]) for k in keys if row.get(k)), None) for keys in (columns.files, columns.sources))
+    name, before = (next((row[k] for k in keys if row.get(k)), None) for keys in (columns.files, columns.sources))
+    names = before if isinstance(before, list) else [before] if before else []
     try:
-        image, source = (None if name is None else ImagePlace(_beside(path.parent, name)) for name in names)
+        image = ImagePlace(_beside(path.parent, str(name))) if name else None
+        sources = tuple(ImagePlace(_beside(path.parent, str(n))) for n in names)
     except ValueError as e:
         findings.faults.append(f"{where}: {e}")
         return
-    yield from (CaptionedImage(p, image, source) for p in prompts)
+    yield from (CaptionedImage(p, image, sources) for p in prompts)
 
 
 def _beside(folder: Path, name: str) -> Path:
@@ -330,7 +332,7 @@ def _table(
             continue
         image, before = (ImagePlace(place, row=n, column=k) if k else None for k in (column, source))
         for prompt in _captions({columns.captions[0]: value}, f"{place}, row {n}", columns, findings):
-            yield CaptionedImage(prompt, image, before)
+            yield CaptionedImage(prompt, image, (before,) if before else ())
 
 
 METADATA = {".jsonl": _jsonl, ".json": _json_file, ".csv": _csv, ".parquet": _parquet}

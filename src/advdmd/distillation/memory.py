@@ -150,9 +150,9 @@ def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -
 
 
 def tokens_of(net: Module, height: int, width: int, source: Tensor | None = None) -> int:
-    """Tokens of an image by the size of its latents, and of the latents [N, C, h, w] of its source image."""
+    """Tokens of an image by the size of its latents, and of the latents [N, S, C, h, w] of its source images."""
     patch = net.config.patch_size if type(net).__name__ == "SD3Transformer2DModel" else 2  # others are packed two by two
-    return (height // patch) * (width // patch) + (0 if source is None else source[0, 0].numel() // patch**2)
+    return (height // patch) * (width // patch) + (0 if source is None else source[0, :, 0].numel() // patch**2)
 
 
 def warning(r: Recipe, resolution: int, gpus: int, device: str, nodes: int = 1) -> str:

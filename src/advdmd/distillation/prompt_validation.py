@@ -17,7 +17,7 @@ from advdmd.models.sampler import encode_prompts
 from advdmd.recipes.recipe import Recipe
 from advdmd.rewards.base import Scorer
 from advdmd.rewards.registry import load_scorer, parse_scorer
-from advdmd.types import Cond, Metrics, Prompt, Ranks
+from advdmd.types import Cond, Edit, Metrics, Prompt, Ranks
 
 ENCODED_FILE = "validation.safetensors"  # in a run's folder: its validation prompts, encoded once
 
@@ -25,7 +25,7 @@ ENCODED_FILE = "validation.safetensors"  # in a run's folder: its validation pro
 def read_prompts(path: Path, edits: bool = False) -> list[Prompt]:
     """Each prompt once of any source that `advdmd encode` reads (data.sources). edits: whether they need source images.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, or if some have more source images than others.
     """
     try:
         prompts = group_by_prompt(read_captioned_images(path, Columns(edits=edits)))[0]
@@ -33,6 +33,9 @@ def read_prompts(path: Path, edits: bool = False) -> list[Prompt]:
         raise ValueError(f"validation.prompts: {e}") from None
     if edits and (bare := [p for p in prompts if isinstance(p, str)]):
         raise ValueError(f"validation.prompts: {path}: the teacher edits images, and {bare[0][:80]!r} has no source image")
+    counts = sorted({len(p.sources) for p in prompts if isinstance(p, Edit)})
+    if len(counts) > 1:
+        raise ValueError(f"validation.prompts: {path}: {counts[0]} to {counts[-1]} source images a prompt: give all as many")
     return prompts
 
 

@@ -159,7 +159,7 @@ class Backbone(Protocol):
         """Token ids [N, ...] -> conditions [N]."""
         ...
 
-    edits: bool = False  # whether prompts are about a source image
+    edits: bool = False  # whether prompts are about source images
 
     def encode_edits(self, edits: Sequence[Edit], height: int, width: int) -> Cond:
         """Prompts with their source images -> conditions [N] for images of this size in pixels, with `source` and `null`.

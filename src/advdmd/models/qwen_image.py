@@ -138,7 +138,8 @@ class QwenImage(Backbone):
     def velocity(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v = e - x0 at x [N, C, H, W], t [N]. The pipeline rounds 1000 t to the latents' dtype; so must training."""
         n, _, h, w = x.shape
-        images = [x] if cond.source is None else [x, cond.source]  # a source image: further tokens, which are not denoised
+        # Source images are further tokens, which are not denoised.
+        images = [x] if cond.source is None else [x, *cond.source.unbind(1)]
         mask = None if cond.mask is None or bool(cond.mask.all()) else moved(cond.mask, x.device)
         out = net(
             hidden_states=torch.cat([pack(z.to(self.dtype)) for z in images], 1),

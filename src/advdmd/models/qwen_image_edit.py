@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit through diffusers' own classes: a prompt says how a source image is to be changed."""
+"""Qwen-Image-Edit through diffusers' own classes: a prompt says how source images are to be changed."""
 
 import math
 import sys
@@ -60,11 +60,11 @@ class VisionProcessor:
 
 
 class QwenImageEdit(QwenImage):
-    """A QwenImageEditPipeline, or a QwenImageEditPlusPipeline (since version 2509) with one source image, as a backbone.
+    """A QwenImageEditPipeline with one source image, or a QwenImageEditPlusPipeline (since version 2509), as a backbone.
 
-    The text encoder sees the source image beside the prompt, the transformer has its latents as further tokens. Both pipelines
-    scale source images to `source_side` squared in pixels, whatever the size of the image that is sampled; the first shows that
-    to the text encoder too, the second VISION_SIDE squared. side: of the latents, null_prompt: as in `QwenImage`.
+    The text encoder sees the source images beside the prompt, the transformer has their latents as further tokens. Both
+    pipelines scale source images to `source_side` squared in pixels, whatever the size of the image that is sampled. The first
+    shows that to the text encoder too, the second VISION_SIDE squared. side: of the latents, null_prompt: as in `QwenImage`.
     """
 
     edits = True
@@ -81,24 +81,29 @@ class QwenImageEdit(QwenImage):
         return {k: v for k, v in found.items() if k not in ("max_sequence_length", *("height", "width") * follows)}
 
     def encode_edits(self, edits: Sequence[Edit], height: int, width: int) -> Cond:
-        """Prompts with their source images -> conditions [N] for images of this size in pixels, with `source` and `null`.
+        """Prompts with as many source images each -> conditions [N] for images of this size in pixels.
 
-        Source images are cropped to the ratio of the size. Raises ValueError that names an image which cannot be read.
+        They have `source` and `null`.
+
+        Source images are cropped to the ratio of the size. Raises ValueError that names an image which cannot be read, and on
+        several for the first version.
         """
         return Cond.cat([self._encode_edit(e, *size_of_area(self.source_side, height, width)) for e in edits])
 
     def _encode_edit(self, edit: Edit, height: int, width: int) -> Cond:
-        pipe, image = self.pipe, edit.source.load(height, width)
-        shown = image
+        pipe, images = self.pipe, [source.load(height, width) for source in edit.sources]
+        shown: object = images[0]
         if type(pipe).__name__ == "QwenImageEditPlusPipeline":
-            shown = [edit.source.load(*size_of_area(VISION_SIDE, height, width))]
+            shown = [source.load(*size_of_area(VISION_SIDE, height, width)) for source in edit.sources]
+        elif len(images) > 1:
+            raise ValueError(f"{edit.prompt[:80]!r} has {len(images)} source images: a {type(pipe).__name__} takes one")
         device = next(pipe.text_encoder.parameters()).device
         cond, null = (self._embed(p, shown, device) for p in (edit.prompt, self.null_prompt))
-        pixels = pipe.image_processor.preprocess(image, height, width).to(next(self.vae.parameters()).device)
-        return Cond(cond.embeds, mask=cond.mask, source=self.encode(pixels).to(device), null=null)
+        pixels = pipe.image_processor.preprocess(images, height, width).to(next(self.vae.parameters()).device)
+        return Cond(cond.embeds, mask=cond.mask, source=self.encode(pixels)[None].to(device), null=null)
 
     def _embed(self, prompt: str, image: object, device: torch.device) -> Cond:
-        """The pipeline's own embeddings of a prompt beside an image."""
+        """The pipeline's own embeddings of a prompt beside an image, or beside a list of them."""
         embeds, _ = self.pipe.encode_prompt(prompt=[prompt], image=image, device=device)
         mask: Tensor = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)
         return Cond(embeds, mask=mask)

@@ -144,7 +144,8 @@ def sample(
         raise ValueError(f"a {type(backbone.pipe).__name__} edits images: give a source image with each prompt (--source)")
     encode = encode or (lambda texts: encode_prompts(backbone, texts, noise.device))
     out, null = [], None if backbone.edits else encode([backbone.null_prompt])  # an edit's condition holds its own
-    for i in micro_batches(len(prompts), batch):
+    counts = {len(p.sources) for p in prompts if isinstance(p, Edit)}  # conditions of one pass have as many source images
+    for i in micro_batches(len(prompts), 1 if len(counts) > 1 else batch):
         cond = encode(prompts[i])
         out.append(decode(backbone, sample_latents(backbone, net, cond, cond if null is None else null, noise[:, i], sampler)))
         if progress:
