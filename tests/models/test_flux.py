@@ -1,7 +1,6 @@
 """FLUX.1 as a backbone, against the stock pipeline: embedded guidance, positions, a student that runs there."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -124,9 +123,8 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     torch.testing.assert_close(pipe._pack_latents(path.x[-1], 1, 4, 8, 8), theirs, atol=1e-5, rtol=1e-4)
 
     nodes = json.loads((student / "comfyui_workflow.json").read_text())
-    shift = nodes["shift"]["inputs"]
-    assert (nodes["shift"]["class_type"], shift["max_shift"]) == ("ModelSamplingFlux", shift["base_shift"])
-    assert math.exp(shift["max_shift"]) == pytest.approx(how.shift, rel=1e-5)
+    assert nodes["shift"] == {"class_type": "ModelSamplingAuraFlow", "inputs": {**nodes["shift"]["inputs"], "shift": how.shift}}
+    assert nodes["tokens"]["inputs"]["min_length"] == backbone.max_text_length, "the text length of training"
     assert nodes["sample"]["inputs"]["positive"] == ["guidance", 0]
     if words:
         base = DiffusionPipeline.from_pretrained(folder, local_files_only=True)

@@ -127,11 +127,12 @@ def test_a_comfyui_workflow_asks_for_the_encoders_that_the_student_has(with_t5):
     from advdmd.models.sampler import SamplerConfig
     from tests.conftest import TINY
 
-    pipe = sd3_with_t5() if with_t5 else pipelines.sd3(VOCABULARY, TINY, sd35=True)
-    nodes = workflow(loading.backbone_from_pipeline(pipe, {"t5_length": 6}), SamplerConfig(steps=4, shift=3.0, eta=1.0))
+    pipe, length = (sd3_with_t5(), 6) if with_t5 else (pipelines.sd3(VOCABULARY, TINY, sd35=True), 154)
+    nodes = workflow(loading.backbone_from_pipeline(pipe, {"t5_length": length}), SamplerConfig(steps=4, shift=3.0, eta=1.0))
     loader = nodes["clip"]
     assert loader["class_type"] == ("TripleCLIPLoader" if with_t5 else "DualCLIPLoader")
     assert ("clip_name3" in loader["inputs"]) == ("tokens" in nodes) == with_t5
+    assert ("zero" in nodes) == (not with_t5)
     names = set(nodes)
     for node in nodes.values():
         assert {v[0] for v in node["inputs"].values() if isinstance(v, list)} <= names, "every link leads somewhere"

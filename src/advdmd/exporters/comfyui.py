@@ -1,7 +1,5 @@
 """A student's workflow for ComfyUI."""
 
-import math
-
 from advdmd.models.backbone import Backbone
 from advdmd.models.sampler import SamplerConfig
 from advdmd.types import Json
@@ -17,11 +15,19 @@ ONE_ENCODER = {
     "QwenImageEditPipeline": ("qwen_2.5_vl_7b", "qwen_image"),
     "QwenImageEditPlusPipeline": ("qwen_2.5_vl_7b", "qwen_image"),
     "ZImagePipeline": ("qwen_3_4b", "lumina2"),
-    "Flux2KleinPipeline": ("qwen_3_4b", "flux2"),
+    "Flux2KleinPipeline": ("qwen_3_4b", "flux2"),  # of the model of 4 billion parameters
     "Flux2Pipeline": ("mistral_3_small_flux2_bf16", "flux2"),
 }
+KLEIN_9B_ENCODER = "qwen_3_8b"
+KLEIN_4B_WIDTH = 7680  # of its text embeddings
 
 FLUX2 = ("Flux2KleinPipeline", "Flux2Pipeline")
+CLIP_TOKENS = 77
+
+
+def reads_transformer(backbone: Backbone) -> bool:
+    """Whether ComfyUI reads the transformer's file as diffusers writes it. FLUX.2's it reads in its makers' keys alone."""
+    return type(backbone.pipe).__name__ not in FLUX2
 
 
 def _node(kind: str, **inputs: object) -> Json:
@@ -33,18 +39,22 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
 
     Names are to be filled in.
 
-    The sampler "lcm" re-noises fully and the scheduler "simple" takes equal steps before the shift: the student's grid. SD3
-    attends to T5's padding, so prompts are padded to the length of training.
+    The sampler "lcm" re-noises fully and the scheduler "simple" takes equal steps before the shift: the student's grid. SD3 and
+    FLUX.1 attend to T5's padding, so prompts are padded to the length of training. In SD3 without T5 zeros stand in its place,
+    which ComfyUI can add 77 at a time.
     """
     kind = type(backbone.pipe).__name__
     side = backbone.pipe.vae_scale_factor * backbone.latent_shape[-1]
 
-    files, shift, with_t5 = ("clip_l", "clip_g", "t5xxl"), "ModelSamplingSD3", len(backbone.encoders) == 3
+    files, with_t5 = ("clip_l", "clip_g", "t5xxl"), len(backbone.encoders) == 3
+    shift = "ModelSamplingSD3" if kind == "StableDiffusion3Pipeline" else "ModelSamplingAuraFlow"  # the same line, other units
     names = {f"clip_name{i}": f"{n}.safetensors" for i, n in enumerate(files[: len(backbone.encoders)], 1)}
     text = _node("TripleCLIPLoader", **names) if with_t5 else _node("DualCLIPLoader", **names, type="sd3")
     if kind in ONE_ENCODER:
         name, of = ONE_ENCODER[kind]
-        text, shift = _node("CLIPLoader", clip_name=f"{name}.safetensors", type=of), "ModelSamplingAuraFlow"
+        if kind == "Flux2KleinPipeline" and backbone.pipe.transformer.config.joint_attention_dim > KLEIN_4B_WIDTH:
+            name = KLEIN_9B_ENCODER
+        text = _node("CLIPLoader", clip_name=f"{name}.safetensors", type=of)
     elif kind == "FluxPipeline":
         text = _node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl.safetensors", type="flux")
     nodes = {
@@ -66,10 +76,16 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
         "image": _node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
         "save": _node("SaveImage", images=["image", 0], filename_prefix="advdmd"),
     }
-    if kind == "StableDiffusion3Pipeline" and with_t5:  # else ComfyUI pads T5 to another length than training did
+    if kind == "FluxPipeline" or with_t5:  # else ComfyUI pads T5 to another length than training did
         nodes["tokens"] = _node("T5TokenizerOptions", clip=["clip", 0], min_padding=0, min_length=backbone.max_text_length)
         for name in ("prompt", "none"):
             nodes[name]["inputs"]["clip"] = ["tokens", 0]
+    elif zeros := round(backbone.metadata.get("t5_length", 0) / CLIP_TOKENS):
+        nodes["zero"] = _node("ConditioningZeroOut", conditioning=["prompt", 0])
+        for k in range(zeros):
+            before = f"zeros{k - 1}" if k else "prompt"
+            nodes[f"zeros{k}"] = _node("ConditioningConcat", conditioning_to=[before, 0], conditioning_from=["zero", 0])
+        nodes["sample"]["inputs"]["positive"] = [f"zeros{zeros - 1}", 0]
     if kind in EDIT_NODES:
         node, image = EDIT_NODES[kind]
         nodes["source"] = _node("LoadImage", image="source.png")
@@ -82,14 +98,9 @@ def workflow(backbone: Backbone, sampler: SamplerConfig, lora: str | None = None
             nodes["sample"]["inputs"]["positive"] = ["time", 0]
     if kind in FLUX2:
         nodes["latent"]["class_type"] = "EmptyFlux2LatentImage"
-    if kind in ("FluxPipeline", *FLUX2):  # its node's shift grows with the image: here a constant
-        constant = round(math.log(sampler.shift or 1.0), 6)
-        shifts = {"max_shift": constant, "base_shift": constant, "width": side, "height": side}
-        nodes["shift"] = _node("ModelSamplingFlux", model=["model", 0], **shifts)
-        if "embedded_guidance" in backbone.metadata:
-            scale = backbone.metadata["embedded_guidance"]
-            nodes["guidance"] = _node("FluxGuidance", conditioning=["prompt", 0], guidance=scale)
-            nodes["sample"]["inputs"]["positive"] = ["guidance", 0]
+    if "embedded_guidance" in backbone.metadata:
+        nodes["guidance"] = _node("FluxGuidance", conditioning=["prompt", 0], guidance=backbone.metadata["embedded_guidance"])
+        nodes["sample"]["inputs"]["positive"] = ["guidance", 0]
     if lora:
         nodes["adapter"] = _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora, strength_model=1.0)
         nodes["shift"]["inputs"]["model"] = ["adapter", 0]

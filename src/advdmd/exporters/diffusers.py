@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from advdmd.exporters.comfyui import workflow
+from advdmd.exporters.comfyui import reads_transformer, workflow
 from advdmd.exporters.model_card import SAMPLES_FILE, adapter_card, model_card
 from advdmd.files import write_folder
 from advdmd.models.backbone import Backbone
@@ -79,7 +79,7 @@ def export_student(
             header = {"format": "pt", "advdmd": json.dumps(record)}
             save_file({k: v.cpu().contiguous() for k, v in adapter.items()}, making / LORA_FILE, header)
             _write_adapter_config(making, adapter, base)
-        if sampler.stock:
+        if sampler.stock and (adapter is not None or reads_transformer(backbone)):
             nodes = workflow(backbone, sampler, LORA_FILE if adapter is not None else None)
             (making / "comfyui_workflow.json").write_text(json.dumps(nodes, indent=1))
         if samples:
