@@ -2,11 +2,14 @@
 # What policy updates are worth: a student of TEACHER without any is trained, then goes on in two ways with the same forwards:
 # with policy updates on the forward process (forward), or without (none). checker: the exact checker as the only reward, the
 # upper bound of any. Resumable: what results/reinforce-TEACHER has is not done again. TEACHER, SEEDS, ARMS and BIN may be set;
-# RUNS_ONLY=1 leaves out the comparisons, so that several processes can work on it.
+# RUNS_ONLY=1 leaves out the comparisons, so that several processes can work on it. ITERATIONS, 800 by default, of the arms with
+# policy updates; other numbers go to results/reinforce-TEACHER-ITERATIONS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seeds=${SEEDS:-0 1 2} arms=${ARMS:-forward none} bin=${BIN:-.venv/bin} teacher=${TEACHER:-mini-sd3}
-work=runs/reinforce-$teacher kept=results/reinforce-$teacher commit=${COMMIT:-$(git rev-parse --short HEAD)}
+iterations=${ITERATIONS:-800}
+every=$((iterations > 800 ? 100 : 60)) name=reinforce-$teacher$([ "$iterations" = 800 ] || echo "-$iterations")
+work=runs/$name kept=results/$name commit=${COMMIT:-$(git rev-parse --short HEAD)}
 suites=(mini-geneval-test mini-dpg-test)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/comparisons" "$kept"
@@ -30,12 +33,14 @@ for seed in $seeds; do
   [ -d "$kept/base-$seed" ] || finish "base-$seed" "$work/base-$seed/student"
   for arm in $arms; do
     [ -d "$kept/$arm-$seed" ] && continue
-    what=("$teacher-advdmd-reinforce" "student=$work/base-$seed/student" "seed=$((seed + 10))" eval_every=60 eval_images=96)
+    common=("student=$work/base-$seed/student" "seed=$((seed + 10))" "eval_every=$every" eval_images=96 algorithm.warmup_iterations=200)
+    what=("$teacher-advdmd-reinforce" "${common[@]}" "iterations=$iterations" algorithm.dm_only_iterations=200)
     case $arm in
       forward) ;;
-      none) # distribution matching and GAN alone, an update of the student in every iteration after the same warm-up
-        what=("$teacher-advdmd-long" "${what[@]:1}" iterations=850 algorithm.warmup_iterations=200 algorithm.dm_only_iterations=99999
-          algorithm.policy_ramp_iterations=0 algorithm.dm_every=1 algorithm.dm_updates=1 algorithm.discriminator_every_nth_sample=1
+      none) # distribution matching and GAN alone, an update of the student in every iteration after the same warm-up; 24 forwards
+        # an iteration, with policy updates 26
+        what=("$teacher-advdmd-long" "${common[@]}" "iterations=$(((iterations - 200) * 13 / 12 + 200))"
+          algorithm.dm_only_iterations=99999 algorithm.policy_ramp_iterations=0 algorithm.dm_every=1 algorithm.dm_updates=1 algorithm.discriminator_every_nth_sample=1
           dm_optimizer.lr=2e-4 dm_optimizer.decay_steps=0 policy_optimizer.lr=3e-4 "policy_optimizer.betas=[0.8,0.999]"
           policy_optimizer.decay_steps=0) ;;
       checker) what+=(algorithm.discriminator_reward_weight=0 "rewards=[1*checker]") ;;

@@ -4,6 +4,7 @@ Usage: python runs/render_results.py   (needs matplotlib: pip install 'advdmd[pl
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -268,11 +269,14 @@ def reinforcement(folder: Path) -> list[str]:
     head = "suite | a student goes on | compared with | score | the other's | paired difference, strict | diversity"
     table = [row[1:] for row in sorted(rows)]
     seeds = {arm: len({s["run"] for s in scores if s["run"].startswith(f"{arm}-")}) for arm in ARMS}
-    teacher = folder.name.removeprefix("reinforce-")
+    name = re.fullmatch(r"reinforce-(.+?)(?:-(\d+))?", folder.name)
+    assert name
+    teacher, iterations = name.groups()
+    title, call = (f", {iterations} iterations", f"ITERATIONS={iterations} ") if iterations else ("", "")
     return [
-        *("", f"## What policy updates are worth: {teacher}", ""),
-        f"`TEACHER={teacher} runs/reinforce.sh`: a student of {teacher} that has had no policy updates goes on from the same "
-        "weights with the same forwards, with policy updates or without. Seeds: "
+        *("", f"## What policy updates are worth: {teacher}{title}", ""),
+        f"`TEACHER={teacher} {call}runs/reinforce.sh`: a student of {teacher} that has had no policy updates goes on from the "
+        "same weights with the same forwards, with policy updates or without. Seeds: "
         + ", ".join(f"{n} {LABELS[arm]}" for arm, n in seeds.items() if n)
         + ".",
         *("", *grid(head, table), ""),
