@@ -184,9 +184,11 @@ class Cond(Columns):
 
     @classmethod
     def from_tensors(cls, found: Mapping[str, Tensor]) -> Self:
-        """Conditions of the tensors that `tensors` gives."""
+        """Conditions of the tensors that `tensors` gives; an early version wrote one source image as [N, C, h, w]."""
         null = {k.removeprefix("null_"): v for k, v in found.items() if k.startswith("null_")}
         own = {k: v for k, v in found.items() if not k.startswith("null_")}
+        if "source" in own and own["source"].ndim == 4:
+            own["source"] = own["source"][:, None]
         return cls(**own, null=cls.from_tensors(null) if null else None)
 
     def repeated(self, n: int) -> Self:

@@ -196,6 +196,7 @@ def test_a_processor_without_a_chat_template_is_named(tmp_path):
     (folder / "tokenizer" / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"tokenizer holds no chat template \(chat_template.jinja\)"):
         loading.load_pipeline(folder)
+    (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"dev cannot be loaded as a pipeline|holds no tokenizer that can be loaded"):
+    with pytest.raises(ValueError, match="tokenizer holds no tokenizer that can be loaded"):
         loading.load_pipeline(folder)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from advdmd.cli.main import app
@@ -22,8 +23,9 @@ from advdmd.data.captioned_images import Columns, ImagePlace
 from advdmd.data.embedding_cache import EmbeddingCache
 from advdmd.data.loader import BatchConfig
 from advdmd.data.sources import read_captioned_images
-from advdmd.distillation.memory import transformer
+from advdmd.distillation.memory import estimate, transformer
 from advdmd.distillation.prompt_validation import encoded_prompts, read_prompts
+from advdmd.files import file_hash
 from advdmd.mini.world.caption import VOCABULARY
 from advdmd.models import loading
 from advdmd.models.diffusers_pipeline import DiffusersModel, DiffusersSampling
@@ -140,19 +142,30 @@ def test_several_source_images_are_the_stock_pipelines(tmp_path, pictures):
     mixed = sample(model, model.net, [*both, one], torch.cat([noise, noise], 1), how)
     torch.testing.assert_close(mixed[:1], ours, atol=1e-5, rtol=0)
     first, _ = loading.load(str(save(tmp_path / "first", plus=False)))
-    with pytest.raises(ValueError, match="has 2 source images: a QwenImageEditPipeline takes one"):
+    with pytest.raises(ValueError, match="has 2 source images: a QwenImageEditPipeline takes one; give one, or use"):
         encode_prompts(first, both, "cpu")
+    row = {"file_name": "after-0.png", "source_image": ["before-0.png", "before-1.png"], "text": PROMPTS[0]}
+    pairs = shutil.copytree(pictures, tmp_path / "pairs")
+    (pairs / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="has 2 source images: a QwenImageEditPipeline takes one; give one, or use"):
+        encode(pairs, str(tmp_path / "first"), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "before any work"
 
 
-def test_prompts_with_other_numbers_of_source_images_are_other_buckets(pictures, tmp_path):
-    """A student learns from all of them, and a cache of one number stays a single one."""
+def test_prompts_with_other_numbers_of_source_images_are_other_buckets(pictures, tmp_path, monkeypatch):
+    """A student learns from all of them; what is encoded stays when a number comes or goes."""
     pairs = shutil.copytree(pictures, tmp_path / "pairs")
     rows = [json.loads(line) for line in (pairs / "metadata.jsonl").read_text().splitlines()]
     more = [rows[0] | {"source_image": ["before-0.png", "before-1.png"]}, rows[1] | {"source_image": ["before-1.png"]}]
-    (pairs / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*more, rows[0]]))
-    teacher, cache = save(tmp_path / "teacher"), tmp_path / "cache"
-    assert encode(pairs, str(teacher), cache)
-    data = BucketedCache(cache)
+    teacher, cache, encoded = save(tmp_path / "teacher"), tmp_path / "cache", []
+    stock = QwenImageEdit.encode_edits
+    monkeypatch.setattr(QwenImageEdit, "encode_edits", lambda self, e, *size: encoded.extend(e) or stock(self, e, *size))
+    for found, new, most in (([rows[0]], 1, 1), ([*more, rows[0]], 2, 2), ([more[1], rows[0]], 0, 1), ([*more, rows[0]], 0, 2)):
+        encoded.clear()
+        (pairs / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+        assert encode(pairs, str(teacher), cache)
+        data = BucketedCache(cache)
+        assert (len(encoded), len(data.prompts), data.source_images) == (new, len(found), most)
     assert [(part.folder.name, len(part.prompts)) for part in data.parts] == [("32x32", 2), ("32x32-2-sources", 1)]
     backbone, _ = loading.load(str(teacher), encoders=False)
     batch_fn = data.load(backbone, BatchConfig(2, 2, 0)).batch_fn
@@ -160,8 +173,11 @@ def test_prompts_with_other_numbers_of_source_images_are_other_buckets(pictures,
     words = [f"teacher={teacher}", f"data.folder={cache}", "iterations=4", "lora_rank=2", "base_bits=32", *SHORT]
     student = train.train(*resolve("qwen-image-edit-advdmd-4step-80gb", words), tmp_path / "run")
     assert loading.load(str(student))[0].edits
-    with pytest.raises(ValueError, match="1 to 2 source images a prompt: give all as many"):
+    with pytest.raises(ValueError, match="1 to 2 source images a prompt: all need one number"):
         read_prompts(pairs, edits=True)
+    (pairs / "metadata.jsonl").write_text(json.dumps(rows[0] | {"source_image": ["before-0.png", None]}) + "\n")
+    with pytest.raises(ValueError, match="line 1: a source image is None: give the name of a file, or a list of names"):
+        encode(pairs, str(teacher), tmp_path / "other")
     (pairs / "metadata.jsonl").write_text(json.dumps(rows[0] | {"source_image": ["before-0.png", "none.png"]}) + "\n")
     with pytest.raises(ValueError, match=r"line 1: there is no image 'none\.png'"):
         encode(pairs, str(teacher), tmp_path / "other")
@@ -195,6 +211,21 @@ def test_guidance_keeps_the_source(model, edits):
     torch.testing.assert_close(v, model.apply_guidance(*alone, 3.0), atol=1e-5, rtol=1e-4)
 
 
+def test_one_source_image_of_an_early_cache_is_read(cache, model, edits, tmp_path):
+    """Its latents have no dimension for several."""
+    old = shutil.copytree(cache / "32x32", tmp_path / "old")
+    wanted = EmbeddingCache(old).cond([0, 1])
+    for file in old.glob("shard-*.safetensors"):
+        tensors = load_file(file)
+        tensors["source"] = tensors["source"][:, 0].contiguous()
+        save_file(tensors, file)
+        record = json.loads(file.with_suffix(".json").read_text())
+        file.with_suffix(".json").write_text(json.dumps(record | {"sha256": file_hash(file)}))
+    assert torch.equal(EmbeddingCache(old).cond([0, 1]).source, wanted.source)
+    flat = {k: v[:, 0] if k == "source" else v for k, v in wanted.tensors().items()}
+    assert torch.equal(Cond.from_tensors(flat).source, wanted.source)
+
+
 def test_conditions_are_kept_as_tensors_and_come_back(model, edits):
     cond = encode_prompts(model, edits, "cpu")
     found = cond.tensors()
@@ -213,7 +244,7 @@ def cache(folder, pictures, tmp_path_factory):
 
 
 def test_a_cache_holds_sources_and_empty_prompts(cache, model, edits):
-    found = EmbeddingCache(cache)
+    found = EmbeddingCache(cache / "32x32")
     order = [found.prompts.index(p) for p in PROMPTS]
     ours, wanted = found.cond(order).tensors(), encode_prompts(model, edits, "cpu").tensors()
     for name, v in wanted.items():
@@ -229,14 +260,14 @@ def test_one_prompt_edits_many_images_and_only_what_is_new_is_encoded(pictures, 
     file = pairs / "metadata.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert encode(pairs, str(folder), tmp_path / "cache")
-    assert EmbeddingCache(tmp_path / "cache").prompts == [PROMPTS[0]] * 2
+    assert EmbeddingCache(tmp_path / "cache/32x32").prompts == [PROMPTS[0]] * 2
     seen = []
     stock = QwenImageEdit.encode_edits
     monkeypatch.setattr(QwenImageEdit, "encode_edits", lambda self, e, *size: seen.append(e) or stock(self, e, *size))
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[0] | {"source_image": "a2.png"}]))
     assert encode(pairs, str(folder), tmp_path / "cache")
     assert [e.sources[0].path.name for (e,) in seen] == ["a2.png"]
-    found = EmbeddingCache(tmp_path / "cache")
+    found = EmbeddingCache(tmp_path / "cache/32x32")
     assert len(found.prompts) == len(set(found.prompt_hashes())) == 3
     seen.clear()
     moved = pairs.rename(tmp_path / "moved")
@@ -344,6 +375,9 @@ def test_what_has_no_source_image_is_refused(folder, pictures, tmp_path):
         train.train(*resolve("mini-sd35-dmd2", [f"teacher={name}"]), tmp_path / "r")
     with pytest.raises(ValueError, match="--source: 3 images for 2 prompts"):
         edits_of(PROMPTS, [pictures / "before-0.png"] * 3)
+    for prompts, files in ((PROMPTS, []), ([], [pictures / "before-0.png"])):
+        with pytest.raises(ValueError, match="give one for all, or the same number for each"):
+            edits_of(prompts, files)
     with pytest.raises(ValueError, match=r"there is no image .*none\.png"):
         edits_of(PROMPTS, [pictures / "none.png"])
 
@@ -375,6 +409,10 @@ def test_tokens_are_counted_by_version(folder):
     assert tokens == [text, (SIDE // 16) ** 2]
     assert net.config.zero_cond_t == ("2511" in folder.name)
     assert transformer("Qwen/Qwen-Image-Edit-2511").source == 64 * 64
+    r = resolve("qwen-image-edit-advdmd-4step-24gb")[1]
+    one, two, three = (estimate(r, 512, source_images=n).total for n in (1, 2, 3))
+    assert two - one == pytest.approx(three - two)
+    assert two > one + 4e9, "what a further source image takes, by far most of it activations"
 
 
 def test_the_compare_page_and_evaluation_by_the_stock_call_refuse_edits(folder):

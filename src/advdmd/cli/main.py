@@ -215,7 +215,7 @@ def sample(
     model: str,
     prompts: list[str],
     source: Annotated[
-        list[Path] | None, typer.Option(help="Image that the prompts edit. Repeat it: as many for each prompt.")
+        list[Path] | None, typer.Option(help="Image that prompts edit: one for all, or repeated, the same number for each.")
     ] = None,
     out: Out = Path("samples"),
     steps: Steps = None,

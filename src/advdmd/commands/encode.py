@@ -27,6 +27,7 @@ from advdmd.evaluation.generate import Worker
 from advdmd.files import listed
 from advdmd.models import fingerprints, loading
 from advdmd.models.backbone import Backbone
+from advdmd.models.qwen_image_edit import check_source_images
 from advdmd.models.sampler import SamplerConfig, draw_noise, sample_latents
 from advdmd.progress import Progress
 from advdmd.types import Cond, Edit, Json, Prompt, micro_batches
@@ -77,6 +78,7 @@ def encode(
             f"{source}: {teacher} edits images, and {len(bare)} prompts have no source image, the first is {bare[0][:80]!r}; "
             f"name it under {' or '.join(SOURCE_KEYS)} in metadata or a table, or give --source-column"
         )
+    check_source_images(loading.pipeline_class(loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES)), prompts)
     if real_images == "source" and not any(images):
         raise ValueError(
             f"{source} has no images: the discriminator needs real ones; --real-images teacher lets the teacher generate them"
@@ -114,7 +116,7 @@ def encode(
         backbone.check_latent_size(height // scale, width // scale)
     buckets = {(size, n): own for size, every in sizes.items() for n, own in _by_sources(every).items()}
     parts = {out / aspect_buckets.bucket_name(*key): (key[0], own) for key, own in buckets.items()}
-    if bucketed := by_aspect or len(buckets) > 1:
+    if bucketed := by_aspect or edits:
         embedding_cache.create_or_resume(out, plan | {"sizes": [p.name for p in parts]})
     else:
         parts = {out: ((side, side), members)}
@@ -131,6 +133,8 @@ def encode(
     contents: dict[Path, list[embedding_cache.ShardContent]] = {}
     for part, (size, own) in parts.items():
         about = plan | ({"size": size} if bucketed else {})
+        if edits:
+            about["source_images"] = len(own[0].prompt.sources) if isinstance(own[0].prompt, Edit) else 0
         shards = int(embedding_cache.create_or_resume(part, about, len(own))["shards"])
         if worker[0] == 0 and embedding_cache.verified_record(embedding_cache.null_path(part)) is None:
             embedding_cache.write_null(part, _encode_text(backbone, [backbone.null_prompt], device))

@@ -44,12 +44,14 @@ def sample(
 
 
 def edits_of(prompts: Sequence[str], sources: Sequence[Path]) -> list[Edit]:
-    """Prompts with the images that they edit: one for all, or as many for each, in order.
+    """Prompts with the images that they edit: one for all, or the same number for each, in order.
 
-    Raises ValueError on other numbers, and on an image that is not there.
+    Raises ValueError on other numbers, on none, and on an image that is not there.
     """
-    if len(sources) != 1 and len(sources) % len(prompts):
-        raise ValueError(f"--source: {len(sources)} images for {len(prompts)} prompts: give one, or as many for each")
+    if not (prompts and sources) or (len(sources) != 1 and len(sources) % len(prompts)):
+        raise ValueError(
+            f"--source: {len(sources)} images for {len(prompts)} prompts: give one for all, or the same number for each"
+        )
     if missing := [f for f in sources if not f.expanduser().is_file()]:
         raise ValueError(f"--source: there is no image {missing[0]}")
     places = [ImagePlace(f.expanduser()) for f in sources]

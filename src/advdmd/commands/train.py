@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from advdmd.commands.export import export_ema_student
-from advdmd.data.loader import BatchFn
+from advdmd.data.loader import BatchFn, DataSource
 from advdmd.distillation import memory
 from advdmd.distillation.build import setup
 from advdmd.distillation.cost import forward_operations
@@ -22,6 +22,7 @@ from advdmd.models.backbone import Backbone
 from advdmd.models.images import image_sampler
 from advdmd.models.lora_files import lora_file
 from advdmd.models.quantization import import_bitsandbytes
+from advdmd.models.qwen_image_edit import check_source_images
 from advdmd.monitoring import health
 from advdmd.recipes.recipe import Recipe
 from advdmd.training import checkpoint, distributed
@@ -44,9 +45,10 @@ def train(name: str, recipe: Recipe, out: str | Path, overwrite: bool = False, t
     check_trackers(trackers)
     if recipe.uses_bitsandbytes:
         import_bitsandbytes()
-    with distributed.init_distributed(devices.resolve_device(recipe.device)) as ranks, devices.float32_precision(recipe.dtype):
+    with distributed.init_distributed(devices.resolve_device(recipe.device)) as ranks:
         recipe.check_world_size(ranks.world_size)
-        return _train(name, recipe, Path(out), overwrite and not ranks.rank, ranks, trackers)
+        with devices.float32_precision(recipe.base_dtype(ranks.world_size)):
+            return _train(name, recipe, Path(out), overwrite and not ranks.rank, ranks, trackers)
 
 
 def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, trackers: Sequence[str]) -> Path:
@@ -57,16 +59,18 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     if r.teacher_lora:
         lora_file(r.teacher_lora)
     prompts = read_prompts(Path(r.validation.prompts), edits) if r.validation.prompts else []
+    check_source_images(loading.pipeline_class(loading.pipeline_folder(r.teacher)), prompts)
     scorers = load_scorers(r)
     if main:
         create_or_resume(folder, name, r, overwrite)
     distributed.barrier()
     if _has_ended(r, folder) and (student_folder / loading.METADATA_FILE).is_file():
         return student_folder
-    _warn_of_memory(r, source.resolution, ranks)
+    _warn_of_memory(r, source, ranks)
     begins = checkpoint.latest(folder / "checkpoints") is None  # a run that goes on has its student's weights
     automatic = r.algorithm.fits_passes_to_gpu
-    r = fitted(r, source.resolution, ranks.world_size, memory.this_gpu(devices.resolve_device(r.device)))
+    gpu_memory = memory.this_gpu(devices.resolve_device(r.device))
+    r = fitted(r, source.resolution, ranks.world_size, gpu_memory, source.source_images)
     backbone, data, models = setup(r if begins else replace(r, student=""), source, ranks)
     if automatic and not r.uses_fsdp(ranks.world_size):
         r = proven(r, backbone, models, data.batch_fn, ranks)
@@ -126,12 +130,12 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     return student_folder
 
 
-def _warn_of_memory(r: Recipe, resolution: int | None, ranks: Ranks) -> None:
-    """One line on stderr if the GPU is too small. resolution: of encoded images, None: of the miniature, which always fits."""
-    if resolution is None or ranks.rank:
+def _warn_of_memory(r: Recipe, source: DataSource, ranks: Ranks) -> None:
+    """One line on stderr if the GPU is too small for a recipe and its encoded images. The miniature always fits."""
+    if source.resolution is None or ranks.rank:
         return
     device, nodes = devices.resolve_device(r.device), distributed.num_nodes()
-    if text := memory.warning(r, resolution, ranks.world_size, device, nodes):
+    if text := memory.warning(r, source.resolution, ranks.world_size, device, nodes, source.source_images):
         print(f"warning: {text}; measured peaks were within 12 % of such estimates", file=sys.stderr)
 
 

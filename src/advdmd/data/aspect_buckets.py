@@ -71,7 +71,10 @@ class CachedData:
 
 
 class BucketedCache:
-    """A finished cache, or a folder with one for each size. Raises ValueError if any is not finished or damaged."""
+    """A finished cache, or a folder with one for each size and number of source images.
+
+    Raises ValueError if any is not finished or damaged.
+    """
 
     needs_encoders = False
 
@@ -79,6 +82,7 @@ class BucketedCache:
         named = bucket_names(folder)
         self.parts = [EmbeddingCache(folder / k) for k in named] if named else [EmbeddingCache(folder)]
         self.prompts = [p for part in self.parts for p in part.prompts]
+        self.source_images = max(p.source_images for p in self.parts)
         self.resolution: int | None = self.parts[0].resolution  # the same for all: the side of the square
         first: Json = self.parts[0].plan
         self.plan: object = {k: first.get(k) for k in ("teacher", "tokens", "resolution", "reals")}
@@ -125,7 +129,9 @@ class BucketedCache:
         return self.parts[0].null
 
     def load(self, backbone: Backbone, config: BatchConfig) -> TrainingData:
-        """Batches of one size each, with conditions in the transformer's type, in which it takes them anyway.
+        """Batches of one size and number of source images each.
+
+        Conditions have the transformer's type, in which it takes them anyway.
 
         Raises ValueError if the teacher tokenizes prompts otherwise than when they were encoded.
         """

@@ -5,7 +5,8 @@ Encoded once, read row by row.
 A cache is a folder: plan.json (whose encoders, which size, how many shards), prompts.jsonl, null.safetensors (the empty
 prompt), shards with prompts and all their images, and manifest.json, written last. A prompt's hash decides its shard, so a
 prompt that is added or changed costs one shard. Every tensor file has a record of its bytes and of what it was made from
-beside it. Images of several sizes are several caches in one folder, whose plan names them.
+beside it. Images of several sizes, and prompts with several numbers of source images, are several caches in one folder, whose
+plan names them.
 """
 
 import json
@@ -72,6 +73,8 @@ def create_or_resume(folder: Path, plan: Json, prompts: int = 0) -> Json:
         wanted = json.loads(json.dumps(plan))
         if changed := sorted(k for k in {*found, *wanted} - {*CHANGING} if found.get(k) != wanted.get(k)):
             raise ValueError(f"{folder} is a cache of something else ({', '.join(changed)} differ): choose another --out")
+        if "sizes" in found and "sizes" not in wanted:
+            raise ValueError(f"{folder} holds a cache for each size: give --aspect-buckets again, or choose another --out")
         if found.get("sizes") != wanted.get("sizes"):
             write_text(path, json.dumps({**found, "sizes": wanted["sizes"]}, indent=1))
         return found
@@ -185,7 +188,8 @@ def finalize(folder: Path, contents: Sequence[ShardContent]) -> bool:
 
 
 def bucket_names(folder: Path) -> list[str]:
-    """The caches that a folder's plan lists, one for each size of images; none if the folder is a cache itself.
+    """The caches that a folder's plan lists, one for each size of images and number of source images; none if the folder is a
+    cache itself.
 
     Raises ValueError if the plan is damaged.
     """
@@ -223,6 +227,11 @@ class EmbeddingCache:
             raise ValueError(f"{folder}: manifest.json and prompts.jsonl do not belong together: encode again")
         self._checked: set[Path] = set()
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
+
+    @property
+    def source_images(self) -> int:
+        """Of each prompt; 0 where prompts are texts."""
+        return int(self.plan.get("source_images", "source_side" in self.plan))
 
     @property
     def content(self) -> str:
@@ -327,7 +336,7 @@ def _old_shards(prompts: int) -> list[int]:
     return [min(64, prompts - k) for k in range(0, prompts, 64)]
 
 
-# Of a shard of n prompts: how many dimensions each tensor has, and what its type begins with.
+# Of a shard of n prompts: how many dimensions each tensor has (of source images also one less), and what its type begins with.
 LAYOUT = {
     **{"embeds": (3, "BF"), "pooled": (2, "BF"), "mask": (2, "I64"), "source": (5, "BF")},
     **{"null_embeds": (3, "BF"), "null_mask": (2, "I64")},
@@ -342,6 +351,8 @@ def _fits(found: Json, n: int, whole: bool = True) -> None:
         raise ValueError(f"{wrong[0]} is missing or unexpected")
     for name, v in found.items():
         dims, kind = LAYOUT[name]
+        if name == "source" and len(v.get_shape()) == dims - 1:
+            dims -= 1
         if len(v.get_shape()) != dims or not v.get_dtype().startswith(kind) or (name != "latents" and v.get_shape()[0] != n):
             raise ValueError(f"{name} is {v.get_dtype()} {list(v.get_shape())}")
 

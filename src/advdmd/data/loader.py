@@ -43,6 +43,7 @@ class DataSource(Protocol):
 
     resolution: int | None  # side of the images in pixels; None: the teacher's own
     needs_encoders: bool  # whether prompts are encoded while training
+    source_images: int  # of a prompt, at most; 0 for models that edit no images
     plan: object  # how the data were made, for the run's fingerprint; None: the recipe says so
     contents: Json | None  # a hash "content" of the data themselves, their number of "prompts" and a "sketch" of the prompts
     warning: str  # printed when training starts, unless empty

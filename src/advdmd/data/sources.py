@@ -175,6 +175,9 @@ def _metadata_row(path: Path, where: str, row: Row, columns: Columns, findings: 
         return
     name, before = (next((row[k] for k in keys if row.get(k)), None) for keys in (columns.files, columns.sources))
     names = before if isinstance(before, list) else [before] if before else []
+    if wrong := [n for n in names if not (isinstance(n, str) and n)]:
+        findings.faults.append(f"{where}: a source image is {wrong[0]!r}: give the name of a file, or a list of names")
+        return
     try:
         image = ImagePlace(_beside(path.parent, str(name))) if name else None
         sources = tuple(ImagePlace(_beside(path.parent, str(n))) for n in names)
@@ -323,7 +326,10 @@ def _table(
     source = next((k for k in columns.sources if k in images), None)
     column = columns.image or next((k for k in sorted(images, key=lambda k: k in columns.sources) if k != source), None)
     if not source and (named := [k for k in columns.sources if k in names]):
-        raise ValueError(f"{place}: the column {named[0]} holds no images: embed them, or give metadata that names files")
+        raise ValueError(
+            f"{place}: the column {named[0]} has not one image in each row: embed it, or give metadata that names files, which "
+            "may have lists"
+        )
     used = [k for k in (column, source) if k]
     there = [[v is not None for v in read(k)] for k in used] if place.is_file() else []
     for n, value in enumerate(read(text)):

@@ -19,6 +19,7 @@ GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BLOCK_WIDTHS = 34  # widths a block keeps for its own backward, per token: queries, keys, values, the MLP and what is between
 DEFAULT_TEXT_TOKENS = 77  # of a prompt, where neither model nor metadata tell
+SOURCE_TOKENS = 14 * 14  # of a source image in a prompt, since version 2509
 FIRST_EDIT_TOKENS = 37 * 37 - 14 * 14  # that the first Qwen-Image-Edit has more, in units of 28 pixels: of 1024 pixels, not 384
 USABLE = 0.94  # of a GPU's memory: the rest is the driver's and lost to fragmentation
 
@@ -57,7 +58,7 @@ class MemoryEstimate:
 
 
 class Inputs(NamedTuple):
-    """A transformer without memory for its weights, and how many tokens of text and of a source image it takes, at most."""
+    """A transformer without memory for its weights, and its tokens of text, at most, and of a source image."""
 
     net: Module
     text: int
@@ -96,13 +97,17 @@ def transformer(teacher: str) -> Inputs:
     return Inputs(net, text, (source_side // 16) ** 2)
 
 
-def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1) -> MemoryEstimate:
+def estimate(r: Recipe, resolution: int = 1024, gpus: int = 1, nodes: int = 1, source_images: int = 1) -> MemoryEstimate:
     """Bytes of each of `gpus` GPUs on `nodes` machines that training a recipe takes, at a resolution in pixels.
+
+    source_images: of a prompt, at most; of no effect on models that edit none.
 
     Text encoders and autoencoder are not on a GPU: text is encoded before, and sample grids are decoded on the CPU. Raises
     ValueError if the transformer is of a class whose memory is not known.
     """
     net, text, source = transformer(r.teacher)
+    if source:
+        text, source = text + SOURCE_TOKENS * (source_images - 1), source * source_images
     algorithm, base, counted = r.algorithm, sum(p.numel() for p in net.parameters()), COUNTED[type(net).__name__]
     linear = {f".{k}": m for k, m in net.named_modules() if isinstance(m, nn.Linear)}
     layers = [m for k, m in linear.items() if k.endswith(tuple(f".{t}" for t in counted.lora_targets))]
@@ -155,13 +160,13 @@ def tokens_of(net: Module, height: int, width: int, source: Tensor | None = None
     return (height // patch) * (width // patch) + (0 if source is None else source[0, :, 0].numel() // patch**2)
 
 
-def warning(r: Recipe, resolution: int, gpus: int, device: str, nodes: int = 1) -> str:
+def warning(r: Recipe, resolution: int, gpus: int, device: str, nodes: int = 1, source_images: int = 1) -> str:
     """What to change if this process's GPU has less memory than a recipe takes; empty if it fits or cannot be known."""
     gpu_memory = this_gpu(device)
     if gpu_memory is None:
         return ""
     try:
-        need = estimate(r, resolution, gpus, nodes)
+        need = estimate(r, resolution, gpus, nodes, source_images)
     except ValueError:  # a class of transformer whose memory is not known
         return ""
     return "" if need.total / GB <= gpu_memory * USABLE else fit_advice(r, need, round(gpu_memory))

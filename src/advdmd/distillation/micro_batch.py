@@ -22,11 +22,12 @@ def with_micro_batch(r: Recipe, samples: int) -> Recipe:
     return replace(r, algorithm=r.algorithm.with_samples_per_pass(samples))
 
 
-def fitted(r: Recipe, resolution: int | None, gpus: int, gpu_memory: float | None) -> Recipe:
+def fitted(r: Recipe, resolution: int | None, gpus: int, gpu_memory: float | None, source_images: int = 1) -> Recipe:
     """A recipe whose micro_batch_size is a number: the largest share of an iteration's samples that fills a GPU to FILL.
 
-    resolution: side of the images in pixels, None for the miniature's. gpu_memory in GB; None on a CPU. All samples of a
-    process go in one pass on a CPU, for the miniature, and where the transformer's memory is not known.
+    resolution: side of the images in pixels, None for the miniature's. gpu_memory in GB; None on a CPU. source_images: of a
+    prompt, at most. All samples of a process go in one pass on a CPU, for the miniature, and where the transformer's memory is
+    not known.
     """
     if not r.algorithm.fits_passes_to_gpu:
         return r
@@ -37,7 +38,7 @@ def fitted(r: Recipe, resolution: int | None, gpus: int, gpu_memory: float | Non
     while passes < samples:
         tried = with_micro_batch(r, -(-samples // passes))
         try:
-            if memory.estimate(tried, resolution, gpus).total <= FILL * gpu_memory * memory.GB:
+            if memory.estimate(tried, resolution, gpus, source_images=source_images).total <= FILL * gpu_memory * memory.GB:
                 return tried
         except ValueError:  # a class of transformer whose memory is not known
             return with_micro_batch(r, samples)

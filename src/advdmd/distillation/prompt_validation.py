@@ -35,7 +35,7 @@ def read_prompts(path: Path, edits: bool = False) -> list[Prompt]:
         raise ValueError(f"validation.prompts: {path}: the teacher edits images, and {bare[0][:80]!r} has no source image")
     counts = sorted({len(p.sources) for p in prompts if isinstance(p, Edit)})
     if len(counts) > 1:
-        raise ValueError(f"validation.prompts: {path}: {counts[0]} to {counts[-1]} source images a prompt: give all as many")
+        raise ValueError(f"validation.prompts: {path}: {counts[0]} to {counts[-1]} source images a prompt: all need one number")
     return prompts
 
 

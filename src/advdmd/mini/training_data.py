@@ -61,6 +61,7 @@ class MiniSource:
 
     resolution: int | None = None
     needs_encoders = True
+    source_images = 0
     plan: object = None
     contents: Json | None = None
     warning = ""

@@ -36,10 +36,10 @@ def check_dtype(device: str, dtype: str) -> None:
 
 @contextmanager
 def float32_precision(dtype: str) -> Iterator[None]:
-    """Inside, a GPU computes in float32 as a run in `dtype` needs it.
+    """Inside, a GPU computes in float32 as a run needs it whose networks pass in `dtype`.
 
-    Convolutions are as exact as the CPU's, which cuDNN would round to TF32. Products of matrices are exact in a run in float32.
-    In a run in bfloat16 they are rounded to TF32, which has more bits than what they are multiplied with.
+    Convolutions are as exact as the CPU's, which cuDNN would round to TF32. Products of matrices are exact where networks pass
+    in float32. Where they pass in bfloat16, products are rounded to TF32, which has more bits.
     """
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False

@@ -3,7 +3,7 @@
 import importlib
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -173,8 +173,11 @@ def load_pipeline(
     if index["_class_name"] not in KNOWN_PIPELINES:
         raise ValueError(f"{path} holds a {index['_class_name']}: {', '.join(KNOWN_PIPELINES)} are supported")
     # Parts whose own classes need torchvision are set afterwards, for the library asks for its own classes.
-    makers = {"Qwen2VLProcessor": VisionProcessor.from_pretrained, "PixtralProcessor": chat_tokenizer}
-    processors = {k: makers[v[1]] for k, v in index.items() if isinstance(v, list) and v[1] in makers}
+    processors: dict[str, Callable[[Path], object]] = {}
+    if "processor" in index:
+        processors["processor"] = VisionProcessor.from_pretrained
+    if index.get("tokenizer", [None, None])[1] == "PixtralProcessor":
+        processors["tokenizer"] = chat_tokenizer
     absent: dict[str, None] = dict.fromkeys([*absent_parts(path, index), *processors])
     if not encoders:
         absent |= {k: None for k in TEXT_ENCODERS if k in index}

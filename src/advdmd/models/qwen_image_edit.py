@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advdmd.models.backbone import Module, Pipeline, Tokenizer
 from advdmd.models.qwen_image import CARD_NULL_PROMPT, QwenImage
-from advdmd.types import Cond, Edit, Json
+from advdmd.types import Cond, Edit, Json, Prompt
 
 SOURCE_SIDE = 1024  # pixels: of the square whose area a source image has for autoencoder and transformer
 VISION_SIDE = 384  # the same for the text encoder, since version 2509
@@ -24,6 +24,16 @@ def size_of_area(side: int, height: int, width: int) -> tuple[int, int]:
     ratio = width / height
     wide = math.sqrt(side * side * ratio)
     return round(wide / ratio / UNIT) * UNIT, round(wide / UNIT) * UNIT
+
+
+def check_source_images(pipeline: str, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError if a prompt has several source images and a class of pipelines takes one."""
+    several = [p for p in prompts if isinstance(p, Edit) and len(p.sources) > 1]
+    if pipeline == "QwenImageEditPipeline" and several:
+        raise ValueError(
+            f"{str(several[0])[:80]!r} has {len(several[0].sources)} source images: a {pipeline} takes one; give one, or use "
+            "Qwen-Image-Edit 2509 or 2511"
+        )
 
 
 class VisionProcessor:
@@ -95,8 +105,8 @@ class QwenImageEdit(QwenImage):
         shown: object = images[0]
         if type(pipe).__name__ == "QwenImageEditPlusPipeline":
             shown = [source.load(*size_of_area(VISION_SIDE, height, width)) for source in edit.sources]
-        elif len(images) > 1:
-            raise ValueError(f"{edit.prompt[:80]!r} has {len(images)} source images: a {type(pipe).__name__} takes one")
+        else:
+            check_source_images(type(pipe).__name__, [edit])
         device = next(pipe.text_encoder.parameters()).device
         cond, null = (self._embed(p, shown, device) for p in (edit.prompt, self.null_prompt))
         pixels = pipe.image_processor.preprocess(images, height, width).to(next(self.vae.parameters()).device)
