@@ -66,7 +66,7 @@ def test_the_world_needs_no_torch():
     assert not any("torch" in f.read_text() for f in (ROOT / "mini/world").glob("*.py"))
 
 
-def test_files_hold_one_idea():
+def test_no_file_has_more_than_350_lines():
     assert {f.name: n for f in SOURCES if (n := len(f.read_text().splitlines())) > 350} == {}
 
 
@@ -174,8 +174,8 @@ def test_the_library_trains_a_real_pipeline_without_the_miniature(tmp_path):
 
     model, photos = tmp_path / "model", tmp_path / "photos"
     sd3_with_t5().save_pretrained(model)
-    note = {"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}
-    (model / "advdmd.json").write_text(json.dumps(note))
+    metadata = {"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}
+    (model / "advdmd.json").write_text(json.dumps(metadata))
     photos.mkdir()
     lines = []
     for i, text in enumerate(("a lamp", "a chair", "a red door", "two cups")):

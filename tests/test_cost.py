@@ -50,7 +50,7 @@ def test_operations_of_published_models_are_those_that_were_counted_on_a_gpu(hub
 
 
 def test_hours_are_those_of_the_measured_rate():
-    """The page says 21 hours of an H200 for SD3.5 Medium at 512 pixels; eight GPUs take an eighth."""
+    """The page says 21 hours of an H200 for SD3.5 Medium at 512 pixels; four GPUs take a quarter."""
     name, r = resolve("sd35-medium-advdmd-4step-80gb")
 
     def line(**asked):
@@ -60,8 +60,8 @@ def test_hours_are_those_of_the_measured_rate():
     assert "hours on one H200, at 50 TFLOP/s of each, as measured for it" in one
     found = float(one.split(": ")[1].split(" hours")[0])
     assert found == pytest.approx(21, abs=1.5)
-    eight = line(gpu="h200", resolution=512, gpus=4)
-    assert float(eight.split(": ")[1].split(" hours")[0]) == pytest.approx(found / 4, abs=0.1)
+    four = line(gpu="h200", resolution=512, gpus=4)
+    assert float(four.split(": ")[1].split(" hours")[0]) == pytest.approx(found / 4, abs=0.1)
     assert "as measured for other models and sizes" in line(gpu="h100", resolution=1024)
     with pytest.raises(ValueError, match="gpu=b200: rates were measured on h100, h200"):
         line(gpu="b200")

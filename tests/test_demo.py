@@ -117,7 +117,7 @@ def test_what_is_outside_of_the_limits_is_refused(models, asked, message):
         demo.compare([demo.DemoModel.read(models[1])], *asked)
 
 
-def test_only_this_machine_is_served_and_only_so_many_wait(models):
+def test_only_this_machine_is_served_and_the_queue_is_limited(models):
     pytest.importorskip("gradio")
     script = """
 import json, sys, gradio

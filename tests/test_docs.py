@@ -1,4 +1,4 @@
-"""What the documentation says to type is typed here, what it names exists, and what it links to is there."""
+"""The documentation's commands are run here, the names in it exist, and its links lead to files."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ from advdmd.recipes import registry
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = typer.main.get_command(main.app)
-# What makes a command small enough to run here: the same path with smaller numbers.
+# What makes a command small enough to run here: the same settings with smaller numbers.
 TINY = [
     "iterations=2",
     "prompts_per_step=2",

@@ -242,8 +242,8 @@ def test_a_run_leaves_recipe_metrics_samples_and_student(trained):
     assert [x["step"] for x in lines] == [0, 1, 2, 3]
     assert {"fake_score/loss", "discriminator/auc_1", "student/dm_loss"} <= set(lines[0])
     assert "policy/max_ratio_error" in lines[-1]
-    sheet = np.asarray(Image.open(trained / "samples/step-000004.png"))
-    assert sheet.std() > 1
+    grid = np.asarray(Image.open(trained / "samples/step-000004.png"))
+    assert grid.std() > 1
 
 
 def test_a_finished_run_is_resumed_at_no_cost_and_another_recipe_is_refused_with_the_difference(trained, tiny_folder):

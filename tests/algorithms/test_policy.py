@@ -146,7 +146,7 @@ def test_agreement_is_the_cosine_of_the_halves_sums_under_their_scales():
     assert halves_with(torch.stack([g[:, 0], -g[:, 0]], 1))[1].step(None, [0.0])[0] == pytest.approx(-1)
 
 
-def test_a_steps_length_is_its_rate_times_the_evidence():
+def test_a_steps_length_is_its_learning_rate_times_the_share_of_signal():
     """The share estimates the cosine of the sum with the true gradient; halves that oppose each other move nothing."""
     torch.manual_seed(1)
     d, truth = 20000, torch.randn(20000)
@@ -296,7 +296,7 @@ def test_step_lengths_follow_the_running_mean_of_the_agreement():
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.8])
-def test_momentum_is_evidence_that_is_kept(momentum):
+def test_momentum_keeps_a_part_of_the_gathered_gradients(momentum):
     """The share is what gradients of decaying weights are worth; the direction is their weighted sum."""
     torch.manual_seed(3)
     d, noise = 4000, 12.0
@@ -319,7 +319,7 @@ def test_momentum_is_evidence_that_is_kept(momentum):
     assert sum(shares[20:]) / 60 == pytest.approx(sum(cosines[20:]) / 60, abs=0.04)
 
 
-def test_healthy_ranges_are_of_the_form_that_they_were_measured_on():
+def test_healthy_ranges_hold_for_the_policy_loss_that_they_were_measured_on():
     assert health.ranges_for(resolve("mini-sd3-advdmd-long")[1])
     assert health.ranges_for(resolve("mini-sd3-advdmd-reinforce")[1]) == {}
 

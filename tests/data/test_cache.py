@@ -190,8 +190,8 @@ def test_real_images_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp
     (tmp_path / "p.txt").write_text(CAPTIONS[0])
     assert encode(tmp_path / "p.txt", str(teacher), tmp_path / "c", real_images="teacher")
     other = shutil.copytree(teacher, tmp_path / "other")
-    note = json.loads((other / "advdmd.json").read_text())
-    (other / "advdmd.json").write_text(json.dumps(note | {"sampling": {"steps": 2, "guidance": 3.0}}))
+    metadata = json.loads((other / "advdmd.json").read_text())
+    (other / "advdmd.json").write_text(json.dumps(metadata | {"sampling": {"steps": 2, "guidance": 3.0}}))
     with pytest.raises(ValueError, match=r"cache of something else \(reals differ\)"):
         encode(tmp_path / "p.txt", str(other), tmp_path / "c", real_images="teacher")
 
@@ -200,8 +200,8 @@ def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, t
     found = embedding_cache.EmbeddingCache(encoded)
     found.check_teacher(fingerprints.encoder_fingerprint(teacher))
     other = shutil.copytree(teacher, tmp_path / "other")
-    note = json.loads((other / "advdmd.json").read_text())
-    (other / "advdmd.json").write_text(json.dumps(note | {"t5_length": 7}))
+    metadata = json.loads((other / "advdmd.json").read_text())
+    (other / "advdmd.json").write_text(json.dumps(metadata | {"t5_length": 7}))
     with pytest.raises(ValueError, match=r"another teacher \(t5_length differ\)"):
         found.check_teacher(fingerprints.encoder_fingerprint(other))
     config = json.loads((other / "text_encoder/config.json").read_text())
@@ -402,8 +402,8 @@ def test_sample_grids_of_large_images_have_one_image_of_each_prompt(qwen, tmp_pa
     backbone, _ = loading.load(str(qwen / "t"), resolution=128)
     cond, null = (backbone.encode_text(backbone.tokenize(p)) for p in (CAPTIONS[:shown], [""]))
     save_sample_grid(backbone, backbone.net, SamplerConfig(steps=2, eta=1.0), cond, null, tmp_path, 7)
-    with Image.open(tmp_path / "samples/step-000007.png") as sheet:
-        assert sheet.size == size
+    with Image.open(tmp_path / "samples/step-000007.png") as grid:
+        assert grid.size == size
 
 
 def test_a_cache_of_the_first_format_is_trained_on_and_not_added_to(teacher, encoded, photos, tmp_path):

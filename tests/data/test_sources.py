@@ -63,7 +63,7 @@ def test_an_option_that_names_no_column_is_refused(tmp_path):
         read_captioned_images(tmp_path, Columns(image="photo"))
 
 
-def test_kohyas_folders_and_its_json(tmp_path, capsys):
+def test_kohyas_folders_and_json_are_read(tmp_path, capsys):
     put(tmp_path / "a/10_red lamp/1.png")
     put(tmp_path / "a/10_red lamp/2.webp", image_bytes("WEBP"))
     (tmp_path / "a/10_red lamp/2.caption").write_text("a lamp\nat night")
@@ -73,7 +73,7 @@ def test_kohyas_folders_and_its_json(tmp_path, capsys):
     assert pairs(tmp_path / "a/meta.json") == [("one", "1.png")]
 
 
-def test_img2datasets_layouts(tmp_path):
+def test_img2datasets_layouts_are_read(tmp_path):
     """Files, tars and parquet files, each with the tables and statistics that it writes beside them."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

@@ -27,7 +27,7 @@ def test_metadata_is_the_published_one_byte_for_byte():
 
 
 def independent(meta, objects):
-    """GenEval's rule once more, written as quantifiers over numpy arrays instead of a walk over clauses."""
+    """GenEval's rule once more, written as quantifiers over numpy arrays instead of a loop over clauses."""
     sure = 0.9 if meta["tag"] == "counting" else 0.3
     top = lambda c: sorted((o for o in objects if o["label"] == c and o["confidence"] > sure), key=lambda o: -o["confidence"])  # noqa: E731
     groups = [top(c["class"])[: c["count"]] for c in meta["include"]]

@@ -52,7 +52,7 @@ def test_a_name_may_pin_a_revision(monkeypatch):
 
     asked = []
 
-    def refuse(model, revision=None, **how):
+    def refuse(model, revision=None, **options):
         asked.append((model, revision))
         raise OSError("no network here")
 

@@ -197,10 +197,10 @@ def test_checkpointing_does_not_change_the_gradient_through_the_discriminator(ti
         discriminator = networks.Discriminator(backbone, fake_score_and_discriminator, config)
         x, t = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8])
         loss = lambda: discriminator.generator_logit(x - backbone.velocity(student, x, t, cond), t, cond).sum()  # noqa: B023, E731
-        mine, others = grads(loss, student, fake_score_and_discriminator)
+        student_grads, others = grads(loss, student, fake_score_and_discriminator)
         assert all(g is None for g in others)
         discriminator_loss = lambda: discriminator(x, t, cond).sum()  # noqa: B023, E731
-        found.append(mine + grads(discriminator_loss, fake_score_and_discriminator)[0])
+        found.append(student_grads + grads(discriminator_loss, fake_score_and_discriminator)[0])
     for a, b in zip(*found, strict=True):  # adapters: to the bit but for the order in which blocks add to what they share
         torch.testing.assert_close(a, b, rtol=1e-5 if rank else 0, atol=1e-8 if rank else 0)
     assert sum(g is not None for g in found[0]) > len(found[0]) / 2

@@ -113,7 +113,7 @@ def test_refusals_of_the_hub_are_reported_with_what_to_do(monkeypatch):
             hub.download("someone/model")
 
 
-def test_the_id_of_a_snapshot(tmp_path):
+def test_a_snapshots_folder_gives_its_hub_id(tmp_path):
     path = tmp_path / "models--a--b-c/snapshots/01"
     assert hub.id_of_snapshot(path) == "a/b-c"
     assert hub.id_of_snapshot(tmp_path) is None

@@ -339,7 +339,7 @@ def test_the_command_samples_an_edit(folder, pictures, tmp_path):
         assert image.size == (SIDE, SIDE)
 
 
-def test_source_columns_of_tables(tmp_path, pictures):
+def test_source_columns_of_tables_are_read(tmp_path, pictures):
     datasets = pytest.importorskip("datasets")
     kinds = {"input_image": datasets.Image(), "edit_prompt": datasets.Value("string"), "edited_image": datasets.Image()}
     row = [str(pictures / "before-0.png")], ["make it red"], [str(pictures / "after-0.png")]

@@ -77,7 +77,7 @@ def test_processes_that_share_the_images_get_the_mean_of_all(processes):
 
 
 def test_the_best_student_by_a_scorer_is_kept_in_a_run_without_text_encoders(teacher, photos, prompts, tmp_path):  # noqa: F811
-    """A published recipe's path: a cache, adapters, a scorer with weights; prompts are encoded once."""
+    """A published recipe as users run it: a cache, adapters, a scorer with weights; prompts are encoded once."""
     encode(photos, str(teacher), tmp_path / "cache")
     clip = tiny.save_clip(tmp_path / "tiny-clip")
     words = [

@@ -130,7 +130,7 @@ def test_efficiency_is_what_an_iteration_must_cost_over_what_it_does_cost(monkey
         take(seconds)
         wanted = {"cost/forwards_per_sample": 3 + step, "cost/seconds": seconds, "cost/efficiency": 0.8}
         assert meter.stop(step) == pytest.approx(wanted)
-    meter.forward = lambda: take(0.03)  # the machine becomes slower: seen at step 50, not before
+    meter.forward = lambda: take(0.03)  # the machine becomes slower: measured at step 50, not before
     for step, efficiency in ((49, 0.02 / 0.03), (50, 1.0)):
         meter.start(step)
         take((3 + step) * 2 * 0.03)
