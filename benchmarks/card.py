@@ -1,8 +1,8 @@
 """What only a GPU can tell: whether runs on it are the CPU's, and what published models take of it at true size.
 
-Two parts, each by name or both, added to what --out holds already: `same`: the miniature's recipes on the card and on the CPU,
-twice, and gone on with from a checkpoint; `size`: AdvDMD with adapters on transformers of true size with random weights, in
-processes of their own: peak memory beside what `advdmd show` says, seconds an iteration, share of the card's matrix rate.
+Two parts, each by name or both, added to what --out holds already: `same`: the miniature's recipes on the GPU and on the CPU,
+twice, and resumed from a checkpoint; `size`: AdvDMD with adapters on transformers of true size with random weights, in
+separate processes: peak memory beside the estimate of `advdmd show`, seconds an iteration, share of the GPU's matrix rate.
 
     python benchmarks/card.py [same] [size] [--only sd35-medium-80gb@512 ...] [--out results/performance/card.json]
 
@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
 
 
-def apart(a: Path, b: Path) -> float:
+def largest_difference(a: Path, b: Path) -> float:
     """The largest difference between two students' weights."""
     one, two = weights(a), weights(b)
     assert one.keys() == two.keys()
@@ -83,7 +83,7 @@ def apart(a: Path, b: Path) -> float:
 
 
 def runs(name: str, device: str, folder: Path) -> None:
-    """A recipe of SAME on a device; on a card also once more, and gone on with from the middle."""
+    """A recipe of SAME on a device; on a GPU also once more, and resumed from the middle."""
     words = SAME[name]
     r = registry.resolve(words[0], [*words[1:], *COMMON, f"device={device}"])[1]
     train(name, r, folder / "run")
@@ -98,30 +98,30 @@ def runs(name: str, device: str, folder: Path) -> None:
 
 
 def same(names: Sequence[str], device: str) -> dict[str, Any]:
-    """Per recipe: largest difference of the student's weights between devices, two runs, and a run gone on with; and how far
+    """Per recipe: largest difference of the student's weights between devices, two runs, and a resumed run; and how far
     they moved from the teacher's, beside which to read that."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
 
-        def started(name: str, on: str) -> subprocess.Popen[bytes]:
+        def start(name: str, on: str) -> subprocess.Popen[bytes]:
             return subprocess.Popen([sys.executable, __file__, "--runs", name, "--on", on, "--out", str(folder / on / name)])
 
-        def far(a: Path, b: Path) -> float | None:
+        def difference_of(a: Path, b: Path) -> float | None:
             both = (a / "student").is_dir() and (b / "student").is_dir()
-            return apart(a / "student", b / "student") if both else None
+            return largest_difference(a / "student", b / "student") if both else None
 
-        # A run of bfloat16 takes minutes of a CPU: the card is compared with itself only.
+        # A run of bfloat16 takes minutes of a CPU: the GPU is compared with itself only.
         pairs = [(n, d) for n in names for d in {"cpu", device} if d != "cpu" or "dtype=bfloat16" not in SAME[n]]
-        failed = [f"{n} on {d}" for (n, d), job in [(p, started(*p)) for p in pairs] if job.wait()]
+        failed = [f"{n} on {d}" for (n, d), job in [(p, start(*p)) for p in pairs] if job.wait()]
         out: dict[str, Any] = {"failed": failed}
         for name in names:
-            cpu, card = folder / "cpu" / name / "run", folder / device / name
+            cpu, gpu = folder / "cpu" / name / "run", folder / device / name
             teacher = loading.shipped_or_path("mini-qwen" if "teacher=mini-qwen" in SAME[name] else "mini-sd35")
             out[name] = {
-                "moved": apart(card / "run/student", teacher) if (card / "run/student").is_dir() else None,
-                "cpu and card": far(cpu, card / "run"),
-                "run and again": far(card / "run", card / "again"),
-                "resumed": far(card / "run", card / "resumed"),
+                "moved": largest_difference(gpu / "run/student", teacher) if (gpu / "run/student").is_dir() else None,
+                "cpu and card": difference_of(cpu, gpu / "run"),
+                "run and again": difference_of(gpu / "run", gpu / "again"),
+                "resumed": difference_of(gpu / "run", gpu / "resumed"),
             }
             print(name, json.dumps(out[name]), flush=True)
         return out
@@ -180,8 +180,8 @@ def size(case: str, device: str, tiny: bool, rounds: int = 2) -> dict[str, Any]:
     """One preset at one resolution: iterations with everything in them, on few samples."""
     began = time.perf_counter()
     preset, _, resolution = case.partition("@")
-    model, _, card = preset.rpartition("-")
-    r = registry.resolve(f"{model}-advdmd-4step-{card}", [*FEW, f"device={device}"])[1]
+    model, _, gpu = preset.rpartition("-")
+    r = registry.resolve(f"{model}-advdmd-4step-{gpu}", [*FEW, f"device={device}"])[1]
     predicted = memory.estimate(r, int(resolution))
     backbone, text = backbone_of(r, int(resolution) // 8, device, tiny)
     net = backbone.net

@@ -1,4 +1,4 @@
-"""How far a policy's replay drifts from its path in low precision: the ratio that must be 1 before any update.
+"""How far a policy's replay drifts from its trajectory in low precision: the ratio that must be 1 before any update.
 
     python benchmarks/drift.py [--out results/reliability/drift.json]
 
@@ -35,14 +35,14 @@ def ratios(dtype: torch.dtype, low_replay: bool, micro: int) -> torch.Tensor:
         return backbone.velocity(backbone.net, x, t, c)
 
     grid, coefficients = flow.grid(STEPS, 1.2), cps(1.0)
-    path = rollout(student, cond, noise, grid, coefficients)
-    off = torch.zeros(STEPS - 1, SAMPLES)
+    trajectory = rollout(student, cond, noise, grid, coefficients)
+    error = torch.zeros(STEPS - 1, SAMPLES)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if low_replay else nullcontext():
         for i in torch.arange(SAMPLES).split(micro):
             for k in range(STEPS - 1):
-                step, _ = step_distribution(student, path.x[k, i], grid[k], grid[k + 1], cond[i], coefficients)
-                off[k, i] = ((step.neg_mse(path.x[k + 1, i]) - path.neg_mse[k, i]).exp() - 1).abs()
-    return off
+                step, _ = step_distribution(student, trajectory.x[k, i], grid[k], grid[k + 1], cond[i], coefficients)
+                error[k, i] = ((step.neg_mse(trajectory.x[k + 1, i]) - trajectory.neg_mse[k, i]).exp() - 1).abs()
+    return error
 
 
 def main() -> None:
@@ -60,11 +60,11 @@ def main() -> None:
     clip = AdvDMD().clip_range * math.sqrt(65536 / 256)
     rows = {}
     for name, case in cases.items():
-        off = ratios(*case)
+        error = ratios(*case)
         rows[name] = {
-            "max": float(f"{off.max().item():.3g}"),
-            "outside_clip_range": round((off > clip).float().mean().item(), 3),
-            "stopped": bool(off.max() > RATIO_TOLERANCE),
+            "max": float(f"{error.max().item():.3g}"),
+            "outside_clip_range": round((error > clip).float().mean().item(), 3),
+            "stopped": bool(error.max() > RATIO_TOLERANCE),
         }
         print(
             f"{name:32} max |ratio - 1| {rows[name]['max']:.2e}, outside the clip range {rows[name]['outside_clip_range']:.0%}"

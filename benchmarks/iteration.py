@@ -84,7 +84,7 @@ def measure(name: str, rounds: int, threads: int, *changes: str) -> dict[str, An
     return row(" ".join((name, *changes)), *rounds_of(forwards(backbone, batch), iteration, rounds), len(batch))
 
 
-def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
+def modelopt_dmd2(rounds: int, threads: int) -> dict[str, Any] | None:
     """One update of the generator and one of the fake score by nvidia-modelopt's DMD2, whole networks, backward simulation,
     on the batch and grid of our recipe; passes are counted as they happen, one with gradient as three."""
     try:
@@ -96,7 +96,7 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
     backbone, data, _ = setup(r, r.data.open(r.teacher))
     batch, _ = data.batch_fn(0)
     shift = 1.0 if (given := r.algorithm.sampler().shift) is None else given
-    student, fake = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
+    student, fake_score = (copy.deepcopy(backbone.net).requires_grad_(True) for _ in range(2))
     times = SampleTimestepConfig(t_list=flow.grid(4, shift).tolist(), shift=shift)
     config = DMDConfig(
         pred_type="flow",
@@ -108,10 +108,10 @@ def theirs(rounds: int, threads: int) -> dict[str, Any] | None:
         sample_t_cfg=times,
         fake_score_pred_type="flow",
     )
-    pipe = DMDPipeline(student, backbone.net, fake, config)
-    optims = [torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) for net in (student, fake)]
+    pipe = DMDPipeline(student, backbone.net, fake_score, config)
+    optims = [torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) for net in (student, fake_score)]
     passes: list[int] = []
-    for net in (student, fake, backbone.net):
+    for net in (student, fake_score, backbone.net):
         net.register_forward_hook(lambda *_: passes.append(3 if torch.is_grad_enabled() else 1))
     cond = {"encoder_hidden_states": batch.cond.embeds, "pooled_projections": batch.cond.pooled, "return_dict": False}
     negative = {"negative_encoder_hidden_states": data.null.embeds.expand(len(batch), -1, -1)}
@@ -165,15 +165,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # Recipes as they are; as adapters of a 24th of the width, as rank 64 is of SD3.5 Medium's; with one minibatch of the fake
-    # score instead of two; and the peer's work.
+    # score instead of two; and nvidia-modelopt's.
     names = ("mini-sd35-advdmd", "mini-sd35-dmd2", "mini-sd35-twinflow")
     runs = [(n, *c) for n in names for c in ((), ("lora_rank=4",))]
     runs += [(n, "algorithm.fake_score_updates=1") for n in names[:2]]
     runs += [("mini-sd35-dmd2", "algorithm.fake_score_updates=1", "algorithm.gan_loss_weight=0")]
     rows = [measure(n, args.rounds, args.threads, *c) for n, *c in runs]
     rows.append(plain_lora(3 * args.rounds, args.threads))
-    if peer := theirs(3 * args.rounds, args.threads):  # its iterations differ in the length of their rollouts
-        rows.append(peer)
+    if modelopt := modelopt_dmd2(3 * args.rounds, args.threads):  # its iterations differ in the length of their rollouts
+        rows.append(modelopt)
     print("| recipe | counted F | measured F | eta |\n|---|---|---|---|")
     for r in rows:
         print(f"| {r['recipe']} | {r['counted']:g} | {r['measured']:g} | {r['eta']:.2f} |")

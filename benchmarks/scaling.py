@@ -1,6 +1,6 @@
 """How the cost of an AdvDMD iteration grows: with batch, group, steps, latent size, and with one process or two.
 
-Each setting is timed turn by turn with the main job's own, so that what else the machine does falls on both; ratios only.
+Each setting is timed alternately with the main job's, so that other work of the machine falls on both; ratios only.
     python benchmarks/scaling.py [--rounds 5] [--out results/performance/scaling.json]
 """
 
@@ -75,7 +75,7 @@ def axis(settings: Mapping[str, Callable[[], Setting]], base: Setting, rounds: i
 
 
 def processes(rounds: int) -> dict[str, float]:
-    """Iterations a second of two processes beside one, same batch: replicas, and networks spread over both."""
+    """Iterations a second of two processes beside one, same batch: replicas, and networks sharded over both."""
 
     def seconds(n: int, iterations: int, *more: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def processes(rounds: int) -> dict[str, float]:
             return time.perf_counter() - began
 
     def pace(n: int, *more: str) -> float:
-        return (seconds(n, 20, *more) - seconds(n, 4, *more)) / 16  # without what a start takes
+        return (seconds(n, 20, *more) - seconds(n, 4, *more)) / 16  # without the time of the start
 
     out: dict[str, list[float]] = {"replicas": [], "spread": []}
     for _ in range(rounds):

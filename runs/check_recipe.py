@@ -1,4 +1,6 @@
-"""Whether a kept run is of the recipe that would be run now: python runs/same.py KEPT/recipe.yaml RECIPE [KEY=VALUE ...]
+"""Whether a kept run is of the recipe that would be run now.
+
+    python runs/check_recipe.py KEPT/recipe.yaml RECIPE [KEY=VALUE ...]
 
 Ends with status 1 and the differences if it is not: results of two recipes must not be averaged.
 """

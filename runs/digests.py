@@ -1,6 +1,6 @@
 """Digests of everything that a move or a rename must not change, bit for bit on one machine.
 
-Python runs/digests.py OUT.json
+    python runs/digests.py OUT.json [--against OLD.json]
 
 Weights after four iterations of every kind of run (algorithm x teacher x whole, adapters, adapters on bfloat16 with
 checkpointing; two processes, sharded), pictures, an exported student, an evaluation table, a cache, one draw of every random
@@ -197,24 +197,24 @@ def main() -> None:
     parser.add_argument("out", type=lambda p: Path(p).resolve())
     parser.add_argument("--against", type=lambda p: Path(p).resolve())
     parser.add_argument("--only", default="")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    out = asked.out.resolve()
+    out = args.out.resolve()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        names = [n for n in RUNS if asked.only in n]
-        alone, apart = [n for n in names if RUNS[n][0]], [n for n in names if not RUNS[n][0]]
+        names = [n for n in RUNS if args.only in n]
+        in_processes, in_pairs = [n for n in names if RUNS[n][0]], [n for n in names if not RUNS[n][0]]
         found = of_streams()
         with ThreadPoolExecutor(2) as pool:  # two single-threaded runs at a time
-            for of in pool.map(lambda n: of_run(n, folder), apart):
+            for of in pool.map(lambda n: of_run(n, folder), in_pairs):
                 found |= of
-        for n in alone:
+        for n in in_processes:
             found |= of_run(n, folder)
-        if not asked.only:
+        if not args.only:
             found |= of_products(folder)
     out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    if asked.against:
-        old = json.loads(asked.against.read_text())
+    if args.against:
+        old = json.loads(args.against.read_text())
         changed = sorted(k for k in found if found[k] != old.get(k))
         print(f"{len(found) - len(changed)} of {len(found)} digests are equal", *changed, sep="\n")
         sys.exit(bool(changed))

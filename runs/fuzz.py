@@ -111,8 +111,8 @@ class Slow(BaseException):
 def text(rng: random.Random, most: int = 6) -> str:
     glue = rng.choice(("", " ", ".", "=", ": ", "\n"))
     parts = [rng.choice(STRANGE) if rng.random() < 0.7 else rng.choice(caption.VOCABULARY) for _ in range(rng.randint(0, most))]
-    said = glue.join(parts)
-    return "".join(c for c in said if rng.random() > 0.02) if rng.random() < 0.3 else said
+    joined = glue.join(parts)
+    return "".join(c for c in joined if rng.random() > 0.02) if rng.random() < 0.3 else joined
 
 
 def plain(rng: random.Random) -> str:
@@ -171,11 +171,11 @@ def recipe_file(rng: random.Random, here: Path) -> None:
 
 def prompt(rng: random.Random, here: Path) -> None:
     """Of the miniature, whose rules are checked, to its readers; of any length to its tokenizers."""
-    said = " ".join([text(rng, 8)] * rng.choice((1, 1, 1, 2000)))[:100_000]
+    words = " ".join([text(rng, 8)] * rng.choice((1, 1, 1, 2000)))[:100_000]
     if rng.random() < 0.2:
         for tokenizer in tokenizers():
-            tokenizer(said.encode("utf-8", "ignore").decode(), truncation=True)
-    rng.choice((caption.check_prompt, item_of, caption.parse))(said)
+            tokenizer(words.encode("utf-8", "ignore").decode(), truncation=True)
+    rng.choice((caption.check_prompt, item_of, caption.parse))(words)
 
 
 @functools.cache
@@ -189,9 +189,9 @@ def metadata(rng: random.Random, here: Path) -> None:
         thing(rng) if rng.random() < 0.3 else {"text": text(rng), "file_name": rng.choice((*STRANGE, "0.png"))}
         for _ in range(3)
     ]
-    said = "\n".join(json.dumps(r) for r in rows).encode("utf-8", "surrogatepass")
+    content = "\n".join(json.dumps(r) for r in rows).encode("utf-8", "surrogatepass")
     file = here / rng.choice(("metadata.jsonl", "prompts.txt", "p.jsonl"))
-    file.write_bytes(damaged(said, rng))
+    file.write_bytes(damaged(content, rng))
     for e in read_captioned_images(file if rng.random() < 0.7 else here):
         if e.image is not None:
             assert e.image.path.resolve().is_relative_to(here.resolve()), f"outside: {e.image}"
@@ -206,8 +206,8 @@ def table(rng: random.Random, here: Path) -> None:
         row = rng.choice(good)
         row[rng.randrange(len(row))] = rng.choice((plain(rng), str(rng.randint(-2, 9)), "1,3", "3;1"))
     csv.writer(out).writerows([HEAD, *good])
-    said = out.getvalue().encode()
-    (here / "dpg.csv").write_bytes(damaged(said, rng) if rng.random() < 0.3 else said)
+    content = out.getvalue().encode()
+    (here / "dpg.csv").write_bytes(damaged(content, rng) if rng.random() < 0.3 else content)
     dpg.DPG(str(here / "dpg.csv")).items()
 
 
@@ -233,7 +233,7 @@ def picture(rng: random.Random) -> bytes:
     except (OSError, ValueError, KeyError):
         image.convert("RGB").save(out, "png")
     found = out.getvalue()
-    if rng.random() < 0.05:  # it says it is enormous
+    if rng.random() < 0.05:  # its header claims an enormous size
         bare = io.BytesIO()
         Image.new("RGB", (8, 8)).save(bare, "png")
         found = bytearray(bare.getvalue())
@@ -275,7 +275,7 @@ def tar(rng: random.Random, here: Path) -> None:
 
 
 def shard(rng: random.Random, here: Path) -> None:
-    """A cache that someone else wrote: right hashes, wrong insides."""
+    """A cache of another program: right hashes, wrong content."""
     n = rng.randint(1, 3)
     tensors = {
         "embeds": torch.zeros(n, 3, 4, dtype=torch.bfloat16),
@@ -296,11 +296,11 @@ def shard(rng: random.Random, here: Path) -> None:
         save_file(tensors, embedding_cache.shard_path(here, 0))
         embedding_cache.shard_path(here, 0).with_suffix(".json").write_bytes(damaged(b'{"sha256": "0", "images": [1]}', rng))
     embedding_cache.write_null(here, Cond(torch.zeros(1, 3, 4)))
-    for name, said in (
+    for name, content in (
         ("plan.json", {"resolution": 32, "teacher": {}}),
         ("manifest.json", {"format": 1, "prompts": n, "images": n, "prompts_without_image": 0}),
     ):
-        (here / name).write_bytes(json.dumps(said if rng.random() < 0.7 else thing(rng)).encode("utf-8", "surrogatepass"))
+        (here / name).write_bytes(json.dumps(content if rng.random() < 0.7 else thing(rng)).encode("utf-8", "surrogatepass"))
     (here / "prompts.jsonl").write_text('"a"\n' * n)
     kept = embedding_cache.EmbeddingCache(here)
     kept.check_teacher({})
@@ -313,7 +313,7 @@ def shard(rng: random.Random, here: Path) -> None:
 
 
 def records(rng: random.Random, here: Path) -> None:
-    """Files that a run or an evaluation left, damaged: metrics, scores, checkpoints, a model's note."""
+    """Damaged files of a run or an evaluation: metrics, scores, checkpoints, a model's metadata."""
     rows = [{"step": i, "fake_score/loss": 1.0} for i in range(3)]
     (here / "metrics.jsonl").write_bytes(damaged("\n".join(json.dumps(r) for r in rows).encode(), rng))
     (here / "scores.json").write_bytes(
@@ -361,7 +361,7 @@ def case(kind: str, seed: int) -> str:
         here = Path(root) / "in"
         here.mkdir()
         Image.new("RGB", (4, 4)).save(here / "0.png")
-        signal.setitimer(signal.ITIMER_PROF, 5)  # of its own, whatever else the machine does
+        signal.setitimer(signal.ITIMER_PROF, 5)  # seconds of this process, whatever else the machine does
         signal.alarm(60)
         try:
             KINDS[kind][0](rng, here)
@@ -396,7 +396,7 @@ def main() -> None:
         signal.signal(kind, late)
     torch.set_num_threads(1)
     loading.silence_libraries()
-    tokenizers()  # reading them is nobody's case
+    tokenizers()  # reading them is no part of a case
     total, rows, bad = sum(w for _, w in KINDS.values()), {}, 0
     for kind, (_, weight) in KINDS.items():
         count: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Kills training, encoding, drawing, scoring and export at random moments, lets the same call go on, and compares.
+"""Kills training, encoding, generation, scoring and export at random moments, lets the same call go on, and compares.
 
     python runs/kill_test.py [--kills 100] [--seed 0] [--ranks 1] [--out results/reliability/kills.json]
 
@@ -63,24 +63,24 @@ WORDS = [
 
 def teacher(folder: Path) -> Path:
     pipelines.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
-    note = {"name": "tiny", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
-    (folder / "advdmd.json").write_text(json.dumps(note))
+    metadata = {"name": "tiny", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
+    (folder / "advdmd.json").write_text(json.dumps(metadata))
     return folder
 
 
 def photos(folder: Path, n: int = 3 * PROMPTS_PER_SHARD) -> Path:
     """A folder of captioned images, three shards of a cache."""
     folder.mkdir()
-    pool = make_dataset(n, 1)
-    for i, image in enumerate(pool.images):
+    dataset = make_dataset(n, 1)
+    for i, image in enumerate(dataset.images):
         Image.fromarray(image[0]).save(folder / f"{i}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "text": f"{caption} {i}"}) for i, caption in enumerate(pool.prompts)]
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"{caption} {i}"}) for i, caption in enumerate(dataset.prompts)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Relative name -> hash of every file but hidden ones; of metrics without what a clock said."""
+    """Relative name -> hash of every file but hidden ones; of metrics without measured times."""
     found = {}
     for f in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         data = f.read_bytes()
@@ -94,7 +94,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def child(work: Callable[[], object], log: Path) -> int:
-    """Do `work` in a process of its own, which shares what is imported; returns its pid."""
+    """Do `work` in a forked process, which shares what is imported; returns its pid."""
     if pid := os.fork():
         return pid
     try:
@@ -126,7 +126,7 @@ def trial(
 ) -> dict:
     """`kills` kills of one verb, up to three in a row on one folder, which `before` makes ready, then it may finish."""
     log = base / f"{name}.log"
-    whole = base / f"{name}-whole" / "out"  # all results have the same name, which some files say
+    whole = base / f"{name}-whole" / "out"  # all results have the same name, as some files hold it
     before(whole)
     finished(make(whole), log)  # also warms the caches of the file system
     shutil.rmtree(whole)
@@ -169,8 +169,8 @@ def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
     trained = base / "trained"
     finished(lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), trained), base / "first.log")
     suite = MiniSuite("mini-geneval", images_per_task=32)
-    drawn = base / "drawn" / "out"
-    finished(lambda: generate_images(str(model), suite, drawn), base / "first.log")
+    generated = base / "drawn" / "out"
+    finished(lambda: generate_images(str(model), suite, generated), base / "first.log")
     verbs = {
         "train": lambda out: lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out),
         "encode": lambda out: lambda: encode(images, str(model), out, batch=2),
@@ -178,13 +178,13 @@ def one_process(kills: int, rng: random.Random, base: Path) -> list[dict]:
         "score": lambda out: lambda: score(suite, out, CheckerJudge()),
         "export": lambda out: lambda: export(trained, out, overwrite=True),
     }
-    shares = {"train": 0.3, "encode": 0.2, "generate": 0.2, "score": 0.1, "export": 0.2}
-    ready = {"score": lambda out: shutil.copytree(drawn, out), "export": lambda out: export(trained, out)}
+    fractions = {"train": 0.3, "encode": 0.2, "generate": 0.2, "score": 0.1, "export": 0.2}
+    ready = {"score": lambda out: shutil.copytree(generated, out), "export": lambda out: export(trained, out)}
     nothing = lambda _: None  # noqa: E731
-    return [trial(v, make, round(shares[v] * kills), rng, base, ready.get(v, nothing)) for v, make in verbs.items()]
+    return [trial(v, make, round(fractions[v] * kills), rng, base, ready.get(v, nothing)) for v, make in verbs.items()]
 
 
-def together(work: Callable[[], object], ranks: int, log: Path) -> list[int]:
+def start_ranks(work: Callable[[], object], ranks: int, log: Path) -> list[int]:
     """`work` in so many processes that find each other as torchrun's do; their pids."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -198,8 +198,8 @@ def together(work: Callable[[], object], ranks: int, log: Path) -> list[int]:
     return [child(partial(one, rank), log) for rank in range(ranks)]
 
 
-def left_alone(pid: int) -> bool:
-    """Whether a process whose peer was killed ends of itself; after a minute it is ended, as torchrun would do at once."""
+def ends_by_itself(pid: int) -> bool:
+    """Whether a process whose peer was killed ends by itself; after a minute it is ended, as torchrun would do at once."""
     for _ in range(600):
         if os.waitpid(pid, os.WNOHANG)[0]:
             return True
@@ -215,11 +215,11 @@ def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[d
     model, whole, log = teacher(base / "teacher"), base / "whole", base / "log"
     train = lambda out: lambda: train.train(*resolve("mini-sd35-advdmd", [*WORDS, f"teacher={model}"]), out)  # noqa: E731
     finished(train(whole), log)
-    off, done, late, results, alone = 0.0, 0, 0, 0, 0
+    off, done, late, results, ended_alone = 0.0, 0, 0, 0, 0
 
     def finish(folder: Path) -> float:
         began = time.monotonic()
-        ends = [os.waitpid(pid, 0)[1] for pid in together(train(folder), ranks, log)]
+        ends = [os.waitpid(pid, 0)[1] for pid in start_ranks(train(folder), ranks, log)]
         if any(ends):
             raise RuntimeError(f"the work failed: {log.read_text()[-2000:]}")
         return time.monotonic() - began
@@ -229,13 +229,18 @@ def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[d
     while done < kills:
         folder = base / f"killed-{results}"
         for _ in range(min(rng.randint(1, 3), kills - done)):
-            pids = together(train(folder), ranks, log)
+            pids = start_ranks(train(folder), ranks, log)
             time.sleep(rng.uniform(0.02, 1.05) * took)
-            victim = rng.choice(pids)
-            os.kill(victim, signal.SIGKILL)
-            hit = os.WIFSIGNALED(os.waitpid(victim, 0)[1])
-            ended = [left_alone(pid) for pid in pids if pid != victim]
-            done, late, alone, took = done + hit, late + (not hit), alone + (hit and all(ended)), took * (1 if hit else 0.9)
+            killed = rng.choice(pids)
+            os.kill(killed, signal.SIGKILL)
+            hit = os.WIFSIGNALED(os.waitpid(killed, 0)[1])
+            others_ended = [ends_by_itself(pid) for pid in pids if pid != killed]
+            done, late, ended_alone, took = (
+                done + hit,
+                late + (not hit),
+                ended_alone + (hit and all(others_ended)),
+                took * (1 if hit else 0.9),
+            )
         finish(folder)
         a, b = (load_file(f / "checkpoints/step-0000012.safetensors") for f in (whole, folder))
         off = max(off, *((a[k] - b[k]).abs().max().item() for k in a if "/net/" in k))
@@ -243,7 +248,7 @@ def many_ranks(kills: int, ranks: int, rng: random.Random, base: Path) -> list[d
         shutil.rmtree(folder)
         print(f"{ranks} ranks: {done} kills ({late} came too late), {results} results, weights off by {off:.2g}", flush=True)
     row = {"verb": f"train, {ranks} ranks", "kills": done, "too late": late, "results": results}
-    return [row | {"others ended of themselves": alone, "largest difference": off}]
+    return [row | {"others ended of themselves": ended_alone, "largest difference": off}]
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ PINS = Path(__file__).parent.parent / "constraints.txt"
 def needed(name: str, extras: tuple[str, ...]) -> dict[str, str]:
     """Normalised name -> version of a distribution and all it needs in this environment."""
     found: dict[str, str] = {}
-    seen: set[tuple[str, tuple[str, ...]]] = set()
+    visited: set[tuple[str, tuple[str, ...]]] = set()
     todo = [(name, extras)]
     while todo:
         at = name, extras = todo.pop()
-        if at in seen:
+        if at in visited:
             continue
-        seen.add(at)
+        visited.add(at)
         found[re.sub(r"[-_.]+", "-", name).lower()] = metadata.version(name).partition("+")[0]
         for r in map(Requirement, metadata.requires(name) or []):
             if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in ("", *extras)):

@@ -1,4 +1,6 @@
-"""Iterations of a recipe that cost what another one costs: python runs/equal.py REFERENCE [...] -- RECIPE [KEY=VALUE ...]
+"""Iterations of a recipe that cost what another one costs.
+
+    python runs/match_budget.py REFERENCE [...] -- RECIPE [KEY=VALUE ...]
 
 Budgets are forwards, of all samples; schedules are stretched with the iterations as the recipe's own function does it.
 """

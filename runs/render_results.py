@@ -128,8 +128,8 @@ def ablations(folder: Path) -> str:
             continue  # the run is not over
         cells = [f"{np.mean(c['ours']['strict']):.3f}" for c in found]
         gaps = ["" if name == "recipe" else signed(c["difference"]["strict"]["overall"]) for c in found]
-        spread = f"{found[0]['ours']['diversity']:.2f}"
-        lines.append(f"| {name.replace('_', ' ')} | {cells[0]} | {gaps[0]} | {spread} | {cells[1]} | {gaps[1]} |")
+        diversity = f"{found[0]['ours']['diversity']:.2f}"
+        lines.append(f"| {name.replace('_', ' ')} | {cells[0]} | {gaps[0]} | {diversity} | {cells[1]} | {gaps[1]} |")
     return "\n".join(lines)
 
 
@@ -146,8 +146,8 @@ def smooth(values: list[float], width: int = 9) -> np.ndarray:
 
 
 def reward(metrics: health.RunMetrics, steps: list[int], F: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    paid = [(m["step"], m["reward/final"]) for m in metrics if "reward/final" in m]
-    return (np.interp([s for s, _ in paid], steps, F), smooth([r for _, r in paid])) if len(paid) > 2 else None
+    rewarded = [(m["step"], m["reward/final"]) for m in metrics if "reward/final" in m]
+    return (np.interp([s for s, _ in rewarded], steps, F), smooth([r for _, r in rewarded])) if len(rewarded) > 2 else None
 
 
 def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
@@ -162,14 +162,14 @@ def curves(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
     panels, grid = plt.subplots(-(-len(runs) // columns), columns, figsize=(3.6 * columns, 2.4 * -(-len(runs) // columns)))
     for (name, metrics), ax in zip(runs.items(), np.atleast_1d(grid).flat, strict=False):
         method, _, seed = name.rpartition("-")
-        sat = [m for m in metrics if "eval/score" in m]
-        F, steps = np.array([m["eval/forwards_per_sample"] for m in sat]), [int(m["step"]) for m in sat]
-        score, spread = ([m[f"eval/{k}"] for m in sat] for k in ("score", "diversity"))
+        validated = [m for m in metrics if "eval/score" in m]
+        F, steps = np.array([m["eval/forwards_per_sample"] for m in validated]), [int(m["step"]) for m in validated]
+        score, diversity = ([m[f"eval/{k}"] for m in validated] for k in ("score", "diversity"))
         label = LABELS[method] if seed == "0" else None
         axes[0].plot(F, score, color=COLORS[method], label=label)
-        axes[1].plot(F, spread, color=COLORS[method])
+        axes[1].plot(F, diversity, color=COLORS[method])
         ax.plot(F, score, color="tab:red", label="score")
-        ax.plot(F, spread, color="tab:green", label="diversity")
+        ax.plot(F, diversity, color="tab:green", label="diversity")
         ax.set(title=f"{LABELS[method]}, seed {seed}", ylim=(0, 1.1))
         if found := reward(metrics, steps, F):
             other = ax.twinx()
@@ -202,9 +202,9 @@ def samples_curve(folder: Path, runs: dict[str, health.RunMetrics]) -> None:
         method, _, seed = name.rpartition("-")
         _, r = resolve(str(folder / name / "recipe.yaml"))
         algorithm: Any = r.algorithm
-        sat = [m for m in metrics if "eval/score" in m]
-        used = [max(0.0, m["step"] + 1 - algorithm.warmup_iterations) * r.batch for m in sat]
-        ax.plot(used, [m["eval/score"] for m in sat], color=COLORS[method], label=LABELS[method] if seed == "0" else None)
+        validated = [m for m in metrics if "eval/score" in m]
+        used = [max(0.0, m["step"] + 1 - algorithm.warmup_iterations) * r.batch for m in validated]
+        ax.plot(used, [m["eval/score"] for m in validated], color=COLORS[method], label=LABELS[method] if seed == "0" else None)
     ax.set(xlabel="samples after the warm-up", ylabel="validation score")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=7)
@@ -237,14 +237,14 @@ def claim(name: str) -> list[str]:
     for theirs in LABELS:
         found = ((row[2], suite) for row in rows for suite in suites if is_about(row, suite, theirs))
         lines += [f"- {verdict(c, suite, theirs)}" for c, suite in found]
-    spread = {
+    diversity = {
         about: row[2]["ours"]["diversity"] / row[2]["theirs"]["diversity"]
         for about in ("mini-geneval", "mini-dpg")
         for row in rows
         if is_about(row, about, "teacher")
     }
-    if spread:
-        text = ", ".join(f"{share:.1%} on {about}" for about, share in spread.items())
+    if diversity:
+        text = ", ".join(f"{share:.1%} on {about}" for about, share in diversity.items())
         lines += [f"- Diversity beside the teacher's (at least 90 % is the aim): {text}."]
     lines += [f"- {hacking(runs)}", "", table(rows), "", tasks(rows), ""]
     lines += [f"![score and diversity against forwards](../results/claims/{name}/curves.png)", ""]
@@ -263,9 +263,9 @@ def reinforcement(folder: Path) -> list[str]:
     for ours, theirs, c in comparisons(folder):
         suite = c["suite"]
         both = [f"{np.mean(c[side]['strict']):.3f}" for side in ("ours", "theirs")]
-        spread = [f"{c[side]['diversity']:.2f}" for side in ("ours", "theirs")]
+        diversity = [f"{c[side]['diversity']:.2f}" for side in ("ours", "theirs")]
         difference = signed(c["difference"]["strict"]["overall"])
-        rows.append((ARMS.index(ours), suite, LABELS[ours], LABELS[theirs], *both, difference, " / ".join(spread)))
+        rows.append((ARMS.index(ours), suite, LABELS[ours], LABELS[theirs], *both, difference, " / ".join(diversity)))
     head = "suite | a student goes on | compared with | score | the other's | paired difference, strict | diversity"
     table = [row[1:] for row in sorted(rows)]
     seeds = {arm: len({s["run"] for s in scores if s["run"].startswith(f"{arm}-")}) for arm in ARMS}

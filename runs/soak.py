@@ -34,8 +34,8 @@ WORDS += ["save_every=500", "sample_every=2000", "eval_every=2000", "eval_images
 
 
 def watched(command: list[str], metrics: Path) -> list[tuple[float, float, float]]:
-    """Run a command and look at its process every few seconds: iterations done, MB in memory, open files."""
-    seen: list[tuple[float, float, float]] = []
+    """Run a command and sample its process every few seconds: iterations done, MB in memory, open files."""
+    samples: list[tuple[float, float, float]] = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(EVERY)
@@ -43,16 +43,16 @@ def watched(command: list[str], metrics: Path) -> list[tuple[float, float, float
                 home = Path("/proc") / str(process.pid)
                 memory = int((home / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
                 done = json.loads(metrics.read_text().splitlines()[-1])["step"]
-                seen.append((done, memory, len(os.listdir(home / "fd"))))
-            except (OSError, IndexError, ValueError):  # before its first line, behind its end, or between two lines
+                samples.append((done, memory, len(os.listdir(home / "fd"))))
+            except (OSError, IndexError, ValueError):  # before its first line, after its end, or between two lines
                 continue
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}")
-    return seen
+    return samples
 
 
 def slope(steps: np.ndarray, values: np.ndarray) -> dict[str, float]:
-    """Least squares behind the first tenth: per 1,000 iterations, and what it comes to over all of them beside the start."""
+    """Least squares after the first tenth: slope per 1,000 iterations; medians of the first and last values; the maximum."""
     late = steps >= steps[-1] / 10
     fit = np.polyfit(steps[late], values[late], 1)[0] * 1000
     first, last = (float(np.median(part)) for part in (values[late][:20], values[late][-20:]))
@@ -74,20 +74,20 @@ def main() -> None:
         words = [*WORDS, f"iterations={args.iterations}", f"algorithm.dm_only_iterations={args.iterations // 4}"]
         words += [f"teacher={teacher(Path(home) / 'teacher')}"]
         command = [sys.executable, "-m", "advdmd", "train", "mini-sd35-advdmd", *words, "--out", str(folder)]
-        seen = watched(command, folder / "metrics.jsonl")
+        samples = watched(command, folder / "metrics.jsonl")
         metrics = read_metrics(folder)
         size = (folder / "metrics.jsonl").stat().st_size
         checkpoints = len(list((folder / "checkpoints").glob("*.safetensors")))
-    steps, memory, files = (np.array(column, float) for column in zip(*seen, strict=True))
+    steps, memory, files = (np.array(column, float) for column in zip(*samples, strict=True))
     policy = [m for m in metrics if "cost/efficiency" in m and "reward/final" in m]
-    at, eta = (np.array([m[k] for m in policy]) for k in ("step", "cost/efficiency"))
+    at, efficiency = (np.array([m[k] for m in policy]) for k in ("step", "cost/efficiency"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found = {
         "iterations": args.iterations,
         "commit": os.environ.get("COMMIT", commit),
         "resident_mb": slope(steps, memory),
         "open_files": slope(steps, files),
-        "eta": slope(at, eta),
+        "eta": slope(at, efficiency),
         "metrics": {"lines": len(metrics), "bytes": size},
         "checkpoints_kept": checkpoints,
     }

@@ -3,7 +3,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # claims are the CPU's; with a GPU in sight processes cannot be forked behind a backward pass
+    ""  # claims are about the CPU; where a GPU is visible, processes cannot be forked after a backward pass
 )
 
 import pytest
@@ -24,8 +24,8 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "tiny-sd35"
     torch.manual_seed(0)
     pipelines.sd3(VOCABULARY, TINY, sd35=True).save_pretrained(folder)
-    note = {"name": "tiny-sd35", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
-    (folder / "advdmd.json").write_text(json.dumps(note))
+    metadata = {"name": "tiny-sd35", "sampling": {"steps": 4, "guidance": 2.0}, "t5_length": 0}
+    (folder / "advdmd.json").write_text(json.dumps(metadata))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The architecture, read from the source: the folders are the floors, and a file imports lower floors only."""
+"""The architecture, read from the source: folders are layers, and a file imports its own layer and lower ones only."""
 
 import ast
 import graphlib
@@ -14,19 +14,19 @@ import advdmd
 ROOT = Path(advdmd.__file__).parent
 MATHS = ("flow", "transitions", "losses", "rng", "rollout")  # what people come to read
 FLAT = {*MATHS, "types", "files", "progress"}
-FLOORS = (
+LAYERS = (
     "models", "data", "algorithms", "rewards", "training", "evaluation", "exporters", "mini", "recipes", "distillation",
     "monitoring", "commands", "cli",
 )  # fmt: skip
 SOURCES = [f for f in ROOT.rglob("*.py") if f.name != "__init__.py"]
 
 
-def floor(name):
-    """Of a folder, or of a module beside them, all of which are the lowest floor."""
-    return FLOORS.index(name) + 1 if name in FLOORS else 0
+def layer(name):
+    """Of a folder, or of a module beside them, all of which are the lowest layer."""
+    return LAYERS.index(name) + 1 if name in LAYERS else 0
 
 
-def home(file):
+def top_level(file):
     return file.relative_to(ROOT).with_suffix("").parts[0]
 
 
@@ -37,26 +37,26 @@ def imports(file):
             yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
 
 
-def test_the_listing_is_the_architecture():
+def test_folders_and_modules_are_those_of_the_architecture():
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert folders == set(FLOORS)
+    assert folders == set(LAYERS)
     assert {p.stem for p in ROOT.glob("*.py")} == FLAT | {"__init__", "__main__"}
     assert len(FLAT) <= 8
 
 
-def test_imports_only_point_down():
+def test_files_import_their_own_layer_and_lower_ones_only():
     for file in SOURCES:
-        if home(file) == "__main__":
+        if top_level(file) == "__main__":
             continue
         for name in imports(file):
-            assert floor(name) <= floor(home(file)), f"{file.relative_to(ROOT)} imports advdmd.{name} from a higher floor"
+            assert layer(name) <= layer(top_level(file)), f"{file.relative_to(ROOT)} imports advdmd.{name} from a higher layer"
 
 
 def test_only_the_learner_calls_backward():
     assert [f.name for f in SOURCES if ".backward(" in f.read_text()] == ["learner.py"]
 
 
-def test_the_maths_knows_no_modules_and_no_files():
+def test_the_maths_uses_no_modules_and_no_files():
     for name in MATHS:
         text = (ROOT / f"{name}.py").read_text()
         assert not any(word in text for word in ("nn.Module", "import os", "pathlib", "open(")), name
@@ -66,12 +66,12 @@ def test_the_world_needs_no_torch():
     assert not any("torch" in f.read_text() for f in (ROOT / "mini/world").glob("*.py"))
 
 
-def test_files_hold_one_idea():
+def test_no_file_has_more_than_350_lines():
     assert {f.name: n for f in SOURCES if (n := len(f.read_text().splitlines())) > 350} == {}
 
 
-def test_no_file_imports_itself_by_a_detour():
-    """Lazy imports count: graphlib raises CycleError, naming the circle."""
+def test_no_import_is_circular():
+    """Lazy imports count: graphlib raises CycleError, which names the circle."""
     names = {".".join(("advdmd", *f.relative_to(ROOT).with_suffix("").parts)): f for f in SOURCES}
     graph = {}
     for name, file in names.items():
@@ -82,40 +82,40 @@ def test_no_file_imports_itself_by_a_detour():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_nobody_outside_of_algorithms_asks_which_algorithm_it_is():
+def test_no_code_outside_of_algorithms_asks_which_algorithm_it_is():
     """An algorithm says itself what it needs: no isinstance on algorithms, no getattr, no import of one but by recipes."""
     kinds = r"(AdvDMD|DMD2|TwinFlow)\b"
     for file in SOURCES:
         text = file.read_text()
-        if home(file) in ("algorithms",):
+        if top_level(file) in ("algorithms",):
             continue
         assert not re.search(rf"isinstance\([^)]*{kinds}", text), file
         assert not re.search(r"getattr\([^)]*algorithm", text), file
-        if home(file) != "recipes":
+        if top_level(file) != "recipes":
             assert not re.search(rf"^\s*from advdmd\.algorithms\.\w+ import .*{kinds}", text, re.M), file
 
 
 def test_no_closure_writes_into_the_frame_around_it():
-    """In algorithms: a function inside a function assigns to names of its own only, not to items of what is outside."""
+    """In algorithms: a function inside a function assigns to its local names only, not to items of outer objects."""
     for file in (ROOT / "algorithms").glob("*.py"):
         for outer in ast.walk(ast.parse(file.read_text())):
             if not isinstance(outer, ast.FunctionDef):
                 continue
             for inner in (n for b in outer.body for n in ast.walk(b) if isinstance(n, ast.FunctionDef)):
-                own = {a.arg for a in inner.args.args}
-                own |= {n.id for n in ast.walk(inner) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                local_names = {a.arg for a in inner.args.args}
+                local_names |= {n.id for n in ast.walk(inner) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
                 assert not any(isinstance(n, ast.Nonlocal) for n in ast.walk(inner)), (file.name, inner.name)
                 for node in ast.walk(inner):
                     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                         assert isinstance(node.value, ast.Name), (file.name, inner.name)
-                        assert node.value.id in own, (file.name, inner.name)
+                        assert node.value.id in local_names, (file.name, inner.name)
                     called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
                     if (
                         called
                         and node.func.attr in ("append", "extend", "update", "add")
                         and isinstance(node.func.value, ast.Name)
                     ):
-                        assert node.func.value.id in own, (file.name, inner.name)
+                        assert node.func.value.id in local_names, (file.name, inner.name)
 
 
 def test_train_steps_fit_on_one_page_and_say_what_the_method_does():
@@ -134,7 +134,7 @@ def test_shipped_teachers_name_no_folder_of_the_machine_they_were_made_on():
 
 WITHOUT_MINI = """
 import json, sys
-sys.modules["advdmd.mini"] = None  # whoever imports the miniature fails
+sys.modules["advdmd.mini"] = None  # importing the miniature fails
 from pathlib import Path
 from advdmd.cli.main import app
 folder, out = sys.argv[1], Path(sys.argv[2])
@@ -174,8 +174,8 @@ def test_the_library_trains_a_real_pipeline_without_the_miniature(tmp_path):
 
     model, photos = tmp_path / "model", tmp_path / "photos"
     sd3_with_t5().save_pretrained(model)
-    note = {"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}
-    (model / "advdmd.json").write_text(json.dumps(note))
+    metadata = {"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}
+    (model / "advdmd.json").write_text(json.dumps(metadata))
     photos.mkdir()
     lines = []
     for i, text in enumerate(("a lamp", "a chair", "a red door", "two cups")):

@@ -1,4 +1,4 @@
-"""The audit of a run: what a reward knows, whether a gradient is signal, and that nothing of the run is moved."""
+"""The audit of a run: what a reward knows, whether a gradient is signal, and that the run is left as it was."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def test_correlation_is_within_prompts_and_ignores_what_prompts_differ_in():
     assert within_prompt_correlation(score, np.ones_like(score))["mean"] is None
 
 
-def test_best_of_n_is_the_oracle_for_a_perfect_reward_and_chance_for_a_blind_one():
+def test_best_of_n_is_the_oracle_for_a_perfect_reward_and_chance_for_a_random_one():
     rng = np.random.default_rng(0)
     score = (rng.random((500, 8)) < 0.4).astype(float)
     assert best_of_n(score, score)["mean"] == score.max(1).mean()
@@ -72,7 +72,7 @@ def test_mean_gradients_are_means_and_agree_with_themselves(toy):
     assert found["GAN"] > found["policy"], "back-propagation is less noisy than a score-function estimator"
 
 
-def test_steps_have_their_size_raise_what_they_climb_and_are_taken_back(toy):
+def test_steps_have_their_size_raise_their_objective_and_are_undone(toy):
     models, batch_fn = toy
     auditor, before = Auditor(ALGORITHM, models, 8, 0), flat(models.student.net).clone()
     with stepped(auditor, torch.randn_like(before), 0.01):
@@ -103,9 +103,9 @@ def test_the_command_writes_what_doctor_and_report_show(run, tmp_path):
     assert json.loads((run / "audit.json").read_text())["reward"]["prompts"] == found["reward"]["prompts"] > 2
     assert set(found["agreement"]) == {"policy", "distribution matching", "GAN"}
     assert (run / "checkpoints").stat().st_mtime_ns == before
-    said = doctor.doctor(run)
-    assert "correlation within a prompt" in said
-    assert "agreement: cosine of the mean gradients of two halves" in said
+    printed = doctor.doctor(run)
+    assert "correlation within a prompt" in printed
+    assert "agreement: cosine of the mean gradients of two halves" in printed
     assert "Audit: what the reward knows" in write_report([run], [], tmp_path / "a.html").read_text()
     assert audit.audit(run, AuditConfig(images=2, batches=1), prompts=12) == found, "the same draws again"
 

@@ -1,4 +1,4 @@
-"""What ends a command ends it with one line, the cause and what to change."""
+"""An error ends a command with one line: the cause and what to change."""
 
 import sys
 
@@ -8,7 +8,7 @@ import torch
 from advdmd.cli import main
 
 
-def said_of(error, monkeypatch, capsys):
+def error_line(error, monkeypatch, capsys):
     """The one line with which the command line ends on an error that a library raises."""
 
     def fail():
@@ -25,7 +25,7 @@ def said_of(error, monkeypatch, capsys):
 
 def test_out_of_memory_says_what_to_change(monkeypatch, capsys):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 3 MiB free.")
-    line = said_of(error, monkeypatch, capsys)
+    line = error_line(error, monkeypatch, capsys)
     assert line.startswith("error: the GPU's memory is not enough: CUDA out of memory.")
     for key in ("algorithm.micro_batch_size", "gradient_checkpointing=true", "advdmd show", "--dtype bfloat16"):
         assert key in line
@@ -39,10 +39,10 @@ def error_of_missing_operation():
 
 
 @pytest.mark.parametrize("kind", [error_of_missing_operation(), TypeError], ids=["operation", "type"])
-def test_what_apples_gpus_lack_is_named_with_the_way_out(kind, monkeypatch, capsys):
+def test_what_apples_gpus_lack_is_named_with_what_to_do(kind, monkeypatch, capsys):
     """With torch's own errors of a missing operation, and of a missing type."""
     text = "The operator 'aten::x' is not currently implemented for the MPS device. If you want this op, comment on the issue."
-    line = said_of(kind(text), monkeypatch, capsys)
+    line = error_line(kind(text), monkeypatch, capsys)
     assert line.startswith("error: device=mps: The operator 'aten::x' is not currently implemented for the MPS device.")
     assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in line
 
@@ -58,7 +58,7 @@ def test_another_runtime_error_is_no_user_error(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_of_several_processes_the_first_one_speaks_and_errors_name_the_others(rank, monkeypatch, capsys):
+def test_of_several_processes_only_the_first_prints_and_errors_name_the_others(rank, monkeypatch, capsys):
     def fail():
         print("student: here")
         print("progress", file=sys.stderr)
@@ -72,8 +72,8 @@ def test_of_several_processes_the_first_one_speaks_and_errors_name_the_others(ra
         main.main()
     assert end.value.code == 2
     assert (sys.stdout, sys.stderr) == before
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     if rank == "0":
-        assert (said.out, said.err) == ("student: here\n", "progress\nerror: no such recipe\n")
+        assert (printed.out, printed.err) == ("student: here\n", "progress\nerror: no such recipe\n")
     else:
-        assert (said.out, said.err) == ("", "process 1: error: no such recipe\n")
+        assert (printed.out, printed.err) == ("", "process 1: error: no such recipe\n")

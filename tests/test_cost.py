@@ -50,7 +50,7 @@ def test_operations_of_published_models_are_those_that_were_counted_on_a_gpu(hub
 
 
 def test_hours_are_those_of_the_measured_rate():
-    """The page says 21 hours of an H200 for SD3.5 Medium at 512 pixels; eight GPUs take an eighth."""
+    """The page says 21 hours of an H200 for SD3.5 Medium at 512 pixels; four GPUs take a quarter."""
     name, r = resolve("sd35-medium-advdmd-4step-80gb")
 
     def line(**asked):
@@ -60,8 +60,8 @@ def test_hours_are_those_of_the_measured_rate():
     assert "hours on one H200, at 50 TFLOP/s of each, as measured for it" in one
     found = float(one.split(": ")[1].split(" hours")[0])
     assert found == pytest.approx(21, abs=1.5)
-    eight = line(gpu="h200", resolution=512, gpus=4)
-    assert float(eight.split(": ")[1].split(" hours")[0]) == pytest.approx(found / 4, abs=0.1)
+    four = line(gpu="h200", resolution=512, gpus=4)
+    assert float(four.split(": ")[1].split(" hours")[0]) == pytest.approx(found / 4, abs=0.1)
     assert "as measured for other models and sizes" in line(gpu="h100", resolution=1024)
     with pytest.raises(ValueError, match="gpu=b200: rates were measured on h100, h200"):
         line(gpu="b200")
@@ -70,11 +70,11 @@ def test_hours_are_those_of_the_measured_rate():
 
 
 @pytest.mark.parametrize(("gpu", "file"), [("h200", "card.json"), ("h100", "card_h100.json")])
-def test_rates_are_those_that_are_kept_of_the_benchmark(gpu, file):
+def test_rates_are_those_of_the_committed_benchmark(gpu, file):
     rows = json.loads((Path(__file__).parent.parent / "results/performance" / file).read_text())["size"]
-    kept = {tuple(r["case"].replace("-80gb", "").split("@")): r["share"] * r["matrix_teraflops"] for r in rows}
+    committed = {tuple(r["case"].replace("-80gb", "").split("@")): r["share"] * r["matrix_teraflops"] for r in rows}
     found = {(model, str(side)): rate for (model, side), rate in MEASURED[gpu].items()}
-    assert found == pytest.approx(kept, abs=0.1)
+    assert found == pytest.approx(committed, abs=0.1)
 
 
 def test_a_run_logs_its_share_of_the_matrix_rate(tiny_folder, tmp_path):
@@ -83,8 +83,8 @@ def test_a_run_logs_its_share_of_the_matrix_rate(tiny_folder, tmp_path):
     assert all(0 < x < 1.5 for x in found)
 
 
-def test_what_crosses_the_network_is_counted():
-    """Adapters: each of five steps sums the gradients of its network in a ring. Shards between machines: a share of theirs."""
+def test_traffic_between_gpus_and_machines_is_counted():
+    """Adapters: each of seven optimizer steps sums its network's gradients in a ring. Hybrid shards: each sums its part."""
     _, r = resolve("sd35-medium-advdmd-4step-80gb", ["prompts_per_step=8", *FULL])
     adapter = memory.estimate(r).adapter
     assert r.algorithm.optimizer_steps(9) == {"student": 3, "fake_score": 2, "discriminator": 2}

@@ -1,4 +1,4 @@
-"""The compare page: what it draws and says, what it refuses, and how it looks to a browser."""
+"""The compare page: its images and messages, its refusals, and the page in a browser."""
 
 import json
 import shutil
@@ -29,14 +29,14 @@ def models(tiny_folder, tmp_path_factory):
     return [str(tiny_folder), str(student)]
 
 
-def test_a_teacher_takes_the_steps_asked_for_and_a_student_its_own(models):
+def test_a_teacher_takes_the_given_steps_and_a_student_those_of_its_training(models):
     shown = demo.compare([demo.DemoModel.read(m) for m in models], PROMPT, 6, 0, 5)
     assert [line.partition(":")[2].partition(" evaluations")[0] for _, line in shown] == [" 6 steps, 12", " 2 steps, 2"]
     assert all("of 5 right" in line for _, line in shown)
     assert all(2 * im.width == 3 * im.height for im, _ in shown)  # five on a sheet of three columns
 
 
-def test_the_same_seed_draws_the_same_and_another_another(models):
+def test_the_same_seed_gives_the_same_images_and_another_seed_others(models):
     model = demo.DemoModel.read(models[1])
     a, b, c = (model.sample(PROMPT, seed, 2)[0] for seed in (1, 1, 2))
     assert (a == b).all()
@@ -55,7 +55,7 @@ def test_where_there_is_no_picture_the_sheet_is_transparent():
     assert (found[..., :3].reshape(20, scale, 20, scale, 3)[1:9, 0, 11:19, 0] == pictures[1]).all()
 
 
-def test_two_students_of_one_recipe_have_names_of_their_own(models, tmp_path):
+def test_two_students_of_one_recipe_have_different_names(models, tmp_path):
     other = shutil.copytree(models[1], tmp_path / "other")
     names = [models[1], str(other)]
     shown = [m.label for m in demo.distinct([demo.DemoModel.read(n) for n in names], names)]
@@ -65,11 +65,11 @@ def test_two_students_of_one_recipe_have_names_of_their_own(models, tmp_path):
     ] == "student of mini-sd35-advdmd"
 
 
-def test_an_error_is_said_and_clears_old_pictures(models):
+def test_an_error_is_shown_and_clears_old_pictures(models):
     shown = [demo.DemoModel.read(m) for m in models]
-    for asked, said in ((("a dog", 4, 0, 1), "dog"), ((PROMPT, 4, -3, 1), "seed=-3"), ((PROMPT, 4, 2**31, 1), "seed=2")):
+    for asked, message in ((("a dog", 4, 0, 1), "dog"), ((PROMPT, 4, -3, 1), "seed=-3"), ((PROMPT, 4, 2**31, 1), "seed=2")):
         status, *rest = demo.answers(shown, *asked)
-        assert said in status
+        assert message in status
         assert rest == [None, "", None, ""]
     status, *rest = demo.answers(shown, PROMPT, 4, 0, 1)
     assert (status, [type(x).__name__ for x in rest]) == ("", ["Image", "str"] * 2)
@@ -86,20 +86,22 @@ print(json.dumps([[p["label"], p["elem_classes"]] for p in images]))
 """
     done = subprocess.run([sys.executable, "-c", script, *models], capture_output=True, text=True)
     want = [["teacher tiny", ["picture", "small"]], ["student of mini-sd35-advdmd", ["picture", "small"]]]
-    assert [[label.replace(models[0].rpartition("/")[2], "tiny"), look] for label, look in json.loads(done.stdout)] == want
+    assert [
+        [label.replace(models[0].rpartition("/")[2], "tiny"), css_classes] for label, css_classes in json.loads(done.stdout)
+    ] == want
 
 
 def test_the_verdict_is_the_checkers():
     backbone, _ = loading.load("mini-sd35")
     red = SceneObject("circle", "red", "large", 16.0, 16.0, 6.0, COLORS["red"])
     images = to_uint8(render([Scene("black", (red,)), Scene("black", ())]))
-    said = demo.DemoModel("teacher", backbone, SamplerConfig(steps=4)).check_result
-    assert said(PROMPT, images).startswith("1 of 2 right; first miss: is there a circle?; is the number of circles 1?;")
-    assert "not checked" in said("circle circle", images)
+    verdict = demo.DemoModel("teacher", backbone, SamplerConfig(steps=4)).check_result
+    assert verdict(PROMPT, images).startswith("1 of 2 right; first miss: is there a circle?; is the number of circles 1?;")
+    assert "not checked" in verdict("circle circle", images)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         (("a picture of a dog", 4, 0, 1), "does not know 'dog'. It knows: a, above"),
         (("x" * 500, 4, 0, 1), "500 characters: at most 400"),
@@ -110,12 +112,12 @@ def test_the_verdict_is_the_checkers():
         ((PROMPT, 4, float("inf"), 1), "seed=inf: a whole number"),
     ],
 )  # fmt: skip
-def test_what_is_outside_of_the_limits_is_refused(models, asked, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_outside_of_the_limits_is_refused(models, asked, message):
+    with pytest.raises(ValueError, match=message):
         demo.compare([demo.DemoModel.read(models[1])], *asked)
 
 
-def test_only_this_machine_is_served_and_only_so_many_wait(models):
+def test_only_this_machine_is_served_and_the_queue_is_limited(models):
     pytest.importorskip("gradio")
     script = """
 import json, sys, gradio
@@ -128,7 +130,7 @@ demo.serve([sys.argv[1]], 7777, 1)
     assert json.loads(done.stdout.splitlines()[-1]) == ["127.0.0.1", 7777, False, demo.QUEUE], done.stderr
 
 
-def test_a_browser_sees_pictures_change_and_nothing_is_asked_of_others(models, tmp_path):
+def test_a_browser_sees_pictures_change_and_requests_nothing_from_other_servers(models, tmp_path):
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -143,17 +145,17 @@ def test_a_browser_sees_pictures_change_and_nothing_is_asked_of_others(models, t
                 break
             except OSError:
                 time.sleep(0.5)
-        with sync_api.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1100, "height": 900})
-            asked: list[str] = []
-            page.on("request", lambda r: asked.append(r.url))
+            requested: list[str] = []
+            page.on("request", lambda r: requested.append(r.url))
             page.goto(f"http://127.0.0.1:{port}")
 
             def pictures() -> list[str]:
                 return page.evaluate("[0, 1].map(i => document.querySelector(`#picture-${i} img`)?.src ?? '')")
 
-            def drawn(seed: int) -> list[str]:
+            def new_pictures(seed: int) -> list[str]:
                 before = pictures()
                 page.fill("#seed input", str(seed))
                 page.click("#draw")
@@ -164,20 +166,20 @@ def test_a_browser_sees_pictures_change_and_nothing_is_asked_of_others(models, t
                     page.wait_for_timeout(500)
                 raise AssertionError("the pictures did not change")
 
-            first = drawn(0)
+            first = new_pictures(0)
             assert "evaluations an image" in page.inner_text("#line-1")
             top = page.locator("#picture-1 img").bounding_box()["y"]
             for above in ("[data-testid=block-label]", ".icon-button-wrapper"):  # what would hide a part of the picture
                 box = page.locator(f"#picture-1 {above}").bounding_box()
                 assert box["y"] + box["height"] <= top + 1, above
-            second = drawn(1)
+            second = new_pictures(1)
             assert all(a != b for a, b in zip(first, second, strict=True))
             page.screenshot(path=tmp_path / "demo.png")
             page.fill("#prompt textarea", "a picture of a dog")
             page.click("#draw")
             page.wait_for_function("document.querySelector('#status').innerText.includes('It knows')", timeout=60_000)
             browser.close()
-        outside = [u for u in asked if not u.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:"))]
+        outside = [u for u in requested if not u.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:"))]
         assert not outside
         assert np.asarray(Image.open(tmp_path / "demo.png")).std() > 10
     finally:

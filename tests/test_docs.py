@@ -1,4 +1,4 @@
-"""What the documentation says to type is typed here, what it names exists, and what it links to is there."""
+"""The documentation's commands are run here, the names in it exist, and its links lead to files."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ from advdmd.recipes import registry
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = typer.main.get_command(main.app)
-# What makes a command small enough to run here: the same path with smaller numbers.
+# What makes a command small enough to run here: the same settings with smaller numbers.
 TINY = [
     "iterations=2",
     "prompts_per_step=2",
@@ -29,8 +29,8 @@ TINY = [
     "algorithm.policy_ramp_iterations=1",
     "threads=1",
 ]
-POOL = ["data.num_prompts=8", "data.images_per_prompt=2"]
-REAL = [
+DATASET = ["data.num_prompts=8", "data.images_per_prompt=2"]
+PUBLISHED = [
     "dtype=float32",
     "device=cpu",
     "lora_rank=4",
@@ -39,10 +39,10 @@ REAL = [
 ]  # of a published model's recipe
 SMALLER = {
     "audit": ["--prompts", "12", "--images", "2", "--batches", "1"],
-    "mini": [*TINY, *POOL, "--images", "1"],
+    "mini": [*TINY, *DATASET, "--images", "1"],
     "eval": ["--images", "2", "--prompts", "2", "--threads", "1"],
 }
-# What needs weights, GPUs or hours, and has tests of its own: parsed only.
+# What needs weights, GPUs or hours, and is tested elsewhere: parsed only.
 APART = ("demo", "pretrain", "score", "metric", "convert-detector", "convert-hps")
 
 
@@ -65,7 +65,7 @@ ALL = [(page.name, words) for page in PAGES for words in commands(page)]
 
 
 @pytest.mark.parametrize(("page", "words"), ALL, ids=[f"{page}-{' '.join(w)[:60]}" for page, w in ALL])
-def test_every_command_in_the_documentation_is_one(page, words):
+def test_every_command_in_the_documentation_exists(page, words):
     """Its options exist, its arguments are as many and of the kind; its recipe and overrides resolve."""
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
@@ -106,12 +106,12 @@ def stand_ins(tmp_path):
 
 def shrunk(args, stand_ins):
     """The same command on stand-ins and with smaller numbers."""
-    for name, mine in stand_ins.items():
-        args = [re.sub(rf"(^|=){re.escape(name)}$", rf"\g<1>{mine}", w) for w in args]
+    for name, stand_in in stand_ins.items():
+        args = [re.sub(rf"(^|=){re.escape(name)}$", rf"\g<1>{stand_in}", w) for w in args]
     if args[0] != "train":
         return [*args, *SMALLER.get(args[0], [])]
-    real = args[1].startswith("sd35-medium")
-    return [*args, *TINY, *([*REAL, f"teacher={stand_ins['MODEL']}"] if real else POOL)]
+    published = args[1].startswith("sd35-medium")
+    return [*args, *TINY, *([*PUBLISHED, f"teacher={stand_ins['MODEL']}"] if published else DATASET)]
 
 
 def test_the_documentations_commands_run_in_their_order(tmp_path, monkeypatch, stand_ins):
@@ -143,7 +143,7 @@ def test_the_documentations_commands_run_in_their_order(tmp_path, monkeypatch, s
 def test_the_readmes_example_in_python_runs(tmp_path, monkeypatch):
     """As it stands, but with smaller numbers and a small suite."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    words = ", ".join(f'"{w}"' for w in [*TINY[1:], *POOL])
+    words = ", ".join(f'"{w}"' for w in [*TINY[1:], *DATASET])
     assert '"iterations=100", "seed=1"' in code
     code = code.replace('"iterations=100", "seed=1"', f'"iterations=2", "seed=1", {words}')
     assert '"mini-geneval",' in code
@@ -201,7 +201,7 @@ def test_the_readmes_links_lead_somewhere():
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 
-def test_the_site_builds_without_a_warning_and_asks_for_nothing_from_afar(tmp_path):
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_other_servers(tmp_path):
     """Dead links between pages, missing pictures and broken tables are warnings, and warnings are errors."""
     pytest.importorskip("furo")
     built = subprocess.run(

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is said of those that are damaged."""
+"""Files are whole or not there, and damaged ones are named with what to do."""
 
 import json
 import os
@@ -33,14 +33,14 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path):
         write_atomically(tmp_path / "a.txt", broken)
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
-    with pytest.raises(FileNotFoundError, match=r"'/absent/b'"):  # of another file what was said stays
+    with pytest.raises(FileNotFoundError, match=r"'/absent/b'"):  # an error about another file stays as it is
         write_atomically(tmp_path / "a.txt", lambda _: Path("/absent/b").read_text())
     with pytest.raises(OSError, match=r"nowhere/a\.txt cannot be written \(No such file or directory\)$"):
         write_text(tmp_path / "nowhere/a.txt", "new")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes cannot be asked for here")
-def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path):
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="running processes cannot be listed here")
+def test_files_that_a_killed_process_left_are_deleted_and_those_of_a_running_one_are_not(tmp_path):
     dead, living = (tmp_path / f".a.txt.{platform.node()}.{pid}" for pid in (2**22 + 1, os.getppid()))
     elsewhere = tmp_path / ".a.txt.another-machine.4194305"
     young = tmp_path / f".a.txt.{platform.node()}.{2**22 + 2}"
@@ -52,15 +52,15 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"a.txt", living.name, elsewhere.name, young.name}
 
 
-def test_a_folder_is_replaced_whole_wherever_a_stop_falls(tmp_path):
-    place, said = tmp_path / "student", {"n": "1"}
+def test_a_folder_is_replaced_as_a_whole_wherever_a_stop_falls(tmp_path):
+    place, content = tmp_path / "student", {"n": "1"}
 
     def write(folder):
         (folder / "part").mkdir(parents=True)
-        (folder / "part/weights").write_text(said["n"])
+        (folder / "part/weights").write_text(content["n"])
 
     write_folder(place, write)
-    said["n"] = "2"
+    content["n"] = "2"
     write_folder(place, write)
     assert (place / "part/weights").read_text() == "2"
     place.rename(tmp_path / ".student.old")  # as between the two renames
@@ -73,13 +73,13 @@ def test_a_folder_is_replaced_whole_wherever_a_stop_falls(tmp_path):
         write_folder(place, stopped)
     assert [f.name for f in tmp_path.iterdir()] == ["student"]
     assert (place / "part/weights").read_text() == "2"
-    said["n"] = "3"
+    content["n"] = "3"
     write_folder(place, write)
     assert [f.name for f in tmp_path.iterdir()] == ["student"]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "fault"),
     [
         ("[]", "not an object"),
         ('{"step": 1', "Expecting"),
@@ -89,14 +89,14 @@ def test_a_folder_is_replaced_whole_wherever_a_stop_falls(tmp_path):
         ("\udcff", "decode"),
     ],
 )
-def test_a_damaged_record_is_named_with_its_fault_and_the_way_out(tmp_path, text, said):
+def test_a_damaged_record_is_named_with_its_fault_and_what_to_do(tmp_path, text, fault):
     file = tmp_path / "record.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=f"record.json is damaged .*{re.escape(said)}.*: do something"):
+    with pytest.raises(ValueError, match=f"record.json is damaged .*{re.escape(fault)}.*: do something"):
         read_object(file, "step", hint="do something")
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(b'{"step": 0}\n' + file.read_bytes() + b'\n{"st')
-    with pytest.raises(ValueError, match=f"lines.jsonl, line 2 is damaged .*{re.escape(said)}.*: do something"):
+    with pytest.raises(ValueError, match=f"lines.jsonl, line 2 is damaged .*{re.escape(fault)}.*: do something"):
         read_lines(lines, "step", hint="do something")
 
 
@@ -123,5 +123,5 @@ def test_tensors_are_those_that_were_recorded(tmp_path):
             read_tensors(file, hint="make it again")
 
 
-def test_an_objects_hash_is_of_what_it_says():
+def test_an_objects_hash_depends_on_its_content_only():
     assert object_hash({"a": 1, "b": [2.5]}) == object_hash(json.loads('{"b": [2.5], "a": 1}')) != object_hash({"a": 1})

@@ -16,27 +16,27 @@ GOOD = [
 
 
 def test_a_run_is_healthy_beside_itself_and_a_lagging_fake_score_is_not():
-    bands = health.ranges_of_runs([GOOD])
-    assert health.summarize(GOOD, health.diagnose(GOOD, bands)) == "healthy"
-    sick = [m | {"fake_score/loss": 9.0} for m in GOOD]
-    said = health.summarize(sick, health.diagnose(sick, bands))
-    assert said.startswith("fake_score/loss 9, range 2 to 2.06: it lags")
+    ranges = health.ranges_of_runs([GOOD])
+    assert health.summarize(GOOD, health.diagnose(GOOD, ranges)) == "healthy"
+    lagging = [m | {"fake_score/loss": 9.0} for m in GOOD]
+    summary = health.summarize(lagging, health.diagnose(lagging, ranges))
+    assert summary.startswith("fake_score/loss 9, range 2 to 2.06: it lags")
 
 
 def test_only_the_late_part_of_a_run_is_judged_and_a_harmless_side_is_not_flagged():
-    bands = health.ranges_of_runs([GOOD])
+    ranges = health.ranges_of_runs([GOOD])
     early = [m | {"fake_score/loss": 9.0} if m["step"] < 20 else m for m in GOOD]
-    assert health.summarize(early, health.diagnose(early, bands)) == "healthy"
+    assert health.summarize(early, health.diagnose(early, ranges)) == "healthy"
     better = [m | {"fake_score/loss": 0.1} for m in GOOD]
-    assert health.summarize(better, health.diagnose(better, bands)) == "healthy"
+    assert health.summarize(better, health.diagnose(better, ranges)) == "healthy"
 
 
-def test_a_number_that_is_none_is_out():
+def test_a_number_that_is_not_finite_is_out_of_range():
     run = [m | {"fake_score/loss": float("nan")} for m in GOOD]
     assert "start again from the last checkpoint" in health.summarize(run, health.diagnose(run, health.ranges_of_runs([GOOD])))
 
 
-def test_every_shipped_band_belongs_to_a_panel_and_every_panel_says_what_to_do():
+def test_every_shipped_range_belongs_to_a_diagnostic_and_every_diagnostic_has_a_remedy():
     shipped = health.shipped_ranges()
     for ranges in shipped.values():
         assert set(ranges) <= {d.key for d in health.DIAGNOSTICS}
@@ -56,7 +56,7 @@ def test_ranges_are_only_used_on_runs_like_those_they_were_measured_on():
         assert "compare with a good run" in health.summary(GOOD, r)
 
 
-def test_the_main_jobs_folder_stands_for_its_run(tmp_path):
+def test_the_main_jobs_folder_is_read_as_its_run(tmp_path):
     kept = Path(__file__).parent.parent / "results" / "main_job"
     shutil.copytree(kept, tmp_path / "job/run")
     assert health.read_metrics(tmp_path / "job") == health.read_metrics(kept)

@@ -1,4 +1,4 @@
-"""Whatever comes in ends in a result or one clear error: properties of what reads recipes, prompts, tables and records.
+"""Any input gives a result or one clear error: properties of what reads recipes, prompts, tables and records.
 
 `runs/fuzz.py` does the same for twenty thousand damaged files.
 """
@@ -28,7 +28,7 @@ things = st.recursive(
 )
 
 
-def ends(f, *args):
+def result_or_none(f, *args):
     """The result, or None where there is a clear error."""
     try:
         return f(*args)
@@ -51,13 +51,13 @@ def ends(f, *args):
 @example("iterations", 10**8)
 @example("iterations", 10**400)
 @example("algorithm.steps", 10**8)
-def test_an_override_is_taken_or_refused(key, value):
+def test_an_override_is_applied_or_refused(key, value):
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
     began = time.process_time()
-    found = ends(resolve, "mini-sd35-advdmd", [f"{key}={text}"])
+    found = result_or_none(resolve, "mini-sd35-advdmd", [f"{key}={text}"])
     assert time.process_time() - began < 5
     if found:
-        assert resolve_text(dump(*found)) == found[1], "what is taken is written down and read back"
+        assert resolve_text(dump(*found)) == found[1], "what is applied is written down and read back"
 
 
 def resolve_text(text):
@@ -74,7 +74,7 @@ def test_a_recipes_file_is_read_or_refused(tmp_path, name, changes):
     for at, text in changes:
         lines[at % len(lines)] += text
     (tmp_path / "r.yaml").write_text("\n".join(lines), encoding="utf-8", errors="replace")
-    ends(resolve, str(tmp_path / "r.yaml"))
+    result_or_none(resolve, str(tmp_path / "r.yaml"))
 
 
 def test_an_alias_bomb_is_refused_at_once():
@@ -92,8 +92,8 @@ def test_an_alias_bomb_is_refused_at_once():
 @example("\ud800")
 @example("\x00")
 def test_a_prompt_is_understood_or_refused(prompt):
-    ends(caption.check_prompt, prompt)
-    ends(caption.parse, prompt)
+    result_or_none(caption.check_prompt, prompt)
+    result_or_none(caption.parse, prompt)
 
 
 @often
@@ -101,9 +101,9 @@ def test_a_prompt_is_understood_or_refused(prompt):
 @example([{"text": "a", "file_name": "../../outside.png"}])
 @example([{"text": "a", "file_name": "/etc/hostname"}])
 def test_metadata_names_images_inside_or_is_refused(tmp_path, rows):
-    said = "\n".join(json.dumps(r, default=str) for r in rows)
-    (tmp_path / "metadata.jsonl").write_text(said, encoding="utf-8", errors="replace")
-    for e in ends(read_captioned_images, tmp_path) or ():
+    content = "\n".join(json.dumps(r, default=str) for r in rows)
+    (tmp_path / "metadata.jsonl").write_text(content, encoding="utf-8", errors="replace")
+    for e in result_or_none(read_captioned_images, tmp_path) or ():
         assert e.image is None or e.image.resolve().is_relative_to(tmp_path.resolve())
 
 
@@ -116,14 +116,14 @@ def test_a_table_of_questions_is_a_tree_or_refused(tmp_path, row, column, cell):
     table[row][column] = cell
     text = "".join(",".join('"' + c.replace('"', '""') + '"' for c in line) + "\n" for line in table)
     (tmp_path / "dpg.csv").write_text(text, encoding="utf-8", errors="replace")
-    suite = ends(dpg.DPG, tmp_path / "dpg.csv")
-    items = ends(suite.items) if suite else None
+    suite = result_or_none(dpg.DPG, tmp_path / "dpg.csv")
+    items = result_or_none(suite.items) if suite else None
     assert items is None or len(items) in (1, 2)
 
 
 @often
 @given(st.data())
-def test_no_bit_of_a_score_or_a_verdict_flips_unseen(tmp_path, data):
+def test_a_flipped_bit_of_a_score_or_a_verdict_is_noticed(tmp_path, data):
     rows = [{"task": "t", "item": f"i{i}", "k": 0, "loose": 0.5, "strict": 1.0, "reason": ""} for i in range(3)]
     summary = {"suite": "s", "suite_hash": "h", "seed": 0, "strict": {"overall": {"mean": 1.0, "interval": [1.0, 1.0]}}}
     summary |= {"loose": summary["strict"], "breakdown": {}, "diversity": {}, "nfe": 4, "split": "test", "images": 3}
@@ -133,7 +133,7 @@ def test_no_bit_of_a_score_or_a_verdict_flips_unseen(tmp_path, data):
     readers = {
         "scores.json": lambda: results.read_scores(tmp_path)[1],
         "verdicts.jsonl": lambda: results.read_verdicts(tmp_path),
-        # Where the name of the hash is what was hit, a line has one word more and says the same.
+        # Where the flipped bit is in the key of the hash, a line has one key more and the same content.
         "perceptions-0of1.jsonl": lambda: [{k: x[k] for k in line} for x in judging._lines(tmp_path)],
     }
     name = data.draw(st.sampled_from(sorted(readers)))
@@ -141,5 +141,7 @@ def test_no_bit_of_a_score_or_a_verdict_flips_unseen(tmp_path, data):
     good = bytearray(file.read_bytes())
     good[data.draw(st.integers(0, len(good) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(good)
-    found = ends(readers[name])
-    assert found is None or found == true or (name.startswith("perceptions") and not found), "cut short, it is seen again"
+    found = result_or_none(readers[name])
+    assert found is None or found == true or (name.startswith("perceptions") and not found), (
+        "a line that is cut is judged again"
+    )

@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, and says what the runs' files say."""
+"""The report: one file that needs no other, with the values of the runs' files."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def report(tmp_path_factory):
     return html_report.write_report(RUNS, scores, folder / "deep/report.html").read_text()
 
 
-def test_the_page_needs_nothing_from_anywhere(report):
+def test_the_page_loads_nothing_from_other_files_or_servers(report):
     assert not re.search(r"https?://|<script|<link|@import|url\(", report)
     assert all(s.startswith("data:image/") for s in re.findall(r'src="([^"]*)"', report))
     assert 'name="viewport"' in report
@@ -34,7 +34,7 @@ def test_the_page_needs_nothing_from_anywhere(report):
     assert len(report) < 1_000_000
 
 
-def test_the_page_says_what_the_runs_and_scores_say(report):
+def test_the_page_shows_the_values_of_the_runs_and_scores(report):
     kept = json.loads((CLAIM / "comparisons.json").read_text())["mini-geneval-test-advdmd-teacher"]
     one = SCORES["advdmd-0"]
     assert f"{one['strict']['overall']['mean']:.3f} [" in report
@@ -44,8 +44,8 @@ def test_the_page_says_what_the_runs_and_scores_say(report):
     assert report.count("healthy") == 2
     assert "algorithm.gan_loss_weight: " in report  # the recipes' differences
     logged = {k for r in RUNS for m in health.read_metrics(r) for k in m}
-    for panel in health.DIAGNOSTICS:
-        assert (f"<h3>{panel.key}</h3>" in report) == (panel.key in logged)
+    for diagnostic in health.DIAGNOSTICS:
+        assert (f"<h3>{diagnostic.key}</h3>" in report) == (diagnostic.key in logged)
     assert report.count('class="band"') >= 10
 
 
@@ -61,9 +61,9 @@ def test_teacher_beside_student_comes_first_and_the_difference_is_the_students(t
     """In the main job's folder the evaluations lie in the order of their names, the student's before the teacher's."""
     job = shutil.copytree(RESULTS / "main_job", tmp_path / "job")
     shutil.copytree(RESULTS / "main_job", job / "run")
-    for name, of in (("AdvDMD-4-steps", "advdmd-0"), ("teacher-4-steps", "dmd2-0"), ("teacher-40-steps", "teacher")):
+    for name, run in (("AdvDMD-4-steps", "advdmd-0"), ("teacher-4-steps", "dmd2-0"), ("teacher-40-steps", "teacher")):
         (job / name).mkdir()
-        (job / name / "scores.json").write_text(json.dumps({k: v for k, v in SCORES[of].items() if k != "run"}))
+        (job / name / "scores.json").write_text(json.dumps({k: v for k, v in SCORES[run].items() if k != "run"}))
     text = html_report.write_report([job], [], tmp_path / "a.html").read_text()
     heads = re.findall(r'<h2 class="part">([^<]*)', text)
     assert heads[0] == "Teacher beside student"
@@ -85,7 +85,7 @@ def test_runs_with_another_teacher_get_no_ranges(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("runs", "scores", "said"),
+    ("runs", "scores", "message"),
     [
         ([RESULTS], [], "is not a training run"),
         ([RUNS[0], RUNS[0]], [], "the same folder is named twice"),
@@ -93,8 +93,8 @@ def test_runs_with_another_teacher_get_no_ranges(tmp_path):
         ([RESULTS / f"x{i}" for i in range(9)], [], "9 runs: at most 5"),
     ],
 )
-def test_what_cannot_be_shown_is_refused_before_anything_is_written(tmp_path, runs, scores, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_shown_is_refused_before_anything_is_written(tmp_path, runs, scores, message):
+    with pytest.raises(ValueError, match=message):
         html_report.write_report(runs, scores, tmp_path / "a.html")
     assert not (tmp_path / "a.html").exists()
 
@@ -112,12 +112,12 @@ def test_ticks_are_round_and_inside(low, high, found):
     assert charts.ticks(low, high) == pytest.approx(found)
 
 
-def test_a_chart_shows_every_curve_and_skips_what_is_no_number():
+def test_a_chart_shows_every_curve_and_leaves_out_what_is_not_a_number():
     many = (list(range(1000)), [float(i % 7) for i in range(1000)])
-    drawn = charts.line_chart([many, ([5], [1.0]), ([], [])], band=(2, 99))
-    assert drawn.count("<path class=") - drawn.count('"grid"') == 1
-    assert 'class="c1"' in drawn
-    assert len(re.search(r'class="c0" d="M([^"]*)"', drawn)[1].split()) == 2 * len(charts.thin(many)[0]) <= 2 * charts.POINTS
+    chart = charts.line_chart([many, ([5], [1.0]), ([], [])], band=(2, 99))
+    assert chart.count("<path class=") - chart.count('"grid"') == 1
+    assert 'class="c1"' in chart
+    assert len(re.search(r'class="c0" d="M([^"]*)"', chart)[1].split()) == 2 * len(charts.thin(many)[0]) <= 2 * charts.POINTS
     assert charts.thin(([1, 2, 3], [1.0, float("nan"), 3.0])) == ([1, 3], [1.0, 3.0])
     assert charts.line_chart([([], [])]) == ""
 

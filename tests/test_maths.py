@@ -1,4 +1,4 @@
-"""Identities of flow, coefficientss, losses, rng and rollout."""
+"""Identities of flow, transitions, losses, rng and rollout."""
 
 import pytest
 import torch
@@ -89,13 +89,13 @@ def test_full_noise_is_diffusers_stochastic_step_to_the_bit(gen):
         assert torch.equal(x, theirs)
 
 
-def test_closeness_is_highest_at_the_mean(gen):
+def test_neg_mse_is_highest_at_the_mean(gen):
     g = Gaussian(torch.randn(3, 4, generator=gen()), torch.ones(3, 1))
     assert (g.neg_mse(g.mean) == 0).all()
     assert (g.neg_mse(g.mean + 1) == -1).all()
 
 
-def test_velocity_loss_vanishes_at_the_target(gen):
+def test_flow_matching_loss_vanishes_at_the_target(gen):
     x0, e = torch.randn(3, 5, generator=gen()), torch.randn(3, 5, generator=gen(1))
     assert (losses.flow_matching(e - x0, x0, e) == 0).all()
     assert losses.flow_matching(torch.zeros(3, 5), x0, e).shape == (3,)
@@ -103,12 +103,12 @@ def test_velocity_loss_vanishes_at_the_target(gen):
 
 def test_dmd_gradient_is_the_normalised_score_difference(gen):
     x0 = torch.randn(3, 5, generator=gen()).requires_grad_()
-    teacher, fake = torch.randn(3, 5, generator=gen(1)), torch.randn(3, 5, generator=gen(2))
-    losses.dmd(x0, teacher, fake).sum().backward()
-    torch.testing.assert_close(x0.grad, ((fake - teacher) / (x0 - teacher).abs().mean(1, keepdim=True) / 5).detach())
+    teacher, fake_score = torch.randn(3, 5, generator=gen(1)), torch.randn(3, 5, generator=gen(2))
+    losses.dmd(x0, teacher, fake_score).sum().backward()
+    torch.testing.assert_close(x0.grad, ((fake_score - teacher) / (x0 - teacher).abs().mean(1, keepdim=True) / 5).detach())
 
 
-def test_dmd_gradient_vanishes_when_fake_is_teacher(gen):
+def test_dmd_gradient_vanishes_when_the_fake_score_equals_the_teacher(gen):
     x0, same = torch.randn(3, 5, generator=gen()).requires_grad_(), torch.randn(3, 5, generator=gen(1))
     losses.dmd(x0, same, same).sum().backward()
     assert (x0.grad == 0).all()
@@ -138,7 +138,7 @@ def test_gate_opens_between_its_bounds():
     torch.testing.assert_close(losses.auc_gate(torch.tensor([0.5, 0.55, 0.6, 0.65, 0.9])), torch.tensor([0, 0, 0.5, 1, 1]))
 
 
-def test_group_spread_is_the_deviation_within_prompts_whatever_lies_between_them(gen):
+def test_within_group_std_is_the_deviation_within_prompts_whatever_the_difference_between_them(gen):
     x = 3 * torch.randn(4096, 5, generator=gen())
     between = 100 * torch.randn(512, 5, generator=gen()).repeat_interleave(8, 0)
     assert losses.within_group_std(x + between, 8).item() == pytest.approx(3, rel=0.06)
@@ -163,7 +163,7 @@ def test_policy_gradient_is_reinforce_at_ratio_one_and_stops_outside_the_clip_ra
     torch.testing.assert_close(new.grad, torch.tensor([-2.0, 0.0, 0.0]))
 
 
-def test_critic_losses_are_the_cross_entropies(gen):
+def test_discriminator_losses_are_the_cross_entropies(gen):
     a, b = torch.randn(4, generator=gen()), torch.randn(4, generator=gen(1))
     expected = -torch.sigmoid(a).log() - (1 - torch.sigmoid(b)).log()
     torch.testing.assert_close(losses.gan_discriminator(a, b), expected)
@@ -193,24 +193,26 @@ def test_rollout_with_an_exact_velocity_reaches_the_data(gen):
         torch.testing.assert_close(x0[c == 0].abs().mean(0), truth[c == 0].abs().mean(0), atol=0.08, rtol=0)
 
 
-def test_paths_can_be_read_at_each_samples_own_index(gen):
-    path = rollout(
+def test_a_trajectory_can_be_read_at_another_index_for_each_sample(gen):
+    trajectory = rollout(
         Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(4, 6, 2, generator=gen()), flow.grid(4, 3.0), cps(1.0)
     )
     k = torch.tensor([0, 1, 2, 3, 4, 0])
-    x, t = path.at(k)
-    assert torch.equal(x[3], path.x[3, 3])
-    assert torch.equal(t, path.t[k])
-    assert path.neg_mse.shape == (3, 6)
-    assert path[torch.tensor([5, 1])].x.shape == (5, 2, 2)
+    x, t = trajectory.at(k)
+    assert torch.equal(x[3], trajectory.x[3, 3])
+    assert torch.equal(t, trajectory.t[k])
+    assert trajectory.neg_mse.shape == (3, 6)
+    assert trajectory[torch.tensor([5, 1])].x.shape == (5, 2, 2)
 
 
 def test_one_step_has_no_action(gen):
-    path = rollout(Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(1, 6, 2, generator=gen()), flow.grid(1), cps(1.0))
-    assert path.neg_mse.shape == (0, 6)
+    trajectory = rollout(
+        Mixture(), torch.zeros(6, dtype=torch.long), torch.randn(1, 6, 2, generator=gen()), flow.grid(1), cps(1.0)
+    )
+    assert trajectory.neg_mse.shape == (0, 6)
 
 
-def test_a_path_walked_in_parts_is_the_path():
+def test_a_rollout_in_micro_batches_is_the_rollout_in_one_pass():
     from advdmd.rollout import rollout
     from advdmd.transitions import cps
 

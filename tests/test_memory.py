@@ -1,4 +1,4 @@
-"""What a recipe takes of a GPU, from the published models' configurations alone."""
+"""GPU memory that a recipe needs, from the published models' configurations alone."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from advdmd.recipes.registry import resolve
         *(("flux2-klein-4b", 3.876), ("flux2-dev", 32.223), ("z-image", 6.155)),
     ],
 )
-def test_parameters_are_the_published_models(name, billions):
+def test_parameters_are_as_many_as_the_published_models_have(name, billions):
     found = estimate(resolve(f"{name}-advdmd-4step-80gb", ["base_bits=32"])[1])
     assert found.base / 1e9 == pytest.approx(billions, abs=6e-4)
     assert found.parts["frozen base"] == 2 * found.base
@@ -32,18 +32,18 @@ def test_every_recipe_fits_the_gpus_it_is_named_after():
     assert preset_from_name("mini-sd35-advdmd") is None
 
 
-def test_whole_networks_are_shared_by_the_gpus():
+def test_whole_networks_are_sharded_over_the_gpus():
     r = resolve("sd35-large-advdmd-4step-8x80gb")[1]
     one, many = estimate(r, gpus=1), estimate(r, gpus=8)
     for part in ("trained weights", "gradients", "Adam", "EMA"):
         assert many.parts[part] == one.parts[part] / 8
-    # One card has nobody to share with: all of it is float32.
+    # One GPU has no other to shard with: all of it is float32.
     assert many.parts["frozen base"] == one.parts["frozen base"] / 16
     assert many.parts["activations"] == one.parts["activations"] / 2
     assert "lora_rank=32 fsdp=false (adapters on one base), more GPUs" in fit_advice(r, one, 80)
 
 
-def test_hybrid_shards_are_of_a_machine():
+def test_hybrid_sharding_is_inside_a_machine():
     """Two machines of eight hold what one of eight does, each its replica."""
     r = resolve("sd35-large-advdmd-4step-8x80gb", ["prompts_per_step=16"])[1]
     hybrid = replace(r, fsdp_sharding="hybrid")
@@ -61,7 +61,7 @@ def test_adapters_are_counted_as_they_are_made(backbone, tiny_folder):
     assert estimate(r).networks == 3
 
 
-def test_a_card_that_is_too_small_gets_a_way_out():
+def test_advice_for_a_gpu_that_is_too_small_names_settings_that_need_less():
     r = resolve("sd35-large-advdmd-4step-80gb")[1]
     assert "algorithm.micro_batch_size=1" in fit_advice(r, estimate(r), 24)
     large = resolve("qwen-image-advdmd-4step-80gb")[1]
@@ -73,7 +73,7 @@ def test_a_card_that_is_too_small_gets_a_way_out():
     assert "lora_rank=32" in fit_advice(whole, estimate(whole), 24)
 
 
-def test_a_transformer_that_is_not_counted_is_named(tmp_path):
+def test_a_transformer_whose_memory_cannot_be_estimated_is_named(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "transformer/config.json").write_text('{"_class_name": "SanaTransformer2DModel"}')
@@ -81,14 +81,14 @@ def test_a_transformer_that_is_not_counted_is_named(tmp_path):
         estimate(resolve("sd35-medium-advdmd-4step-24gb", [f"teacher={tmp_path}"])[1])
 
 
-def test_few_bits_are_counted_in_the_blocks_alone():
+def test_quantization_is_counted_in_the_blocks_alone():
     r = resolve("qwen-image-advdmd-4step-80gb")[1]
     whole, few = (
         estimate(r),
         estimate(resolve("qwen-image-advdmd-4step-80gb", ["base_bits=4", "fake_score_optimizer.state_bits=8"])[1]),
     )
     assert 0.51 / 2 < few.parts["frozen base"] / whole.parts["frozen base"] < 0.53 / 2
-    eight, thirty_two = 2, 2  # optimizers: fake score and trunk; the student's two turns
+    eight, thirty_two = 2, 2  # optimizers: fake score and trunk; the student's two
     assert few.parts["Adam"] / whole.parts["Adam"] == (eight * 8 + thirty_two * 32) / (4 * 32)
 
 
@@ -100,8 +100,8 @@ def test_a_float32_base_is_merged_anew_for_every_network_of_a_graph():
     assert held("dtype=float32", "gradient_checkpointing=false") > 2 * held("gradient_checkpointing=false") + 1e10
 
 
-def test_a_run_says_before_it_loads_anything_that_its_gpu_is_too_small(monkeypatch):
-    """Of what torch says of the GPU; on a CPU, and where the recipe fits, nothing is said."""
+def test_a_run_warns_before_it_loads_anything_that_its_gpu_is_too_small(monkeypatch):
+    """By the memory that torch reports; on a CPU, and where the recipe fits, there is no warning."""
     recipe = resolve("sd35-large-advdmd-4step-80gb")[1]
     gb = {"total_memory": 24 * 10**9}
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)

@@ -54,8 +54,8 @@ def cli(*words):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-def started(*words):
-    """The command in a process of its own."""
+def in_new_process(*words):
+    """The command in a new process."""
     command = [sys.executable, "-m", "advdmd", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
@@ -67,7 +67,7 @@ def trained(tiny_folder, tmp_path_factory):
     return folder
 
 
-def test_a_run_logs_what_the_panels_ask_for(trained):
+def test_a_run_logs_what_the_diagnostics_need(trained):
     """All but what needs a validation; by the last step both optimizers have moved."""
     logged = set().union(*(json.loads(x) for x in (trained / "metrics.jsonl").read_text().splitlines()))
     others = {"eval/diversity", "discriminator/auc", "student/loss", "student/grad_norm"}  # validation, DMD2, TwinFlow
@@ -88,9 +88,9 @@ def test_the_student_of_a_run_with_validation_is_its_best(tiny_folder, trained, 
     best = validation.read_best(tmp_path / "a")
     assert best == found | {"sha256": best["sha256"], "file": best["file"]}
     assert [f.name for f in (tmp_path / "a").glob("best*.safetensors")] == [best["file"]], "and no other is kept"
-    sent_by = (loading.weights_file(f) for f in (student, trained / "student"))
-    kept, sent, last = (load_file(f) for f in (tmp_path / "a" / best["file"], *sent_by))
-    assert all(torch.equal(kept[k], sent[k]) for k in kept)
+    exported_files = (loading.weights_file(f) for f in (student, trained / "student"))
+    kept, exported, last = (load_file(f) for f in (tmp_path / "a" / best["file"], *exported_files))
+    assert all(torch.equal(kept[k], exported[k]) for k in kept)
     assert all(torch.equal(kept[k], last[k]) for k in kept) == (best["step"] == 4), "the last, only where it is the best"
     assert json.loads((student / "advdmd.json").read_text())["iterations"] == scores.index(max(scores)) + 1
     newest = load_file(loading.weights_file(export(tmp_path / "a", tmp_path / "last", changes=["eval_every=0"])))
@@ -103,13 +103,13 @@ def test_the_student_of_a_run_with_validation_is_its_best(tiny_folder, trained, 
         with pytest.raises(ValueError, match=r"best-\d+\.safetensors is damaged .*delete best.json"):
             validation.load_best(tmp_path / "a", torch.nn.Linear(1, 1))
 
-    net = torch.nn.Linear(1, 1)  # a run of before, whose record names neither file nor hash
+    net = torch.nn.Linear(1, 1)  # a run of an earlier version, whose record names neither file nor hash
     save_file(net.state_dict(), tmp_path / "best.safetensors")
     (tmp_path / "best.json").write_text('{"step": 3, "strict": 0.5, "last": 4}')
     assert validation.load_best(tmp_path, net) == 3
 
 
-def test_overwriting_loses_what_runs_write_and_nothing_else(tiny_folder, tmp_path):
+def test_overwriting_deletes_what_runs_write_and_nothing_else(tiny_folder, tmp_path):
     r = resolve("mini-sd35-advdmd", [*SMALL, f"teacher={tiny_folder}", "iterations=1"])
     train.train(*r, tmp_path / "r")
     for ours in ("best-0000001.safetensors", "best.json", ".left"):
@@ -122,7 +122,7 @@ def test_overwriting_loses_what_runs_write_and_nothing_else(tiny_folder, tmp_pat
     assert (tmp_path / "r/best_of_my_pictures.txt").read_text() == "mine"
 
 
-def test_a_students_flipped_bit_is_seen_before_anything_is_drawn(trained, tmp_path):
+def test_a_students_flipped_bit_is_noticed_before_anything_is_sampled(trained, tmp_path):
     shutil.copytree(trained / "student", tmp_path / "student")
     loading.load(str(tmp_path / "student"))
     file = loading.weights_file(tmp_path / "student")
@@ -146,7 +146,7 @@ def test_a_run_out_of_patience_ends_early_and_stays_ended(tiny_folder, tmp_path)
         resolve("mini-sd35-advdmd", ["patience=1"])
 
 
-def test_reward_and_score_part_when_the_one_rises_while_the_other_falls():
+def test_reward_hacking_is_found_where_the_reward_rises_while_the_score_falls():
     def run_of(scores, rewards):
         return [{"step": i, "reward/final": r, "eval/score": s} for i, (s, r) in enumerate(zip(scores, rewards))]
 
@@ -173,7 +173,7 @@ def test_overrides_are_typed_and_reach_every_level():
 
 
 @pytest.mark.parametrize(
-    ("word", "says"),
+    ("word", "message"),
     [
         ("algorithm.step=2", r"unknown key algorithm\.step.*mean algorithm\.steps"),
         ("colour=red", "unknown key colour.*Recipe has: teacher"),
@@ -202,8 +202,8 @@ def test_overrides_are_typed_and_reach_every_level():
         ("save_every=-1", "save_every"),
     ],
 )
-def test_bad_overrides_name_key_value_and_way_out(word, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_overrides_name_key_value_and_what_to_do(word, message):
+    with pytest.raises(ValueError, match=message):
         resolve("mini-sd35-advdmd", [word])
 
 
@@ -242,8 +242,8 @@ def test_a_run_leaves_recipe_metrics_samples_and_student(trained):
     assert [x["step"] for x in lines] == [0, 1, 2, 3]
     assert {"fake_score/loss", "discriminator/auc_1", "student/dm_loss"} <= set(lines[0])
     assert "policy/max_ratio_error" in lines[-1]
-    sheet = np.asarray(Image.open(trained / "samples/step-000004.png"))
-    assert sheet.std() > 1
+    grid = np.asarray(Image.open(trained / "samples/step-000004.png"))
+    assert grid.std() > 1
 
 
 def test_a_finished_run_is_resumed_at_no_cost_and_another_recipe_is_refused_with_the_difference(trained, tiny_folder):
@@ -270,8 +270,8 @@ def test_export_equals_the_student_of_the_run(trained, tmp_path):
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
     with pytest.raises(ValueError, match="not empty"):
         export(trained, tmp_path / "out")
-    said = [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
-    assert said == []  # a published student does not tell where on its maker's disk the teacher lay
+    with_paths = [f for f in folder.rglob("*.json") if "_name_or_path" in f.read_text()]
+    assert with_paths == []  # a published student does not name the teacher's folder on its maker's disk
     with pytest.raises(ValueError, match="not a training run"):
         export(tmp_path, tmp_path / "out2")
 
@@ -304,22 +304,24 @@ def test_the_export_runs_in_a_fresh_stock_process_and_equals_our_sampler_to_the_
     from advdmd.rollout import rollout
     from advdmd.transitions import cps
 
-    backbone, how = loading.load(str(trained / "student"))
+    backbone, sampler = loading.load(str(trained / "student"))
     cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"]))
     for n in (4, 2):
         first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         torch.manual_seed(11)
         noise = torch.stack([first, *(torch.randn(1, 4, 8, 8) for _ in range(n - 1))])
-        path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(n, how.shift), cps(1.0))
-        assert torch.equal(path.x[-1], torch.load(tmp_path / f"{n}.pt", weights_only=True))
+        trajectory = rollout(
+            lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(n, sampler.shift), cps(1.0)
+        )
+        assert torch.equal(trajectory.x[-1], torch.load(tmp_path / f"{n}.pt", weights_only=True))
 
 
-def test_the_grid_a_stock_pipeline_is_told_is_the_one_before_the_shift(backbone):
+def test_the_grid_given_to_a_stock_pipeline_is_the_one_before_the_shift(backbone):
     assert backbone.pipeline_call_kwargs(4)["sigmas"] == [1.0, 0.75, 0.5, 0.25]
     assert backbone.pipeline_call_kwargs(2)["sigmas"] == [1.0, 0.5]
 
 
-def test_students_that_stock_schedulers_cannot_run_are_sampled_here_but_not_exported(tiny_folder, tmp_path):
+def test_students_that_stock_schedulers_cannot_run_are_sampled_natively_but_not_exported(tiny_folder, tmp_path):
     words = [*SMALL, f"teacher={tiny_folder}", "algorithm.eta=0.9", "iterations=1"]
     student = train.train(*resolve("mini-sd35-advdmd", words), tmp_path / "run")
     assert loading.load(str(student))[1].eta == 0.9
@@ -392,7 +394,7 @@ def test_a_stage_folder_belongs_to_its_stage(tmp_path, monkeypatch):
         pretrain.pretrain("autoencoder", tmp_path / "ae2", None, 0, 1)
 
 
-def test_a_stage_that_was_stopped_goes_on_with_its_own_words(tmp_path, monkeypatch):
+def test_a_stage_that_was_stopped_goes_on_with_the_same_tokenizer(tmp_path, monkeypatch):
     """The tokenizer's trainer numbers tokens differently each time: a second one would read another text."""
     monkeypatch.setattr(pretrain, "STAGES", {k: lambda k=k: small_stage(k) for k in pretrain.STAGES})
     pretrain.pretrain("autoencoder", tmp_path / "ae", None, None, 1)
@@ -400,7 +402,7 @@ def test_a_stage_that_was_stopped_goes_on_with_its_own_words(tmp_path, monkeypat
     first, again = (pretrain._pipeline(plan, tmp_path / "ae/vae", tmp_path / "t/start") for _ in range(2))
     assert first.tokenizer.get_vocab() == again.tokenizer.get_vocab()
     other = pretrain._pipeline(plan, tmp_path / "ae/vae", tmp_path / "other")
-    assert first.tokenizer.get_vocab() != other.tokenizer.get_vocab(), "if they are equal now, what is kept need not be"
+    assert first.tokenizer.get_vocab() != other.tokenizer.get_vocab(), "if they are equal now, the tokenizer need not be kept"
     for k, v in first.transformer.state_dict().items():
         assert torch.equal(v, again.transformer.state_dict()[k])
     shutil.rmtree(tmp_path / "t/start")
@@ -426,7 +428,9 @@ def test_evaluation_scores_from_disk_and_compares_pairs(trained, tiny_folder, tm
     assert set(a["strict"]) == {"overall", *suite.tasks}
     again = score(suite, tmp_path / "a", CheckerJudge())
     assert again == a
-    done = started("eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1)
+    done = in_new_process(
+        "eval", tiny_folder, "mini-geneval", "--images", 6, "--steps", 2, "--out", tmp_path / "b", "--threads", 1
+    )
     assert done.returncode == 0, done.stderr
     assert "| **overall** |" in done.stdout
     evaluate(str(tiny_folder), suite, tmp_path / "b2", SamplerConfig(steps=2))
@@ -466,7 +470,7 @@ def test_the_main_job_trains_in_as_many_processes_as_can_share_its_batch(monkeyp
 
 def test_help_is_quick_and_imports_nothing_heavy():
     began = time.monotonic()
-    done = started("--help")
+    done = in_new_process("--help")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("show", "pretrain", "train", "sample", "eval", "export", "mini"))
     assert time.monotonic() - began < 5  # 1.5 s alone on a quiet machine (benchmarks); here beside other tests
@@ -475,7 +479,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (("show", "nothing"), "recipe 'nothing' is unknown"),
         (("train", "mini-sd35-advdmd", "algorithm.group_size=x"), "algorithm.group_size='x'"),
@@ -490,16 +494,16 @@ def test_help_is_quick_and_imports_nothing_heavy():
         (("pretrain", "mini-sd35-stage2"), "needs --start"),
     ],
 )
-def test_user_mistakes_get_one_line_and_exit_code_two(words, says, tiny_folder, tmp_path):
+def test_user_mistakes_get_one_line_and_exit_code_two(words, message, tiny_folder, tmp_path):
     words = [str(tiny_folder) if w == "TINY" else w for w in words]
     done = cli(*words, *([] if words[0] == "show" else ["--out", tmp_path / "out"]))
     assert done.returncode == 2, done.stdout + done.stderr
-    assert says in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_samples_are_drawn_and_repeatable(tiny_folder, tmp_path):
-    for call, out in ((cli, "a"), (started, "b")):
+def test_samples_are_repeatable(tiny_folder, tmp_path):
+    for call, out in ((cli, "a"), (in_new_process, "b")):
         done = call(
             "sample",
             tiny_folder,
@@ -538,7 +542,7 @@ def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_
     assert "fits a 141 GB GPU" in cli("show", "qwen-image-advdmd-4step-80gb", "--gpu-memory", "141").stdout
 
 
-def test_a_recipes_schedules_fit_the_iterations_it_is_told():
+def test_a_recipes_schedules_fit_the_iterations_it_is_given():
     long, short = (resolve("mini-sd35-advdmd", [f"iterations={n}"])[1] for n in (900, 90))
     assert (short.dm_optimizer.decay_steps, short.algorithm.dm_only_iterations, short.algorithm.policy_ramp_iterations) == (
         90,

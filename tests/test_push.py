@@ -1,4 +1,4 @@
-"""Publishing an export: what goes is said first, and what the hub refuses leaves the export whole."""
+"""Publishing an export: what is uploaded is printed first, and a refusal of the hub leaves the export whole."""
 
 import huggingface_hub
 import pytest

@@ -26,7 +26,7 @@ def test_there_are_kept_runs():
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: str(f.parent.relative_to(RESULTS)))
 def test_a_kept_recipe_reads_as_it_was_written(file):
-    """What the file says, under today's names, is what the recipe has."""
+    """The recipe has the settings of the file, under today's names."""
     recipe = registry.resolve(str(file))[1]
     now = flatten(json.loads(json.dumps(_plain(recipe))))
     written = renamed.new_settings(flatten(yaml.safe_load(file.read_text())))

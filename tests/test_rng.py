@@ -61,12 +61,12 @@ def first(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_every_stream_draws_what_it_always_drew(name):
+def test_every_stream_draws_the_numbers_that_it_always_drew(name):
     assert first(name) == GOLDEN[name]
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_seeds_what_it_always_seeded(key):
+def test_every_key_gives_the_seed_that_it_always_gave(key):
     assert generator(*key).initial_seed() == KEYS[key]
 
 

@@ -82,7 +82,7 @@ class ToyDiscriminator:
         return self.net(x, t, c)
 
 
-class Both(nn.Module):
+class ScoreAndDiscriminator(nn.Module):
     def __init__(self, score, discriminator):
         super().__init__()
         self.score, self.discriminator = score, discriminator
@@ -106,37 +106,42 @@ def pretrained(teacher, steps=600, seed=0):
 
 def make_models(teacher, net, steps, lr=1e-3, policy_lr=1e-3, fake_lr=2e-3, decay=0, seed=0):
     torch.manual_seed(seed)
-    student, both = copy.deepcopy(net), Both(copy.deepcopy(net), Net(1))
+    student, score_and_discriminator = copy.deepcopy(net), ScoreAndDiscriminator(copy.deepcopy(net), Net(1))
     optimizers = {
         name: (OptimizerConfig(lr=rate, decay_steps=decay), [ParamGroup(student.parameters())])
         for name, rate in (("dm", lr), ("policy", policy_lr))
     }
-    fake_score = (OptimizerConfig(lr=fake_lr, betas=(0.0, 0.999)), [ParamGroup(both.parameters())])
+    fake_score = (OptimizerConfig(lr=fake_lr, betas=(0.0, 0.999)), [ParamGroup(score_and_discriminator.parameters())])
     return DistillationModels(
         teacher=teacher,
         student=Learner("student", student, student, optimizers, ema_decay=0.99, log_prefixes={"policy": "policy/"}),
-        fake_score=Learner("fake_score", both, lambda x, t, c, k: both.score(x, t, c), {"main": fake_score}),
-        discriminator=ToyDiscriminator(both.discriminator),
+        fake_score=Learner(
+            "fake_score",
+            score_and_discriminator,
+            lambda x, t, c, k: score_and_discriminator.score(x, t, c),
+            {"main": fake_score},
+        ),
+        discriminator=ToyDiscriminator(score_and_discriminator.discriminator),
         discriminator_auc=torch.full((steps,), 0.5),
     )
 
 
 def toy_batch_fn(data, prompts=8, group=8):
-    def batch_fn(step):
+    def batch_fn(iteration):
         n = prompts * group
-        c = (torch.arange(n) // group + step) % 2
-        latents = data.sample(c, torch.Generator().manual_seed(1000 + step))
-        return Batch(as_cond(c), latents), list(range(step * n, step * n + n))
+        c = (torch.arange(n) // group + iteration) % 2
+        latents = data.sample(c, torch.Generator().manual_seed(1000 + iteration))
+        return Batch(as_cond(c), latents), list(range(iteration * n, iteration * n + n))
 
     return batch_fn
 
 
-def play(algorithm, models, batch_fn, steps, start=0, seed=0):
+def run_iterations(algorithm, models, batch_fn, iterations, start=0, seed=0):
     from advdmd.rng import Rng
 
-    for step in range(start, steps):
-        batch, ids = batch_fn(step)
-        log = algorithm.train_step(models, batch, step, Rng(seed, step, ids))
+    for iteration in range(start, iterations):
+        batch, ids = batch_fn(iteration)
+        log = algorithm.train_step(models, batch, iteration, Rng(seed, iteration, ids))
     return log
 
 

@@ -19,7 +19,7 @@ from advdmd.rng import Rng
 from advdmd.training.gradient_halves import GradientHalves, damped
 from advdmd.types import Ranks
 from tests.algorithms.test_algorithms import count_passes
-from tests.toy import Mixture, Net, as_cond, flat, play, toy_batch_fn
+from tests.toy import Mixture, Net, as_cond, flat, run_iterations, toy_batch_fn
 from tests.toy import make_models as toy_models
 
 BEGIN = {"dm_only_iterations": 0, "policy_ramp_iterations": 0, "dm_every": 10**6, "auc_gating": False}
@@ -48,22 +48,22 @@ def test_the_forward_loss_has_the_gradient_of_diffusion_nft_where_the_student_is
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_an_image_with_an_advantage_is_drawn_nearer_also_for_one_step(steps):
-    """The reward is the first coordinate: after updates on the forward process alone the student draws larger ones."""
+def test_the_policy_moves_towards_images_with_an_advantage_also_for_one_step(steps):
+    """The reward is the first coordinate: after updates on the forward process alone the student samples larger ones."""
     torch.manual_seed(0)
     world, algorithm = Mixture(), AdvDMD(**GATHERED, steps=steps, policy="forward", max_policy_rollouts=4)
     models = toy_models(world, Net(2), steps, policy_lr=3e-3)._replace(extra_rewards=lambda x0, i: {"right": (1.0, x0[:, 0])})
     algorithm = replace(algorithm, discriminator_reward_weight=0.0, dm_only_iterations=0)
-    data, before, seen = toy_batch_fn(world), [], []
+    data, before, after = toy_batch_fn(world), [], []
     for i in range(80):
         batch, ids = data(i)
         rng = Rng(0, i, ids)
-        path = algorithm.rollout(models, batch, rng)
-        (before if i < 8 else seen).append(path.x[-1][:, 0].mean().item())
-        log = algorithm.update_policy(models, path, batch, rng)
+        trajectory = algorithm.rollout(models, batch, rng)
+        (before if i < 8 else after).append(trajectory.x[-1][:, 0].mean().item())
+        log = algorithm.update_policy(models, trajectory, batch, rng)
     assert log["policy/gate"] == 1, "the recipe's own reward is not gated"
     assert "reward/right" in log
-    assert sum(seen[-8:]) / 8 > sum(before) / 8 + 0.1
+    assert sum(after[-8:]) / 8 > sum(before) / 8 + 0.1
 
 
 def test_updates_of_one_step_are_on_the_forward_process_only():
@@ -71,35 +71,35 @@ def test_updates_of_one_step_are_on_the_forward_process_only():
     assert forward.updates_at(3) == Updates(True, True)
     assert not AdvDMD(**(BEGIN | {"dm_every": 1}), steps=1).updates_at(3).policy
     models = toy_models(Mixture(), Net(2), 1)
-    log = play(forward, models, toy_batch_fn(Mixture()), 1)
+    log = run_iterations(forward, models, toy_batch_fn(Mixture()), 1)
     assert {"policy/loss", "reward/final", "student/within_group_std"} <= set(log)
     assert "policy/max_ratio_error" not in log
 
 
-def test_a_group_is_noised_alike_and_draws_differ():
+def test_a_group_shares_its_noise_and_draws_differ():
     algorithm = AdvDMD(**BEGIN, policy="forward", forward_draws=2)
     models, batch, rng = toy_models(Mixture(), Net(2), 4), toy_batch_fn(Mixture())(0)[0], Rng(0, 0, range(64))
-    seen = []
-    path = algorithm.rollout(models, batch, rng)
+    inputs = []
+    trajectory = algorithm.rollout(models, batch, rng)
 
     def student(x, t, cond):
-        seen.append((x, t))
+        inputs.append((x, t))
         return models.student(x, t, cond)
 
-    spied = models._replace(student=student)
-    loss_of, draws = algorithm.policy_loss(spied, path, batch, torch.ones(1, len(batch)), rng)
+    recorded = models._replace(student=student)
+    loss_of, draws = algorithm.policy_loss(recorded, trajectory, batch, torch.ones(1, len(batch)), rng)
     for draw in range(draws):
         loss_of(torch.arange(len(batch)), draw)
-    (x, t), (_, t2) = seen
+    (x, t), (_, t2) = inputs
     assert (t.unflatten(0, (-1, 8)) == t.unflatten(0, (-1, 8))[:, :1]).all()
-    e = (x - (1 - t[:, None]) * path.x[-1]) / t[:, None]
+    e = (x - (1 - t[:, None]) * trajectory.x[-1]) / t[:, None]
     torch.testing.assert_close(e.unflatten(0, (-1, 8)), e.unflatten(0, (-1, 8))[:, :1].expand(-1, 8, -1), rtol=1e-3, atol=1e-4)
     assert not torch.equal(t, t2)
-    assert set(t.tolist()) <= set(path.t[:-1].tolist()), "levels of the student's grid"
+    assert set(t.tolist()) <= set(trajectory.t[:-1].tolist()), "levels of the student's grid"
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_forwards_on_the_forward_process_are_as_counted(tiny_folder, backbone, draws):
+def test_forwards_on_the_forward_process_are_as_declared(tiny_folder, backbone, draws):
     algorithm = AdvDMD(group_size=4, policy="forward", forward_draws=draws, **(BEGIN | {"dm_every": 1}))
     declared = algorithm.forwards_per_sample(5, Costs(0.0, 0.5))
     assert declared["policy"] == draws
@@ -111,20 +111,20 @@ def test_forwards_on_the_forward_process_are_as_counted(tiny_folder, backbone, d
 
 
 @pytest.mark.parametrize(("prompts", "processes"), [(4, 1), (4, 2), (8, 4), (3, 1)])
-def test_halves_are_the_same_groups_however_they_are_shared(prompts, processes):
+def test_halves_are_the_same_groups_for_any_number_of_processes(prompts, processes):
     group = 3
-    for turn in range(2):
+    for rollouts_before in range(2):
         parts = [set(), set()]
         local = prompts * group // processes
         for rank in range(processes):
-            for half, own in enumerate(halves_of_groups(local, group, Ranks(rank, processes), turn)):
-                parts[half] |= {rank * local + int(i) for i in own}
+            for half, samples in enumerate(halves_of_groups(local, group, Ranks(rank, processes), rollouts_before)):
+                parts[half] |= {rank * local + int(i) for i in samples}
         assert parts[0] | parts[1] == set(range(prompts * group))
         assert not parts[0] & parts[1]
-        assert all(i // group % 2 == turn % 2 for i in parts[0])
+        assert all(i // group % 2 == rollouts_before % 2 for i in parts[0])
 
 
-def held(gradients):
+def halves_with(gradients):
     """GradientHalves of one parameter that were given gradients [rollouts, 2, D]."""
     p = torch.nn.Parameter(torch.zeros(gradients.shape[-1]))
     halves = GradientHalves([p])
@@ -140,30 +140,30 @@ def test_agreement_is_the_cosine_of_the_halves_sums_under_their_scales():
     g = torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(40) + 0.1
     a, b = g.sum(0) / scale
-    found = held(g)[1].step([scale], [0.0])[0]
+    found = halves_with(g)[1].step([scale], [0.0])[0]
     assert found == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-6)
-    assert held(g[:, :1].expand(-1, 2, -1))[1].step(None, [0.0])[0] == pytest.approx(1)
-    assert held(torch.stack([g[:, 0], -g[:, 0]], 1))[1].step(None, [0.0])[0] == pytest.approx(-1)
+    assert halves_with(g[:, :1].expand(-1, 2, -1))[1].step(None, [0.0])[0] == pytest.approx(1)
+    assert halves_with(torch.stack([g[:, 0], -g[:, 0]], 1))[1].step(None, [0.0])[0] == pytest.approx(-1)
 
 
-def test_a_steps_length_is_its_rate_times_the_evidence():
+def test_a_steps_length_is_its_learning_rate_times_the_share_of_signal():
     """The share estimates the cosine of the sum with the true gradient; halves that oppose each other move nothing."""
     torch.manual_seed(1)
     d, truth = 20000, torch.randn(20000)
     for noise in (0.5, 2.0, 8.0):
         g = truth + noise * torch.randn(4, 2, d)
-        p, halves = held(g)
+        p, halves = halves_with(g)
         _, share = halves.step(None, [1e-3])
         assert share == pytest.approx(torch.cosine_similarity(g.sum((0, 1)), truth, dim=0).item(), abs=0.05)
         assert p.detach().square().mean().sqrt() == pytest.approx(1e-3 * share, rel=1e-3)
         assert torch.cosine_similarity(-p.detach(), g.sum((0, 1)), dim=0) > 0.999
         assert (halves.weight, halves.rollouts, halves.state_dict("x")) == (0, 0, {})
-    p, halves = held(torch.stack([truth, -truth])[None])
+    p, halves = halves_with(torch.stack([truth, -truth])[None])
     assert halves.step(None, [1e-3])[1] == 0
     assert (p == 0).all()
 
 
-def test_numbers_that_hardly_move_get_no_huge_steps():
+def test_parameters_that_hardly_move_get_no_huge_steps():
     scales = [torch.tensor([1e-12, 1.0, 1.0, 2.0])]
     assert damped(scales, scales)[0][0] == pytest.approx(0.05, rel=1e-4)
 
@@ -183,8 +183,8 @@ def test_gathered_rollouts_become_a_step_where_they_agree_or_at_the_limit(policy
     assert [log["policy/rollouts"] for log in logs] == [1, 2, 3, 1, 2, 3]
     assert ["policy/step_share" in log for log in logs] == [False, False, True] * 2
     always = replace(never, min_agreement=0.0, max_policy_rollouts=100)
-    assert "policy/step_share" in play(always, models, toy_batch_fn(world), 1)
-    assert "policy/step_share" not in play(replace(always, min_agreement=0.99), models, toy_batch_fn(world), 1)
+    assert "policy/step_share" in run_iterations(always, models, toy_batch_fn(world), 1)
+    assert "policy/step_share" not in run_iterations(replace(always, min_agreement=0.99), models, toy_batch_fn(world), 1)
 
 
 def test_a_micro_batch_size_changes_nothing_that_is_gathered():
@@ -192,7 +192,9 @@ def test_a_micro_batch_size_changes_nothing_that_is_gathered():
     for size in (64, 5):
         torch.manual_seed(0)
         models = toy_models(Mixture(), Net(2), 4)
-        play(AdvDMD(**GATHERED, policy="forward", min_agreement=1.0, micro_batch_size=size), models, toy_batch_fn(Mixture()), 3)
+        run_iterations(
+            AdvDMD(**GATHERED, policy="forward", min_agreement=1.0, micro_batch_size=size), models, toy_batch_fn(Mixture()), 3
+        )
         found.append(models.student.state_dict()[0])
     sums = [k for k in found[0] if k.startswith("halves/policy")]
     assert sums
@@ -210,15 +212,15 @@ def test_gathered_gradients_survive_a_stop():
     for models in (stopped, resumed):
         models.student.load_state_dict(*whole.student.state_dict())
         models.fake_score.load_state_dict(*whole.fake_score.state_dict())
-    play(algorithm, whole, toy_batch_fn(world), 6)
-    play(algorithm, stopped, toy_batch_fn(world), 3)
+    run_iterations(algorithm, whole, toy_batch_fn(world), 6)
+    run_iterations(algorithm, stopped, toy_batch_fn(world), 3)
     assert stopped.student.accumulated_rollouts("policy") == 3
     for name in ("student", "fake_score"):
         tensors, counters = getattr(stopped, name).state_dict()
         assert set(tensors) <= set(getattr(stopped, name).state_template())
         getattr(resumed, name).load_state_dict({k: v.clone() for k, v in tensors.items()}, counters)
     resumed.discriminator_auc.copy_(stopped.discriminator_auc)
-    play(algorithm, resumed, toy_batch_fn(world), 6, start=3)
+    run_iterations(algorithm, resumed, toy_batch_fn(world), 6, start=3)
     assert torch.equal(flat(whole.student.net), flat(resumed.student.net))
 
 
@@ -269,7 +271,7 @@ def test_values_out_of_range_are_named(bad):
         AdvDMD(**bad)
 
 
-def test_steps_go_by_the_mean_of_what_their_halves_agreed_by():
+def test_step_lengths_follow_the_running_mean_of_the_agreement():
     """Single agreements scatter about the true one, and half of them are below it: evidence is not thrown away."""
     torch.manual_seed(2)
     d, truth, noise = 400, torch.randn(400), 20.0
@@ -294,7 +296,7 @@ def test_steps_go_by_the_mean_of_what_their_halves_agreed_by():
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.8])
-def test_momentum_is_evidence_that_is_kept(momentum):
+def test_momentum_keeps_a_part_of_the_gathered_gradients(momentum):
     """The share is what gradients of decaying weights are worth; the direction is their weighted sum."""
     torch.manual_seed(3)
     d, noise = 4000, 12.0
@@ -317,12 +319,12 @@ def test_momentum_is_evidence_that_is_kept(momentum):
     assert sum(shares[20:]) / 60 == pytest.approx(sum(cosines[20:]) / 60, abs=0.04)
 
 
-def test_healthy_ranges_are_of_the_form_that_they_were_measured_on():
+def test_healthy_ranges_hold_for_the_policy_loss_that_they_were_measured_on():
     assert health.ranges_for(resolve("mini-sd3-advdmd-long")[1])
     assert health.ranges_for(resolve("mini-sd3-advdmd-reinforce")[1]) == {}
 
 
-def test_one_prompt_takes_turns_between_the_halves():
+def test_one_prompt_alternates_between_the_halves():
     """A half of a rollout is then empty; two rollouts hold both."""
     torch.manual_seed(0)
     world = Mixture()

@@ -55,7 +55,7 @@ def test_with_r_at_t_the_pretrained_network_is_unchanged(any_backbone):
 
 
 @torch.no_grad()
-def test_what_is_kept_for_sampling_is_the_network_toward_zero(any_backbone):
+def test_the_weights_kept_for_sampling_are_the_network_with_target_time_zero(any_backbone):
     x, t, cond = inputs(any_backbone)
     import copy
 
@@ -75,22 +75,23 @@ def test_quarters_are_equal_and_have_their_times():
     assert torch.bincount(quarter).tolist() == [100] * 4
     assert (t[quarter == 0] == 1).all()
     assert (r[quarter == 0] == 0).all()
-    near, far, own = (quarter == k for k in (1, 2, 3))
+    near, any_step, fake_trajectory = (quarter == k for k in (1, 2, 3))
     assert ((t - r)[near] <= 0.05 * t[near] + 1e-6).all()
     assert ((t - r)[near] >= 0).all()
-    assert ((r >= 0) & (r <= t))[far].all()
-    assert (t - r)[far].max() > 0.5
-    assert (t[own] < 0).all()
-    assert torch.equal(t[own], r[own])
+    assert ((r >= 0) & (r <= t))[any_step].all()
+    assert (t - r)[any_step].max() > 0.5
+    assert (t[fake_trajectory] < 0).all()
+    assert torch.equal(t[fake_trajectory], r[fake_trajectory])
     with pytest.raises(ValueError, match="four quarters"):
         TwinFlow().sample_times(Rng(0, 0, range(6)), 6)
 
 
 @pytest.mark.parametrize(
-    ("steps", "gap", "want"), [(1, 0.6, [0.999, 0]), (2, 0.6, [0.999, 0.6, 0]), (4, 0.5, [0.999, 0.83267, 0.66633, 0.5, 0])]
+    ("steps", "last_time", "want"),
+    [(1, 0.6, [0.999, 0]), (2, 0.6, [0.999, 0.6, 0]), (4, 0.5, [0.999, 0.83267, 0.66633, 0.5, 0])],
 )
-def test_grids_are_those_of_its_repository(steps, gap, want):
-    assert flow.twinflow_grid(steps, gap).tolist() == pytest.approx(want, abs=1e-4)
+def test_grids_are_those_of_twinflows_repository(steps, last_time, want):
+    assert flow.twinflow_grid(steps, last_time).tolist() == pytest.approx(want, abs=1e-4)
 
 
 def test_the_target_of_an_exact_flow_is_that_flow():
@@ -111,7 +112,7 @@ def test_the_target_of_an_exact_flow_is_that_flow():
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 5.0])
-def test_the_enhanced_target_comes_to_rest_at_the_guidance_scale(scale):
+def test_the_enhanced_target_converges_to_the_guidance_scale(scale):
     """A network that has become its own target, with r at t: v_null + scale (v - v_null)."""
     v, null, t, quarter = torch.tensor([[0.1, -0.2]]), torch.tensor([[0.05, 0.02]]), torch.tensor([0.5]), torch.tensor([1])
     F = v
@@ -171,8 +172,8 @@ def test_targets_are_guided_by_the_teacher_where_it_is_the_target_network():
         TwinFlow(guidance_strength=3.0, target_network="student")
 
 
-def test_an_error_weighs_like_its_root():
-    """The robust loss grows like |error|, so that no sample outweighs the others by its square."""
+def test_the_robust_loss_grows_like_the_absolute_error():
+    """A sample with a large error does not outweigh the others by its square."""
     small, large = barron_loss(torch.full((1, 4), 0.1)), barron_loss(torch.full((1, 4), 1.0))
     assert (large / small).item() == pytest.approx(10, rel=0.01)
 
@@ -183,9 +184,9 @@ def folder(tiny_folder, tmp_path):
     return resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "twin"
 
 
-def test_forwards_are_as_counted(folder, backbone, monkeypatch):
+def test_forwards_are_as_declared(folder, backbone, monkeypatch):
     (_, r), _ = folder
-    twin, counts, velocity = Builder(r, backbone, empty(backbone)).build(), {"grad": 0, "none": 0}, backbone.velocity
+    models, counts, velocity = Builder(r, backbone, empty(backbone)).build(), {"grad": 0, "none": 0}, backbone.velocity
 
     def counted(net, x, t, cond):
         counts["grad" if torch.is_grad_enabled() else "none"] += len(x)
@@ -193,7 +194,7 @@ def test_forwards_are_as_counted(folder, backbone, monkeypatch):
 
     monkeypatch.setattr(backbone, "velocity", counted)
     cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"] * 8))
-    r.algorithm.train_step(twin, Batch(cond, torch.randn(8, 4, 8, 8)), 0, Rng(0, 0, range(8)))
+    r.algorithm.train_step(models, Batch(cond, torch.randn(8, 4, 8, 8)), 0, Rng(0, 0, range(8)))
     parts = r.algorithm.forwards_per_sample(0, Costs(0.0))
     assert counts["grad"] == 8
     assert counts["none"] == 8 * (sum(parts.values()) - 1)
@@ -214,25 +215,25 @@ def test_a_student_trains_resumes_and_is_read_back_as_it_was_sampled(folder, tin
     assert train.train(name, r, out) == student
     backbone, sampler = loading.load(str(student))
     assert (sampler.steps, sampler.last_time, sampler.nfe) == (2, 0.6, 2)
-    own = loading.load(str(tiny_folder))[0]
-    twin = Builder(r, own, empty(own)).build()
+    teacher = loading.load(str(tiny_folder))[0]
+    models = Builder(r, teacher, empty(teacher)).build()
     from advdmd.training import checkpoint
 
-    checkpoint.resume(out / "checkpoints", {"student": twin.student}, {})
+    checkpoint.resume(out / "checkpoints", {"student": models.student}, {})
     with torch.no_grad():
-        x, t, cond = inputs(own)
-        mean = twin.ema(x, t, t / 2, cond)
-        assert not torch.equal(mean, twin.student(x, t, t / 2, cond))
-        ema = twin.student.ema_model()
+        x, t, cond = inputs(teacher)
+        mean = models.ema(x, t, t / 2, cond)
+        assert not torch.equal(mean, models.student(x, t, t / 2, cond))
+        ema = models.student.ema_model()
         with ema.targeting(t / 2):
-            assert torch.equal(mean, own.velocity(ema, x, t, cond)), "the average is the one that was resumed"
-    want = image_sampler(own, ema, sampler)(["a picture of a red circle"] * 2, [0, 1])
+            assert torch.equal(mean, teacher.velocity(ema, x, t, cond)), "the EMA is the one that was resumed"
+    want = image_sampler(teacher, ema, sampler)(["a picture of a red circle"] * 2, [0, 1])
     found = image_sampler(backbone, backbone.net, sampler)(["a picture of a red circle"] * 2, [0, 1])
     assert (abs(want.astype(int) - found.astype(int)) <= 1).all()
     assert "stock pipelines cannot sample it" in (student / "README.md").read_text()
 
 
-def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(any_backbone):
+def test_with_adapters_the_network_gets_one_time_and_the_ema_is_a_separate_adapter(any_backbone):
     """t - r / 2 instead of a second embedding: towards r = 0 the network is asked at t itself."""
     import copy
 
@@ -240,19 +241,19 @@ def test_with_adapters_one_time_is_fed_and_the_average_is_an_adapter_of_its_own(
     backbone = loading.backbone_from_pipeline(any_backbone.pipe, {"t5_length": 0, "side": pipelines.LATENT})
     backbone.net = copy.deepcopy(plain)
     _, r = resolve("mini-sd35-twinflow", ["lora_rank=2", "algorithm.order=1"])
-    twin = Builder(r, backbone, empty(backbone)).build()
+    models = Builder(r, backbone, empty(backbone)).build()
     with torch.no_grad():
         x, t, cond = inputs(backbone)
-        assert torch.equal(twin.student(x, t, 0 * t, cond), backbone.velocity(plain, x, t, cond)), "adapters start at nothing"
-        assert torch.equal(twin.student(x, t, t / 2, cond), backbone.velocity(plain, x, t - t / 4, cond))
+        assert torch.equal(models.student(x, t, 0 * t, cond), backbone.velocity(plain, x, t, cond)), "adapters start at nothing"
+        assert torch.equal(models.student(x, t, t / 2, cond), backbone.velocity(plain, x, t - t / 4, cond))
     before = {k: v.clone() for k, v in backbone.net.state_dict().items() if ".lora_" not in k}
     for step in range(3):
-        log = r.algorithm.train_step(twin, Batch(cond, torch.randn(4, *backbone.latent_shape)), step, Rng(0, step, range(4)))
+        log = r.algorithm.train_step(models, Batch(cond, torch.randn(4, *backbone.latent_shape)), step, Rng(0, step, range(4)))
     assert log["student/grad_norm"] > 0
-    names = [k for k, _ in twin.student.net.named_parameters() if "timestep_embedder" in k or "t_embedder" in k]
+    names = [k for k, _ in models.student.net.named_parameters() if "timestep_embedder" in k or "t_embedder" in k]
     assert len(names) == 4, "A and B of both layers of the time embedding, where negative times are learned"
     assert all(torch.equal(before[k], v) for k, v in backbone.net.state_dict().items() if k in before)
     with torch.no_grad():
-        mean = twin.ema(x, t, 0 * t, cond)
-        assert not torch.equal(mean, twin.student(x, t, 0 * t, cond))
-        assert torch.equal(mean, backbone.velocity(twin.student.ema_model(), x, t, cond))
+        mean = models.ema(x, t, 0 * t, cond)
+        assert not torch.equal(mean, models.student(x, t, 0 * t, cond))
+        assert torch.equal(mean, backbone.velocity(models.student.ema_model(), x, t, cond))

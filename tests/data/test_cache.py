@@ -1,4 +1,4 @@
-"""Prompts and images of one's own: read, encoded once, dealt, trained on, exported."""
+"""A user's prompts and images: read, encoded once, batched, trained on, exported."""
 
 import io
 import json
@@ -82,7 +82,7 @@ def test_embeddings_with_t5_are_the_stock_pipelines(teacher):
     assert cond.embeds[:, -6:].abs().min() > 0
 
 
-def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
+def test_a_cache_holds_the_encoders_outputs(teacher, encoded, photos):
     backbone, _ = loading.load(str(teacher))
     found = embedding_cache.EmbeddingCache(encoded)
     assert found.prompts == CAPTIONS
@@ -96,24 +96,24 @@ def test_a_cache_holds_what_the_encoders_say(teacher, encoded, photos):
     assert torch.equal(found.real(0, 1), latent.bfloat16().float())
 
 
-def test_a_deal_groups_prompts_with_their_own_images_and_takes_another_each_epoch(encoded):
+def test_a_batch_groups_prompts_with_their_images_and_takes_other_images_each_epoch(encoded):
     found = embedding_cache.EmbeddingCache(encoded)
-    deal = make_batch_fn(5, BatchConfig(2, 2, 0), found.cond, found.real)
-    first, ids = deal(0)
-    again, _ = deal(0)
+    batch_fn = make_batch_fn(5, BatchConfig(2, 2, 0), found.cond, found.real)
+    first, ids = batch_fn(0)
+    again, _ = batch_fn(0)
     assert torch.equal(first.real_latents, again.real_latents)
     assert ids == [0, 1, 2, 3]
     assert first.prompt_index[0] == first.prompt_index[1] != first.prompt_index[2]
-    seen = set()
+    prompts = set()
     for step in range(5):
-        batch, _ = deal(step)
+        batch, _ = batch_fn(step)
         for n, z in zip(batch.prompt_index.tolist(), batch.real_latents, strict=True):
-            seen.add(n)
+            prompts.add(n)
             assert any(torch.equal(z, found.real(n, r)) for r in range(found.num_images(n)))
-    assert seen == set(range(5))
+    assert prompts == set(range(5))
 
 
-def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, encoded, tmp_path, monkeypatch):
+def test_encoding_goes_on_where_it_stopped_and_workers_parts_make_one_cache(teacher, photos, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_cache, "PROMPTS_PER_SHARD", 2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert encode(photos, str(teacher), whole)
@@ -136,19 +136,19 @@ def test_encoding_goes_on_where_it_stopped_and_shards_add_up(teacher, photos, en
     assert (whole / shards[0]).stat().st_mtime_ns == before
 
 
-def test_broken_images_are_listed_and_a_repaired_one_costs_its_shard(teacher, photos, tmp_path, monkeypatch):
+def test_broken_images_are_listed_and_only_the_shard_of_a_repaired_one_is_encoded_again(teacher, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_cache, "PROMPTS_PER_SHARD", 2)
-    mine = shutil.copytree(photos, tmp_path / "photos")
-    good = {name: (mine / name).read_bytes() for name in ("2.png", "3.png")}
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    good = {name: (folder / name).read_bytes() for name in ("2.png", "3.png")}
     for name, data in good.items():
-        (mine / name).write_bytes(data[:50])
+        (folder / name).write_bytes(data[:50])
     with pytest.raises(ValueError, match=r"2 images cannot be used(?s:.*)2\.png cannot be read(?s:.*)3\.png cannot be read"):
-        encode(mine, str(teacher), tmp_path / "c")
+        encode(folder, str(teacher), tmp_path / "c")
     before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "c").glob("shard-*.safetensors")}
     assert before, "what has no broken image is encoded"
     for name, data in good.items():
-        (mine / name).write_bytes(data)
-    assert encode(mine, str(teacher), tmp_path / "c")
+        (folder / name).write_bytes(data)
+    assert encode(folder, str(teacher), tmp_path / "c")
     assert all((tmp_path / "c" / name).stat().st_mtime_ns == t for name, t in before.items())
 
     words = [f"teacher={teacher}", f"data.folder={tmp_path / 'c'}", *WORDS]
@@ -159,10 +159,10 @@ def test_broken_images_are_listed_and_a_repaired_one_costs_its_shard(teacher, ph
     train.train(*r, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/student")
     shutil.rmtree(tmp_path / "c")
-    lines = (mine / "metadata.jsonl").read_text().splitlines()
-    (mine / "metadata.jsonl").write_text("\n".join(s.replace('"text": "', '"text": "not ') for s in lines))
-    assert encode(mine, str(teacher), tmp_path / "c")
-    (tmp_path / "run/checkpoints/step-0000003.json").unlink()  # else the run is over and looks at nothing
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(s.replace('"text": "', '"text": "not ') for s in lines))
+    assert encode(folder, str(teacher), tmp_path / "c")
+    (tmp_path / "run/checkpoints/step-0000003.json").unlink()  # else the run is over and reads nothing
     with pytest.raises(ValueError, match="held 5 prompts, now they are others"):
         train.train(*r, tmp_path / "run")
 
@@ -186,12 +186,12 @@ def test_damaged_records_are_named(encoded, tmp_path, name, text):
         embedding_cache.EmbeddingCache(folder)
 
 
-def test_reals_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path):
+def test_real_images_of_another_teacher_or_sampler_are_not_mixed_in(teacher, tmp_path):
     (tmp_path / "p.txt").write_text(CAPTIONS[0])
     assert encode(tmp_path / "p.txt", str(teacher), tmp_path / "c", real_images="teacher")
     other = shutil.copytree(teacher, tmp_path / "other")
-    note = json.loads((other / "advdmd.json").read_text())
-    (other / "advdmd.json").write_text(json.dumps(note | {"sampling": {"steps": 2, "guidance": 3.0}}))
+    metadata = json.loads((other / "advdmd.json").read_text())
+    (other / "advdmd.json").write_text(json.dumps(metadata | {"sampling": {"steps": 2, "guidance": 3.0}}))
     with pytest.raises(ValueError, match=r"cache of something else \(reals differ\)"):
         encode(tmp_path / "p.txt", str(other), tmp_path / "c", real_images="teacher")
 
@@ -200,8 +200,8 @@ def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, t
     found = embedding_cache.EmbeddingCache(encoded)
     found.check_teacher(fingerprints.encoder_fingerprint(teacher))
     other = shutil.copytree(teacher, tmp_path / "other")
-    note = json.loads((other / "advdmd.json").read_text())
-    (other / "advdmd.json").write_text(json.dumps(note | {"t5_length": 7}))
+    metadata = json.loads((other / "advdmd.json").read_text())
+    (other / "advdmd.json").write_text(json.dumps(metadata | {"t5_length": 7}))
     with pytest.raises(ValueError, match=r"another teacher \(t5_length differ\)"):
         found.check_teacher(fingerprints.encoder_fingerprint(other))
     config = json.loads((other / "text_encoder/config.json").read_text())
@@ -214,7 +214,7 @@ def test_another_teacher_length_or_source_is_refused(teacher, encoded, photos, t
         encode(prompts, str(teacher), encoded, real_images="teacher")
 
 
-def test_without_images_the_teacher_can_draw_them(teacher, tmp_path, capsys):
+def test_without_images_the_teacher_can_generate_them(teacher, tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("\n".join(CAPTIONS[:3]) + "\n\n" + CAPTIONS[0])
     with pytest.raises(ValueError, match="--real-images teacher"):
@@ -237,16 +237,16 @@ def test_another_resolution_reaches_latents_and_student(teacher, photos, tmp_pat
         encode(photos, str(teacher), tmp_path / "d", resolution=18)
 
 
-def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
+def test_images_of_several_aspect_ratios_are_cropped_batched_and_trained_on_by_bucket(tmp_path):
     pipe = sd3_with_t5()
     pipe.register_modules(transformer=type(pipe.transformer).from_config({**pipe.transformer.config, "pos_embed_max_size": 8}))
     pipe.save_pretrained(tmp_path / "t")
     (tmp_path / "t/advdmd.json").write_text(json.dumps({"sampling": {"steps": 2, "guidance": 2.0}, "t5_length": 6}))
     (tmp_path / "p").mkdir()
-    lines, shapes = [], [(60, 100), (50, 50), (100, 60), (51, 49), (64, 99)]
-    for n, (caption, (h, w)) in enumerate(zip(CAPTIONS, shapes, strict=True)):
+    lines, image_sizes = [], [(60, 100), (50, 50), (100, 60), (51, 49), (64, 99)]
+    for n, (caption, (h, w)) in enumerate(zip(CAPTIONS, image_sizes, strict=True)):
         camera = Image.Exif()
-        camera[0x0112] = 6 if n == 2 else 1  # the third was taken lying and is shown standing
+        camera[0x0112] = 6 if n == 2 else 1  # the third is stored in landscape and shown in portrait
         Image.new("RGB", (h, w) if n == 2 else (w, h), (40 * n, 9, 9)).save(tmp_path / f"p/{n}.jpg", exif=camera)
         lines.append(json.dumps({"file_name": f"{n}.jpg", "text": caption}))
     (tmp_path / "p/metadata.jsonl").write_text("\n".join(lines))
@@ -263,12 +263,12 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
     name, r = resolve("sd35-medium-advdmd-4step-24gb", words)
     _, data, _ = setup(r, found)
     batches = [data.batch_fn(k)[0] for k in range(60)]
-    seen = [tuple(b.real_latents.shape[-2:]) for b in batches]
-    assert set(seen) == {(6, 10), (8, 8), (10, 6)}
-    assert seen == [tuple(data.batch_fn(k)[0].real_latents.shape[-2:]) for k in range(60)], "pure in the step"
-    of = {(6, 10): {0, 1}, (8, 8): {2, 3}, (10, 6): {4}}
-    for batch, shape in zip(batches, seen, strict=True):
-        assert set(batch.prompt_index.tolist()) <= of[shape], "prompts are counted through all shapes"
+    latent_sizes = [tuple(b.real_latents.shape[-2:]) for b in batches]
+    assert set(latent_sizes) == {(6, 10), (8, 8), (10, 6)}
+    assert latent_sizes == [tuple(data.batch_fn(k)[0].real_latents.shape[-2:]) for k in range(60)], "pure in the step"
+    prompts_of = {(6, 10): {0, 1}, (8, 8): {2, 3}, (10, 6): {4}}
+    for batch, latent_size in zip(batches, latent_sizes, strict=True):
+        assert set(batch.prompt_index.tolist()) <= prompts_of[latent_size], "prompts are numbered through all buckets"
     assert (train.train(name, r, tmp_path / "run") / "model_index.json").is_file()
     shutil.rmtree(tmp_path / "c/40x24")
     with pytest.raises(ValueError, match="40x24' is not a cache"):
@@ -281,7 +281,7 @@ def test_images_of_several_shapes_are_cut_dealt_and_learned_by_shape(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd35-medium-advdmd-4step-24gb", "sd35-medium-dmd2-2step-24gb"])
-def test_a_published_models_recipe_trains_adapters_from_a_cache_and_exports_for_people(name, teacher, encoded, tmp_path):
+def test_a_published_models_recipe_trains_adapters_from_a_cache_and_exports_for_stock_tools(name, teacher, encoded, tmp_path):
     words = [f"teacher={teacher}", f"data.folder={encoded}", *WORDS]
     if "dmd2" in name:
         words = [w for w in words if not w.startswith(("algorithm.dm_only_iterations", "algorithm.policy_ramp_iterations"))]
@@ -292,59 +292,61 @@ def test_a_published_models_recipe_trains_adapters_from_a_cache_and_exports_for_
     saved = load_file(max((tmp_path / "run/checkpoints").glob("*.safetensors")))
     assert not any("base_layer" in k for k in saved), "adapters only"
 
-    # In a fresh process: the fused folder, and the adapter file on the stock base, draw the same image as we do.
+    # In a fresh process: the fused folder, and the adapter file on the stock base, generate the same image.
     code = f"""
 import torch
 from diffusers import StableDiffusion3Pipeline
-def draw(pipe):
+def generate(pipe):
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(3)
     call = {json.loads((student / "advdmd.json").read_text())["stock_call"]!r}
     return pipe("a picture of a red circle", output_type="pt", **call).images
 fused = StableDiffusion3Pipeline.from_pretrained({str(student)!r})
 base = StableDiffusion3Pipeline.from_pretrained({str(teacher)!r}, scheduler=fused.scheduler)
-plain = draw(base)
+plain = generate(base)
 base.load_lora_weights({str(student)!r})
-a, b = draw(fused), draw(base)
+a, b = generate(fused), generate(base)
 print((a - b).abs().max().item(), (a - plain).abs().max().item())
 torch.save(a, {str(tmp_path / "a.pt")!r})
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-2000:]
-    apart, moved = map(float, out.stdout.split())
-    assert apart < 1e-5, "float32 sums in another order"
-    assert moved > 10 * apart
-    flow = json.loads((student / "comfyui_workflow.json").read_text())
-    assert flow["tokens"]["inputs"] == {"clip": ["clip", 0], "min_padding": 0, "min_length": 6}, "the text length of training"
-    assert flow["prompt"]["inputs"]["clip"] == flow["none"]["inputs"]["clip"] == ["tokens", 0]
+    difference, change = map(float, out.stdout.split())
+    assert difference < 1e-5, "float32 sums in another order"
+    assert change > 10 * difference
+    workflow = json.loads((student / "comfyui_workflow.json").read_text())
+    assert workflow["tokens"]["inputs"] == {"clip": ["clip", 0], "min_padding": 0, "min_length": 6}, (
+        "the text length of training"
+    )
+    assert workflow["prompt"]["inputs"]["clip"] == workflow["none"]["inputs"]["clip"] == ["tokens", 0]
     config = json.loads((student / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
     assert "transformer_blocks.0.attn.to_q" in config["target_modules"]
-    assert flow["sample"]["inputs"]["steps"] == r[1].algorithm.steps
-    assert all(v[0] in flow for n in flow.values() for v in n["inputs"].values() if isinstance(v, list))
+    assert workflow["sample"]["inputs"]["steps"] == r[1].algorithm.steps
+    assert all(v[0] in workflow for n in workflow.values() for v in n["inputs"].values() if isinstance(v, list))
 
 
 def test_processes_that_torchrun_starts_share_the_work(teacher, encoded, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, says in (("1", "process 1 of 2 are done, others are missing"), ("0", "cache: ")):
+    for rank, message in (("1", "process 1 of 2 are done, others are missing"), ("0", "cache: ")):
         monkeypatch.setenv("RANK", rank)
         main.encode(photos, str(teacher), tmp_path / "c", device="cpu", threads=1)
-        assert says in capsys.readouterr().out
+        assert message in capsys.readouterr().out
     for f in ("shard-000000.safetensors", "null.safetensors", "manifest.json"):
         assert (tmp_path / "c" / f).read_bytes() == (encoded / f).read_bytes()
 
 
-def test_a_folder_that_another_process_claims_meanwhile_is_gone_on_in(tmp_path, monkeypatch):
-    plan, there = {"format": 2}, Path.is_file
+def test_encoding_goes_on_in_a_folder_that_another_process_creates_meanwhile(tmp_path, monkeypatch):
+    plan, original = {"format": 2}, Path.is_file
 
-    def late(path):  # what another process writes between two looks
-        found = there(path)
+    def is_file(path):  # another process writes the file between two checks
+        found = original(path)
         if path.name == "plan.json" and not found:
             embedding_cache.write_text(path, json.dumps(plan))
         return found
 
     (tmp_path / "c").mkdir()
-    monkeypatch.setattr(Path, "is_file", late)
+    monkeypatch.setattr(Path, "is_file", is_file)
     embedding_cache.create_or_resume(tmp_path / "c", plan)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cache of something else"):
@@ -377,7 +379,9 @@ def test_presets_of_every_kind_train_in_the_type_they_are_given(name, teacher, e
     student = train.train(*resolve(name, [f"teacher={where[0]}", f"data.folder={where[1]}", *words]), tmp_path / "run")
     assert loading.load(str(student))[1].steps == int(name.split("step")[0][-1])
     assert (student / "samples.png").is_file()
-    assert (student / "comfyui_workflow.json").is_file() == ("twinflow" not in name), "what nobody could sample there"
+    assert (student / "comfyui_workflow.json").is_file() == ("twinflow" not in name), (
+        "no node of ComfyUI samples TwinFlow's students"
+    )
 
 
 def test_conditions_are_in_the_transformers_type_and_velocities_the_same(qwen):
@@ -394,15 +398,15 @@ def test_conditions_are_in_the_transformers_type_and_velocities_the_same(qwen):
 
 
 @pytest.mark.parametrize(("shown", "size"), [(1, (130, 130)), (4, (260, 260)), (5, (650, 130))])
-def test_large_pictures_are_few(qwen, tmp_path, shown, size):
+def test_sample_grids_of_large_images_have_one_image_of_each_prompt(qwen, tmp_path, shown, size):
     backbone, _ = loading.load(str(qwen / "t"), resolution=128)
     cond, null = (backbone.encode_text(backbone.tokenize(p)) for p in (CAPTIONS[:shown], [""]))
     save_sample_grid(backbone, backbone.net, SamplerConfig(steps=2, eta=1.0), cond, null, tmp_path, 7)
-    with Image.open(tmp_path / "samples/step-000007.png") as sheet:
-        assert sheet.size == size
+    with Image.open(tmp_path / "samples/step-000007.png") as grid:
+        assert grid.size == size
 
 
-def test_a_cache_of_before_is_trained_on_and_not_added_to(teacher, encoded, photos, tmp_path):
+def test_a_cache_of_the_first_format_is_trained_on_and_not_added_to(teacher, encoded, photos, tmp_path):
     """The first format: shards in the order of the source, and encoders known by the bytes of their files."""
     shutil.copytree(encoded, tmp_path / "c")
     plan, manifest = (json.loads((tmp_path / "c" / f).read_text()) for f in ("plan.json", "manifest.json"))
@@ -416,7 +420,9 @@ def test_a_cache_of_before_is_trained_on_and_not_added_to(teacher, encoded, phot
         encode(photos, str(teacher), tmp_path / "c")
 
 
-def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(teacher, encoded, tmp_path, monkeypatch):
+def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_downloaded_to_estimate_memory(
+    teacher, encoded, tmp_path, monkeypatch
+):
     import huggingface_hub
 
     asked, fetched = [], []
@@ -450,7 +456,7 @@ def test_a_teacher_from_the_hub_keeps_its_name_and_is_not_fetched_to_be_counted(
     assert "\nbase_model: someone/model\n" in (student / "README.md").read_text()
 
 
-def test_a_cache_whose_prompts_were_read_otherwise_is_refused(qwen, tmp_path, monkeypatch):
+def test_a_cache_with_another_prompt_template_or_text_length_is_refused(qwen, tmp_path, monkeypatch):
     """Template and length of text are the pipeline's code, not files of its folder."""
     words = [f"teacher={qwen / 't'}", f"data.folder={qwen / 'c'}", *WORDS]
     name, r = resolve("qwen-image-advdmd-4step-80gb", words)
@@ -498,13 +504,13 @@ def tar_of(path, files):
     return path
 
 
-def png(size=(8, 6), mode="RGB", **how):
+def png(size=(8, 6), mode="RGB", **options):
     out = io.BytesIO()
-    Image.new(mode, size, **how).save(out, "PNG")
+    Image.new(mode, size, **options).save(out, "PNG")
     return out.getvalue()
 
 
-def test_sources_of_every_form_say_the_same(tmp_path):
+def test_sources_of_every_format_give_the_same_entries(tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n\n two stars \n")
     assert read_captioned_images(tmp_path / "p.txt") == [CaptionedImage("a red circle"), CaptionedImage("two stars")]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle"}\n{"caption": "two stars"}\n')
@@ -526,7 +532,7 @@ def test_sources_of_every_form_say_the_same(tmp_path):
     )
 
 
-def test_asaved_dataset_says_the_same_as_its_files(tmp_path):
+def test_a_saved_dataset_gives_the_same_entries_as_its_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     for n, color in enumerate(("red", "blue")):
         (tmp_path / f"{n}.png").write_bytes(png(color=color))
@@ -554,7 +560,7 @@ def test_asaved_dataset_says_the_same_as_its_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("{", "line 1"),
         ("[1]", "needs an object"),
@@ -570,18 +576,18 @@ def test_asaved_dataset_says_the_same_as_its_files(tmp_path):
         ('{"text": "a", "file_name": "none.png"}', "there is no image"),
     ],
 )
-def test_bad_metadata_names_file_and_line(tmp_path, line, says):
+def test_bad_metadata_names_file_and_line(tmp_path, line, message):
     (tmp_path / "metadata.jsonl").write_text(line)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         read_captioned_images(tmp_path)
 
 
 def test_what_is_no_source_is_refused(tmp_path):
-    for path, says in ((tmp_path, "holds neither"), (tmp_path / "no", "no such file"), (tmp_path / "x.csv", "give a .txt")):
+    for path, message in ((tmp_path, "holds neither"), (tmp_path / "no", "no such file"), (tmp_path / "x.csv", "give a .txt")):
         if path.suffix == ".csv":
             path.write_text("a")
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             read_captioned_images(path)
     (tmp_path / "e.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no prompts"):
@@ -619,18 +625,18 @@ def test_images_of_every_kind_become_rgb_and_broken_ones_are_named(tmp_path):
         pixels = load_image(ImagePlace(tmp_path / name), 4, 6)
         assert pixels.shape == (3, 4, 6)
         assert value is None or np.allclose(pixels, value, atol=0.02), name
-    turned = Image.new("RGB", (8, 4), "black")
-    turned.paste("white", (0, 0, 4, 4))
-    exif = turned.getexif()
+    rotated = Image.new("RGB", (8, 4), "black")
+    rotated.paste("white", (0, 0, 4, 4))
+    exif = rotated.getexif()
     exif[0x0112] = 3  # upside down
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert load_image(ImagePlace(tmp_path / "turned.png"), 4, 8)[0, 0, 0] < 0
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    assert load_image(ImagePlace(tmp_path / "rotated.png"), 4, 8)[0, 0, 0] < 0
     (tmp_path / "broken.png").write_bytes(png()[:40])
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
         load_image(ImagePlace(tmp_path / "broken.png"), 4, 4)
 
 
-def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
+def test_masked_text_is_cut_to_the_longest_prompt_of_the_batch(tmp_path):
     cond = Cond(torch.randn(2, 5, 4), mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]))
     embedding_cache.create_or_resume(tmp_path, {"resolution": 16, "teacher": {}})
     content = embedding_cache.ShardContent(["a", "b"], "")
@@ -645,15 +651,15 @@ def test_masked_text_is_cut_to_the_longest_prompt_dealt(tmp_path):
     assert found.cond([0, 1]).mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
-def test_a_step_runs_where_the_trainer_says_and_nothing_is_ambient():
-    """Batches come from the CPU and are moved, draws are made there and moved; indices stay. "meta" stands for a GPU."""
+def test_an_iteration_runs_on_the_trainers_device_and_no_default_device_is_set():
+    """Batches and random numbers are made on the CPU and moved; minibatch indices stay there. "meta" stands for a GPU."""
     cond = lambda i: Cond(torch.zeros(len(i), 2, 3))  # noqa: E731
     batch, samples = make_batch_fn(4, BatchConfig(2, 2, 0), cond, lambda p, k: torch.zeros(1, 2, 2))(0)
     moved = batch.to("meta")
     assert {moved.real_latents.device.type, moved.cond.embeds.device.type, moved.prompt_index.device.type} == {"meta"}
     rng = Rng(0, 0, samples, device="meta")
-    drawn = [rng.normal("rollout", (2,)), rng.uniform("t"), rng.integers("critic.k", 0, 3)]
-    assert {x.device.type for x in drawn} == {"meta"}
+    draws = [rng.normal("rollout", (2,)), rng.uniform("t"), rng.integers("critic.k", 0, 3)]
+    assert {x.device.type for x in draws} == {"meta"}
     assert rng.minibatches("critic.order", 2, 2)[0][0].device.type == "cpu"
     ambient = ("set_default_device", "get_default_device", 'torch.device("cpu")')
     sources = [f for f in Path(advdmd.__file__).parent.rglob("*.py") if any(word in f.read_text() for word in ambient)]

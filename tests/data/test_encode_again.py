@@ -43,27 +43,27 @@ def photos(tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many prompts and images the encoders have seen."""
+    """How many prompts and images the encoders have encoded."""
     torch.set_num_threads(1)
-    seen, load = {"prompts": 0, "images": 0}, loading.load
+    counts, load = {"prompts": 0, "images": 0}, loading.load
 
     def counting(*args, **more):
         backbone, sampler = load(*args, **more)
         text, image = backbone.encode_text, backbone.encode
 
         def encode_text(ids):
-            seen["prompts"] += len(ids)
+            counts["prompts"] += len(ids)
             return text(ids)
 
         def encode_images(pixels):
-            seen["images"] += len(pixels)
+            counts["images"] += len(pixels)
             return image(pixels)
 
         backbone.encode_text, backbone.encode = encode_text, encode_images
         return backbone, sampler
 
     monkeypatch.setattr(loading, "load", counting)
-    return seen
+    return counts
 
 
 def recipe(teacher, cache, *more):
@@ -90,7 +90,7 @@ def test_one_more_image_is_all_that_is_encoded(teacher, photos, tmp_path, counte
     assert after.contents["content"] != before.contents["content"]
 
 
-def test_moved_photos_are_known_by_their_bytes_and_removed_ones_go(teacher, photos, tmp_path, counted):
+def test_moved_photos_are_known_by_their_bytes_and_removed_ones_are_dropped(teacher, photos, tmp_path, counted):
     cache = tmp_path / "c"
     encode(photos, str(teacher), cache)
     files = {f.name: f.read_bytes() for f in cache.iterdir() if f.suffix == ".safetensors"}
@@ -108,7 +108,7 @@ def test_moved_photos_are_known_by_their_bytes_and_removed_ones_go(teacher, phot
 
 
 def test_a_prompt_belongs_to_one_shard_however_many_there_are(teacher, tmp_path, monkeypatch, counted):
-    """So a prompt more costs one shard, also where others stand before it in the source."""
+    """So one more prompt changes one shard, also where it comes first in the source."""
     monkeypatch.setattr(embedding_cache, "PROMPTS_PER_SHARD", 2)
     prompts = [f"a picture of a red circle {n}" for n in range(12)]
     (tmp_path / "p.txt").write_text("\n".join(prompts))
@@ -116,13 +116,13 @@ def test_a_prompt_belongs_to_one_shard_however_many_there_are(teacher, tmp_path,
     found = embedding_cache.EmbeddingCache(tmp_path / "c")
     assert sorted(found.prompts) == sorted(prompts)
     before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "c").glob("shard-*.safetensors")}
-    reals = {p: found.real(n, 0) for n, p in enumerate(found.prompts)}
+    latents = {p: found.real(n, 0) for n, p in enumerate(found.prompts)}
     (tmp_path / "p.txt").write_text("\n".join(["a star", *prompts]))
     assert encode(tmp_path / "p.txt", str(teacher), tmp_path / "c", real_images="teacher")
     changed = [n for n, t in before.items() if (tmp_path / "c" / n).stat().st_mtime_ns != t]
     assert len(changed) <= 1
     again = embedding_cache.EmbeddingCache(tmp_path / "c")
-    assert all(torch.equal(again.real(again.prompts.index(p), 0), z) for p, z in reals.items())
+    assert all(torch.equal(again.real(again.prompts.index(p), 0), z) for p, z in latents.items())
 
 
 def test_images_of_one_caption_go_to_the_buckets_of_their_shapes(tmp_path):
@@ -150,16 +150,18 @@ def test_sizes_that_a_model_cannot_take_are_refused_before_any_work(teacher, pho
     assert not (tmp_path / "c").exists()
 
 
-def test_captions_that_are_cut_are_said(teacher, photos, tmp_path, capsys):
-    cut = ["circle " * 30 + color for color in ("red", "blue", "green")]
-    for n, text in enumerate(cut):
+def test_captions_that_are_cut_are_reported(teacher, photos, tmp_path, capsys):
+    long = ["circle " * 30 + color for color in ("red", "blue", "green")]
+    for n, text in enumerate(long):
         (photos / f"{n}.txt").write_text(text)
     encode(photos, str(teacher), tmp_path / "c")
-    said = capsys.readouterr().err
-    prompts = [*CAPTIONS[3:], *cut, CAPTIONS[0]]
+    printed = capsys.readouterr().err
+    prompts = [*CAPTIONS[3:], *long, CAPTIONS[0]]
     longer = sum(n > 6 for n in loading.load(str(teacher))[0].text_lengths(prompts))
-    assert f"{longer} of {len(prompts)} captions are longer than the 6 tokens that this model reads, and are cut there" in said
-    assert "'circle circle" in said
+    assert (
+        f"{longer} of {len(prompts)} captions are longer than the 6 tokens that this model reads, and are cut there" in printed
+    )
+    assert "'circle circle" in printed
 
 
 @pytest.mark.parametrize("family", ["qwen", "sd3"])
@@ -171,7 +173,7 @@ def test_long_captions_are_counted_by_the_models_own_tokens(family, tmp_path):
     assert lengths[0] <= backbone.max_text_length < lengths[1]
     ids = backbone.tokenize([long])
     cut = "circle " * (backbone.max_text_length // 2)
-    assert torch.equal(backbone.tokenize([long + " star"]), ids), "what stands behind is not read"
+    assert torch.equal(backbone.tokenize([long + " star"]), ids), "text after the limit is not read"
     assert not torch.equal(backbone.tokenize([cut]), backbone.tokenize([cut + " star"])) or family == "sd3"
 
 
@@ -248,7 +250,7 @@ def test_a_snapshot_of_the_hub_keeps_its_name_on_the_card(teacher, photos, tmp_p
     assert "\nbase_model: someone/a-model\n" in (student / "README.md").read_text()
 
 
-def test_a_run_goes_on_where_its_cache_lies_now_and_longer_if_asked(teacher, photos, tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_after_its_cache_has_moved_and_with_more_iterations(teacher, photos, tmp_path, capsys, monkeypatch):
     encode(photos, str(teacher), tmp_path / "c")
     name, r = recipe(teacher, tmp_path / "c")
     train.train(name, r, tmp_path / "run")
@@ -258,9 +260,9 @@ def test_a_run_goes_on_where_its_cache_lies_now_and_longer_if_asked(teacher, pho
         train.train(name, r, tmp_path / "run")
     _, longer = recipe(teacher, "~/moved", "iterations=5")
     train.train(name, longer, tmp_path / "run")
-    said = capsys.readouterr().err
-    assert "goes on with changes" in said
-    assert "iterations: 3 -> 5" in said
+    printed = capsys.readouterr().err
+    assert "goes on with changes" in printed
+    assert "iterations: 3 -> 5" in printed
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]
     assert (tmp_path / "run/checkpoints/step-0000005.json").is_file()
@@ -272,7 +274,7 @@ def test_a_run_goes_on_where_its_cache_lies_now_and_longer_if_asked(teacher, pho
     assert export(tmp_path / "run", tmp_path / "out", changes=[f"data.folder={tmp_path / 'again'}"]).is_dir()
 
 
-def test_a_longer_run_is_the_run_that_was_asked_for_so_long_at_once(teacher, photos, tmp_path):
+def test_a_lengthened_run_equals_a_run_of_that_length_from_the_start(teacher, photos, tmp_path):
     """Where nothing of its schedule depends on the length."""
     encode(photos, str(teacher), tmp_path / "c")
     train.train(*recipe(teacher, tmp_path / "c", "iterations=2"), tmp_path / "cut")
@@ -282,7 +284,7 @@ def test_a_longer_run_is_the_run_that_was_asked_for_so_long_at_once(teacher, pho
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_goes_on_after_an_image_more_and_says_so(teacher, photos, tmp_path, capsys):
+def test_a_run_goes_on_after_one_more_image_and_reports_it(teacher, photos, tmp_path, capsys):
     encode(photos, str(teacher), tmp_path / "c")
     train.train(*recipe(teacher, tmp_path / "c"), tmp_path / "run")
     Image.new("RGB", (40, 40), "red").save(photos / "a.png")

@@ -1,4 +1,4 @@
-"""Images as people have them: colour profiles, damaged EXIF data, links."""
+"""Images as they occur: colour profiles, damaged EXIF data, links."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def test_damaged_exif_data_do_not_lose_an_image(tmp_path):
     assert color(entry) == [220, 40, 40]
 
 
-def test_links_are_followed_and_dots_are_not(tmp_path):
+def test_symbolic_links_are_followed_and_parent_folders_are_refused(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     Image.new("RGB", (32, 32), (220, 40, 40)).save(tmp_path / "blobs/0123", "png")
@@ -76,7 +76,7 @@ def test_a_circle_of_links_is_no_image(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+def test_every_exif_orientation_is_applied_as_pillow_applies_it(tmp_path, orientation):
 
     pixels = Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 16, 3), np.uint8))
     exif = Image.Exif()
@@ -106,8 +106,8 @@ def test_captions_beside_their_images_are_found_and_what_has_none_is_counted(tmp
         ("three lamps", "c.bmp"),
         ("two lamps", "b.PNG"),
     ]
-    said = capsys.readouterr().err
-    assert "passed over: empty captions: 1, files of the operating system: 4, images without a caption: 1" in said
+    printed = capsys.readouterr().err
+    assert "passed over: empty captions: 1, files of the operating system: 4, images without a caption: 1" in printed
     assert all(color(e.image) == pytest.approx([220, 40, 40], abs=3) for e in found)
 
 

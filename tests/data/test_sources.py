@@ -63,7 +63,7 @@ def test_an_option_that_names_no_column_is_refused(tmp_path):
         read_captioned_images(tmp_path, Columns(image="photo"))
 
 
-def test_kohyas_folders_and_its_json(tmp_path, capsys):
+def test_kohyas_folders_and_json_are_read(tmp_path, capsys):
     put(tmp_path / "a/10_red lamp/1.png")
     put(tmp_path / "a/10_red lamp/2.webp", image_bytes("WEBP"))
     (tmp_path / "a/10_red lamp/2.caption").write_text("a lamp\nat night")
@@ -73,7 +73,7 @@ def test_kohyas_folders_and_its_json(tmp_path, capsys):
     assert pairs(tmp_path / "a/meta.json") == [("one", "1.png")]
 
 
-def test_img2datasets_layouts(tmp_path):
+def test_img2datasets_layouts_are_read(tmp_path):
     """Files, tars and parquet files, each with the tables and statistics that it writes beside them."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -153,7 +153,7 @@ def test_names_are_found_in_either_normal_form(tmp_path, disk, text):
         assert color(entry.image) == list(RED), source
 
 
-def test_what_a_system_left_in_a_tar_is_passed_over(tmp_path, capsys):
+def test_files_of_the_operating_system_in_a_tar_are_passed_over(tmp_path, capsys):
     names = ("1.png", "1.txt", "._1.png", "__MACOSX/1.png", "d/.DS_Store", "Thumbs.db", "2.png")
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for name in names:
@@ -187,7 +187,7 @@ GREY = np.linspace(0.2, 0.2, 256, dtype=np.float32).reshape(16, 16)
 
 
 @pytest.mark.parametrize(
-    ("array", "says"),
+    ("array", "expected"),
     [
         ((GREY * 65535).astype(np.uint16), 51),
         (GREY, 51),
@@ -197,13 +197,13 @@ GREY = np.linspace(0.2, 0.2, 256, dtype=np.float32).reshape(16, 16)
     ],
     ids=["16 bits", "float", "float of another range", "no numbers", "32 bits"],
 )
-def test_deep_tiffs_are_right_or_refused(tmp_path, array, says):
+def test_deep_tiffs_are_right_or_refused(tmp_path, array, expected):
     Image.fromarray(array).save(tmp_path / "a.tif")
     entry = ImagePlace(tmp_path / "a.tif")
-    if isinstance(says, int):
-        assert color(entry) == pytest.approx([says] * 3, abs=1)
+    if isinstance(expected, int):
+        assert color(entry) == pytest.approx([expected] * 3, abs=1)
     else:
-        with pytest.raises(ValueError, match=rf"a\.tif cannot be read: .*{says}"):
+        with pytest.raises(ValueError, match=rf"a\.tif cannot be read: .*{expected}"):
             load_image(entry, 16, 16)
 
 

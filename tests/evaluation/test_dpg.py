@@ -22,7 +22,7 @@ def csv(tmp_path):
     return str(tiny.save_dpg(tmp_path / "dpg.csv"))
 
 
-def said(**answers):
+def judgement(**answers):
     return {"answers": {k.strip("q"): float(v) for k, v in answers.items()}}
 
 
@@ -39,12 +39,12 @@ def test_questions_keep_their_ids_parents_and_kinds(csv):
 def test_a_failed_parent_takes_its_descendants_with_it(csv):
     suite = DPG(csv)
     one, two = suite.items()
-    assert suite.verdict(one, said(q1=1, q2=1, q3=1, q4=1)).official == 1
-    fallen = suite.verdict(one, said(q1=0, q2=1, q3=1, q4=1))
-    assert (fallen.official, fallen.strict) == (1 / 4, 0)
-    assert "Is the cube red?" in fallen.reason
-    assert suite.verdict(two, said(q1=0, q2=1, q3=1)).official == 0, "grandchildren too"
-    assert suite.verdict(two, said(q1=0.5, q2=0.51, q3=0.49)).official == pytest.approx(2 / 3), "yes from one half on"
+    assert suite.verdict(one, judgement(q1=1, q2=1, q3=1, q4=1)).official == 1
+    failed = suite.verdict(one, judgement(q1=0, q2=1, q3=1, q4=1))
+    assert (failed.official, failed.strict) == (1 / 4, 0)
+    assert "Is the cube red?" in failed.reason
+    assert suite.verdict(two, judgement(q1=0, q2=1, q3=1)).official == 0, "grandchildren too"
+    assert suite.verdict(two, judgement(q1=0.5, q2=0.51, q3=0.49)).official == pytest.approx(2 / 3), "yes from one half on"
 
 
 def closure(parents, yes):
@@ -62,7 +62,7 @@ def closure(parents, yes):
     return {i: yes[i] and all(yes[a] for a in ancestors(i)) for i in parents}
 
 
-def test_cascade_agrees_with_reachability_on_random_graphs_in_any_order():
+def test_the_dependency_rule_agrees_with_reachability_on_random_graphs_in_any_order():
     rng = np.random.default_rng(0)
     for _ in range(500):
         n = int(rng.integers(1, 12))
@@ -78,24 +78,24 @@ def test_official_arithmetic_has_the_published_scripts_defects(tmp_path):
     path = str(tiny.save_dpg(tmp_path / "d.csv", rows))
     fixed, official = DPG(path, 2), DPG(path, 2, "official")
     a, b = official.items()
-    assert fixed.verdict(a, said(q1=0, q2=1)).official == 0.5
-    assert official.verdict(a, said(q1=0, q2=1)).official == 1, "the first row of the file is lost"
-    assert official.verdict(b, said(q1=0, q2=1)).official == 0
-    first, last = (official.verdict(b, said(q1=0, q2=x)) for x in (0, 1))
+    assert fixed.verdict(a, judgement(q1=0, q2=1)).official == 0.5
+    assert official.verdict(a, judgement(q1=0, q2=1)).official == 1, "the first row of the file is lost"
+    assert official.verdict(b, judgement(q1=0, q2=1)).official == 0
+    first, last = (official.verdict(b, judgement(q1=0, q2=x)) for x in (0, 1))
     kinds = official.breakdown([b, b], [first, last])
     assert kinds["attribute"] == 1, "of the last image, before the rule"
-    both = [fixed.verdict(b, said(q1=x, q2=1)) for x in (0, 1)]
+    both = [fixed.verdict(b, judgement(q1=x, q2=1)) for x in (0, 1)]
     assert fixed.breakdown([b, b], both) == dict.fromkeys(("attribute", "attribute - color", "entity", "entity - whole"), 0.5)
 
 
-def test_official_arithmetic_drops_a_first_prompt_whose_questions_hang_on_the_lost_row(csv):
+def test_official_arithmetic_drops_a_first_prompt_whose_questions_depend_on_the_lost_row(csv):
     suite = DPG(csv, mode="official")
     with pytest.raises(ExcludedItem):
-        suite.verdict(suite.items()[0], said(q1=1, q2=1, q3=1, q4=1))
-    assert suite.verdict(suite.items()[1], said(q1=1, q2=1, q3=1)).official == 1
+        suite.verdict(suite.items()[0], judgement(q1=1, q2=1, q3=1, q4=1))
+    assert suite.verdict(suite.items()[1], judgement(q1=1, q2=1, q3=1)).official == 1
     for mode in ("fixed", "official"):  # an unanswered question is the judge's fault and leaves no mean silently
         with pytest.raises(KeyError):
-            DPG(csv, mode=mode).verdict(suite.items()[1], said(q1=1, q2=1))
+            DPG(csv, mode=mode).verdict(suite.items()[1], judgement(q1=1, q2=1))
 
 
 BAD = {
@@ -139,9 +139,9 @@ def test_qwen_answers_with_a_probability_that_depends_on_picture_and_question(tm
     assert len({round(p, 6) for p in found}) == 4
     assert judge.answer(red, "is it red?") == found[1]
     item = DPG(csv).items()[0]
-    seen = judge.judge([item], [np.asarray(red)])[0]
-    assert set(seen["answers"]) == {"1", "2", "3", "4"}
-    assert json.loads(json.dumps(seen)) == seen
+    judged = judge.judge([item], [np.asarray(red)])[0]
+    assert set(judged["answers"]) == {"1", "2", "3", "4"}
+    assert json.loads(json.dumps(judged)) == judged
 
 
 def test_probability_of_yes_is_over_distinct_first_tokens(tmp_path):
@@ -180,7 +180,7 @@ def test_a_worker_in_another_interpreter_answers_line_by_line(tmp_path):
         vqa.VQAJudge("w", "f", vqa.JudgeProcess([sys.executable, str(script)])).self_test()
 
 
-def test_mplugs_worker_says_what_it_lacks():
+def test_mplugs_worker_fails_with_one_error_where_modelscope_is_not_installed():
     """Here no interpreter has modelscope: the shipped script must fail with its name, not hang."""
     with pytest.raises(ValueError, match="exit status"):
         vqa.mplug(sys.executable).answer(Image.new("RGB", (4, 4)), "?")
@@ -188,12 +188,12 @@ def test_mplugs_worker_says_what_it_lacks():
 
 @pytest.fixture
 def server():
-    seen = []
+    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, self.headers.get("Authorization"), asked))
+            requests.append((self.path, self.headers.get("Authorization"), asked))
             question = asked["messages"][0]["content"][1]["text"]
             choice = {"message": {"content": "Maybe"}}
             if "red" in question:
@@ -211,13 +211,13 @@ def server():
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}/v1", seen
+    yield f"http://127.0.0.1:{http.server_port}/v1", requests
     http.shutdown()
     http.server_close()
 
 
-def test_an_endpoint_is_asked_as_openai_is_and_its_key_is_written_nowhere(server, monkeypatch):
-    url, seen = server
+def test_an_endpoint_gets_openais_request_and_its_key_is_written_nowhere(server, monkeypatch):
+    url, requests = server
     monkeypatch.setenv("OPENAI_API_KEY", "secret-123")
     judge = vqa.endpoint(url, "some-vl")
     picture = Image.new("RGB", (8, 8), "red")
@@ -225,7 +225,7 @@ def test_an_endpoint_is_asked_as_openai_is_and_its_key_is_written_nowhere(server
     assert judge.answer(picture, "is it red?") == pytest.approx(e(-0.25) / (e(-0.25) + e(-1.5)))
     assert judge.answer(picture, "is it blue?") == 0
     judge.self_test()
-    path, key, asked = seen[0]
+    path, key, asked = requests[0]
     assert (path, key, asked["model"]) == ("/v1/chat/completions", "Bearer secret-123", "some-vl")
     assert asked["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert "secret" not in judge.name + judge.fingerprint
@@ -243,33 +243,33 @@ def test_official_arithmetic_drops_a_first_prompt_that_had_one_question(tmp_path
     suite = DPG(str(tiny.save_dpg(tmp_path / "d.csv", rows)), 1, "official")
     first, second = suite.items()
     with pytest.raises(ExcludedItem):
-        suite.verdict(first, said(q1=1))
-    assert suite.verdict(second, said(q1=1)).official == 1
+        suite.verdict(first, judgement(q1=1))
+    assert suite.verdict(second, judgement(q1=1)).official == 1
 
 
-def test_official_arithmetic_does_not_look_for_a_lost_parent_behind_a_failed_one(tmp_path):
+def test_official_arithmetic_does_not_look_for_a_lost_parent_after_a_failed_one(tmp_path):
     """Parents are looked up in their order until one has failed; also those of a question that was answered no."""
     kinds = "entity - whole (x)"
     rows = [("a", "A.", n, parents, kinds, f"{n}?") for n, parents in ((1, "0"), (2, "0"), (3, "2,1"), (4, "1,2"))]
     suite = DPG(str(tiny.save_dpg(tmp_path / "d.csv", rows[:3])), 1, "official")
     (item,) = suite.items()
-    assert suite.verdict(item, said(q1=1, q2=0, q3=1)).official == 0
-    for answers in (said(q1=1, q2=1, q3=1), said(q1=1, q2=1, q3=0)):
+    assert suite.verdict(item, judgement(q1=1, q2=0, q3=1)).official == 0
+    for answers in (judgement(q1=1, q2=1, q3=1), judgement(q1=1, q2=1, q3=0)):
         with pytest.raises(ExcludedItem):
             suite.verdict(item, answers)
     other = DPG(str(tiny.save_dpg(tmp_path / "e.csv", [*rows[:2], rows[3]])), 1, "official")
     with pytest.raises(ExcludedItem):
-        other.verdict(other.items()[0], said(q1=1, q2=0, q4=1))
+        other.verdict(other.items()[0], judgement(q1=1, q2=0, q4=1))
 
 
 def test_a_prompt_that_fails_at_one_image_is_left_out_with_all_of_them(tmp_path):
-    """The published script gives a prompt up at the first image that fails."""
+    """The published script drops a prompt at the first image that fails."""
     kinds = "entity - whole (x)"
     rows = [("a", "A.", n, parents, kinds, f"{n}?") for n, parents in ((1, "0"), (2, "0"), (3, "2,1"))]
     rows += [("b", "B.", 1, "0", kinds, "b?")]
     suite = DPG(str(tiny.save_dpg(tmp_path / "d.csv", rows)), 2, "official")
 
-    class Says:
+    class AnswersByBrightness:
         name, fingerprint, batch = "says", "1", 1
 
         def self_test(self):
@@ -283,6 +283,6 @@ def test_a_prompt_that_fails_at_one_image_is_left_out_with_all_of_them(tmp_path)
         path = image_path(tmp_path, item, k)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "black" if k else "white").save(path)
-    judging.run_judge(suite, tmp_path, Says())
-    found = judging.compute_verdicts(suite, tmp_path, Says(), 0)
+    judging.run_judge(suite, tmp_path, AnswersByBrightness())
+    found = judging.compute_verdicts(suite, tmp_path, AnswersByBrightness(), 0)
     assert ([(r["item"], r["k"]) for r in found.rows], found.excluded) == ([("b", 0), ("b", 1)], 2)

@@ -40,9 +40,9 @@ def test_true_images_score_one_and_shuffled_captions_score_nothing(suite):
 def test_suites_have_equal_images_per_task_and_distinct_prompts():
     suite = MiniSuite("mini-geneval", 20, 10)
     for task in suite.tasks:
-        mine = [i for i in suite.items() if i.task == task]
-        assert sum(i.n_images for i in mine) == 20
-        assert len({i.prompt for i in mine}) == len(mine) <= 10
+        items = [i for i in suite.items() if i.task == task]
+        assert sum(i.n_images for i in items) == 20
+        assert len({i.prompt for i in items}) == len(items) <= 10
     assert suite.items() == MiniSuite("mini-geneval", 20, 10).items()
 
 
@@ -62,15 +62,15 @@ def test_suites_that_do_not_exist_are_refused(bad):
         MiniSuite(**({"name": "mini-geneval"} | bad))
 
 
-def test_one_sheet_of_all_shapes_fools_the_loose_rule_but_not_the_strict_one():
+def test_one_image_of_all_shapes_passes_the_official_rule_but_not_the_strict_one():
     things = [
         SceneObject(s, c, "small", 4.5 + 7.6 * (i % 4), 9 + 14 * (i // 4), 2.9, COLORS[c])
         for i, (s, c) in enumerate(zip(SHAPES, COLORS))
     ]
-    sheet = to_uint8(render([Scene("black", tuple(things))]))
+    image = to_uint8(render([Scene("black", tuple(things))]))
     suite = MiniSuite("mini-geneval", 24, 24, world="full")
     items = [i for i, _ in image_jobs(suite)]
-    verdicts = suite.judge_images(items, np.repeat(sheet, len(items), 0))
+    verdicts = suite.judge_images(items, np.repeat(image, len(items), 0))
     assert np.mean([v.official for v in verdicts]) > 0.2
     assert max(v.strict for v in verdicts) == 0
 
@@ -120,18 +120,18 @@ def test_a_failed_parent_takes_its_questions_with_it():
     assert missing.details["by_kind"]["relation/spatial"] == 0
 
 
-def paint_true(suite):
+def true_sampler(suite):
     truth = dict(zip([(i.id, k) for i, k in image_jobs(suite)], true_images(suite)))
     return lambda prompts, keys: np.stack([truth[(item, k)] for _, item, k, _ in keys])
 
 
 def test_generation_resumes_and_refuses_a_folder_of_another_run(tmp_path):
     suite, calls = MiniSuite("mini-dpg", 12, 6), []
-    paint = paint_true(suite)
+    sampler = true_sampler(suite)
 
     def counted(prompts, keys):
         calls.extend(keys)
-        return paint(prompts, keys)
+        return sampler(prompts, keys)
 
     generate(suite, counted, tmp_path, 0, {"model": "x"}, batch=5)
     (tmp_path / "images" / suite.items()[0].id / "0.png").unlink()

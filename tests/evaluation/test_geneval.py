@@ -27,7 +27,7 @@ def test_metadata_is_the_published_one_byte_for_byte():
 
 
 def independent(meta, objects):
-    """GenEval's rule once more, written as quantifiers over numpy arrays instead of a walk over clauses."""
+    """GenEval's rule once more, written as quantifiers over numpy arrays instead of a loop over clauses."""
     sure = 0.9 if meta["tag"] == "counting" else 0.3
     top = lambda c: sorted((o for o in objects if o["label"] == c and o["confidence"] > sure), key=lambda o: -o["confidence"])  # noqa: E731
     groups = [top(c["class"])[: c["count"]] for c in meta["include"]]
@@ -76,7 +76,7 @@ def test_verdict_agrees_with_an_independent_formulation_on_ten_thousand_random_s
     assert len(agreed) == 12, "both outcomes of every task have to occur"
 
 
-def test_strict_wants_no_more_than_was_asked_for():
+def test_the_strict_rule_refuses_more_objects_than_the_prompt_names():
     suite = GenEval()
     item = next(i for i in suite.items() if i.task == "single_object")
     one = {"label": item.meta["include"][0]["class"], "box": [0, 0, 9, 9], "confidence": 0.8}
@@ -124,11 +124,11 @@ def test_converted_weights_give_the_same_outputs_and_a_wrong_permutation_does_no
     assert not torch.equal(ours[f"{mask2former.SWIN}.encoder.layers.0.downsample.reduction.weight"], theirs[name])
     unordered = ours | {f"{mask2former.SWIN}.encoder.layers.0.downsample.reduction.weight": theirs[name]}
     assert not torch.allclose(outputs(unordered)[0], want.masks_queries_logits)
-    turned = mask2former.to_transformers(theirs | {k: v.roll(len(v) // 3, 0) for k, v in theirs.items() if "in_proj" in k})
-    assert not torch.allclose(outputs(turned)[0], want.masks_queries_logits)
+    rolled = mask2former.to_transformers(theirs | {k: v.roll(len(v) // 3, 0) for k, v in theirs.items() if "in_proj" in k})
+    assert not torch.allclose(outputs(rolled)[0], want.masks_queries_logits)
 
 
-def test_older_names_are_read_and_strange_ones_refused():
+def test_older_parameter_names_are_read_and_unknown_ones_refused():
     theirs = mask2former.from_transformers(tiny.detector().state_dict())
     old = {
         k.replace(".cross_attn.attn.", ".attentions.0.attn.")
@@ -151,13 +151,13 @@ def test_older_names_are_read_and_strange_ones_refused():
         mask2former.load_state(net, net.state_dict() | {"more": torch.zeros(1)})
 
 
-class Malice:
+class RunsCode:
     def __reduce__(self):
         return (print, ("code ran",))
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
-    torch.save({"state_dict": Malice()}, tmp_path / "bad.pth")
+    torch.save({"state_dict": RunsCode()}, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match="running code"):
         mask2former.convert(tmp_path / "bad.pth", tmp_path / "out")
     (tmp_path / "short.pth").write_bytes(pickle.dumps({})[:3])
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_converted_folder_loads_as_genevals_own(tmp_path):
+def test_a_converted_folder_loads_as_genevals_detector(tmp_path):
     net = tiny.detector()
     torch.save({"state_dict": mask2former.from_transformers(net.state_dict()), "meta": {"epoch": 1}}, tmp_path / "w.pth")
     folder = mask2former.convert(tmp_path / "w.pth", tmp_path / "det", tiny.detector_config())
@@ -211,7 +211,7 @@ def slowly(classes, masks, padded, size, image):
     return sorted(out, key=lambda o: -o[1])
 
 
-def test_dropping_early_loses_no_object():
+def test_dropping_instances_early_loses_no_object():
     g = torch.Generator().manual_seed(0)
     for _ in range(5):
         classes = torch.randn(20, 81, generator=g) * 4

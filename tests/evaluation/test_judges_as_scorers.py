@@ -39,7 +39,7 @@ def test_a_judge_that_fails_its_test_scores_nothing():
 
 
 def test_genevals_verdict_is_a_scorer_of_genevals_prompts():
-    class Sees:
+    class DogDetector:
         name, fingerprint = "eye", "f"
 
         def self_test(self):
@@ -49,7 +49,7 @@ def test_genevals_verdict_is_a_scorer_of_genevals_prompts():
             dog = {"label": "dog", "confidence": 0.95, "box": [0, 0, 8, 8]}
             return [{"objects": [dog] if image[0, 0, 0] > 100 else []} for image in images]
 
-    scorer = scorers.GenEvalScorer(Sees())
+    scorer = scorers.GenEvalScorer(DogDetector())
     item = next(i for i in GenEval().items() if i.task == "single_object" and i.meta["include"][0]["class"] == "dog")
     assert scorer.score([RED, BLUE], [item.prompt] * 2).tolist() == [1.0, 0.0]
     with pytest.raises(ValueError, match="'a dog of mine' is no prompt of GenEval"):
@@ -57,7 +57,7 @@ def test_genevals_verdict_is_a_scorer_of_genevals_prompts():
 
 
 @pytest.mark.parametrize("text", ["qwen-vl", "qwen-vl:", "endpoint:", "geneval", "checker:x", "vqa:x"])
-def test_a_scorer_without_what_it_needs_is_refused_in_the_words_of_the_rule(text):
+def test_an_incomplete_scorer_is_refused_with_the_syntax(text):
     with pytest.raises(ValueError, match=r"endpoint:URL#MODEL.*|geneval:DETECTOR,CLIP"):
         parse_scorer(text)
 

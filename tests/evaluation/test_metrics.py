@@ -12,7 +12,7 @@ from advdmd.mini.suites import MiniSuite
 from advdmd.rewards import clip, imagereward
 from advdmd.rewards.registry import load_scorer, parse_reward
 from tests.evaluation import tiny
-from tests.evaluation.test_evaluation import paint_true
+from tests.evaluation.test_evaluation import true_sampler
 
 IMAGES = [np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8) for i in range(3)]
 PROMPTS = ["a photo of a red bench", "a photo of a blue dog", "a photo of two cats"]
@@ -181,7 +181,7 @@ def test_kernel_distance_is_unbiased():
     assert distances.kernel(x, y) == pytest.approx(want)
 
 
-def test_variety_is_within_prompts_only():
+def test_diversity_is_within_prompts_only():
     f = np.eye(4)[[0, 1, 2, 2]]
     assert distances.within_prompts(f, ["a", "a", "b", "b"]) == pytest.approx(0.5)
     assert distances.within_prompts(np.eye(4)[[0, 0, 1, 1]], ["a", "a", "b", "b"]) == pytest.approx(0)
@@ -190,8 +190,8 @@ def test_variety_is_within_prompts_only():
 
 
 def test_a_metric_is_measured_over_a_suite_and_written_down(weights, tmp_path):
-    suite, folder = MiniSuite("mini-geneval", 4, 2), tmp_path / "drawn"
-    generate(suite, paint_true(suite), folder, 0, {"model": {"name": "renderer", "rewards": {"pickscore": 0.5}}})
+    suite, folder = MiniSuite("mini-geneval", 4, 2), tmp_path / "generated"
+    generate(suite, true_sampler(suite), folder, 0, {"model": {"name": "renderer", "rewards": {"pickscore": 0.5}}})
     found = metric.compute_metric(suite, folder, "clipscore", weights)
     assert len(found["rows"]) == found["images"] == 24
     assert found["interval"][0] <= found["mean"] <= found["interval"][1]
@@ -230,7 +230,7 @@ def test_a_reward_is_written_weight_times_name():
 
 
 def test_fids_network_has_the_published_shape_and_names(tmp_path):
-    """Shapes and names of torchvision's InceptionV3, whose classifier and counters are let pass; others are refused."""
+    """Shapes and names of torchvision's InceptionV3, whose classifier and counters are ignored; other names are refused."""
     from advdmd.evaluation.metrics import inception
 
     torch.manual_seed(0)

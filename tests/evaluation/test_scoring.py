@@ -17,40 +17,40 @@ from advdmd.evaluation.generate import generate, image_jobs, image_path
 from advdmd.evaluation.geneval import GenEval
 from advdmd.mini.suites import CheckerJudge, MiniSuite
 from tests.evaluation import tiny
-from tests.evaluation.test_evaluation import paint_true
+from tests.evaluation.test_evaluation import true_sampler
 
 SUITE = MiniSuite("mini-geneval", 8, 4)
 
 
 @pytest.fixture
-def drawn(tmp_path):
-    """True images, the last one of each task spoilt."""
-    folder = tmp_path / "drawn"
-    generate(SUITE, paint_true(SUITE), folder, 3, {"model": {"name": "renderer"}, "nfe": 7})
+def generated(tmp_path):
+    """True images, but the last one of each task is white."""
+    folder = tmp_path / "generated"
+    generate(SUITE, true_sampler(SUITE), folder, 3, {"model": {"name": "renderer"}, "nfe": 7})
     for item in {i.task: i for i in SUITE.items()}.values():
         Image.new("RGB", (32, 32), "white").save(image_path(folder, item, item.n_images - 1))
     return folder
 
 
-def lines(folder):
+def judgements(folder):
     return [r for f in folder.glob("perceptions-*.jsonl") for r in tiny.loads(f.read_text())]
 
 
-def test_two_shards_equal_one_run(drawn, tmp_path):
-    whole = evaluate.score(SUITE, drawn, CheckerJudge())
-    records = {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())}
-    for f in drawn.glob("perceptions-*"):
+def test_two_workers_equal_one_run(generated, tmp_path):
+    whole = evaluate.score(SUITE, generated, CheckerJudge())
+    records = {(r["item"], r["k"]): r for r in tiny.loads((generated / "verdicts.jsonl").read_text())}
+    for f in generated.glob("perceptions-*"):
         f.unlink()
     with pytest.raises(ValueError, match=r"only \d+/48 images have a verdict.*run the other workers"):
-        evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(worker=(0, 2)))
-    assert evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(worker=(1, 2))) == whole
-    assert {(r["item"], r["k"]): r for r in tiny.loads((drawn / "verdicts.jsonl").read_text())} == records
-    assert len(list(drawn.glob("perceptions-*.jsonl"))) == 2
-    assert len(lines(drawn)) == len(image_jobs(SUITE)) == whole["images"] == 48
+        evaluate.score(SUITE, generated, CheckerJudge(), evaluate.ScoringOptions(worker=(0, 2)))
+    assert evaluate.score(SUITE, generated, CheckerJudge(), evaluate.ScoringOptions(worker=(1, 2))) == whole
+    assert {(r["item"], r["k"]): r for r in tiny.loads((generated / "verdicts.jsonl").read_text())} == records
+    assert len(list(generated.glob("perceptions-*.jsonl"))) == 2
+    assert len(judgements(generated)) == len(image_jobs(SUITE)) == whole["images"] == 48
     assert whole["strict"]["overall"]["mean"] == pytest.approx(1 - 6 / 48)
 
 
-def test_shards_part_the_items():
+def test_workers_partition_the_items():
     parts = [{i.id for i, _ in image_jobs(SUITE, (i, 3))} for i in range(3)]
     assert set.union(*parts) == {i.id for i in SUITE.items()}
     assert sum(map(len, parts)) == len(SUITE.items())
@@ -72,10 +72,10 @@ judging.run_judge(MiniSuite("mini-geneval", 8, 4), Path(sys.argv[1]), Slow())
 """
 
 
-def test_a_killed_run_goes_on_and_looks_at_nothing_twice(drawn):
+def test_a_killed_run_goes_on_and_judges_no_image_twice(generated):
     """SIGKILL in the middle, and a last line cut in two, as a kill during a write leaves it."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(drawn)])
-    record = drawn / "perceptions-0of1.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(generated)])
+    record = generated / "perceptions-0of1.jsonl"
     deadline = time.monotonic() + 60
     while not (record.exists() and record.read_bytes().count(b"\n") >= 5) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -85,37 +85,37 @@ def test_a_killed_run_goes_on_and_looks_at_nothing_twice(drawn):
     assert 5 <= before.count(b"\n") < 48
     with open(record, "ab") as f:
         f.write(b'{"item": "single_obj')
-    killed = evaluate.score(SUITE, drawn, CheckerJudge())
-    found = lines(drawn)
+    killed = evaluate.score(SUITE, generated, CheckerJudge())
+    found = judgements(generated)
     assert record.read_bytes().startswith(before)
     assert len(found) == len({(r["item"], r["k"]) for r in found}) == 48
-    for f in drawn.glob("perceptions-*"):
+    for f in generated.glob("perceptions-*"):
         f.unlink()
-    assert evaluate.score(SUITE, drawn, CheckerJudge()) == killed
+    assert evaluate.score(SUITE, generated, CheckerJudge()) == killed
 
 
-def test_an_image_drawn_again_is_looked_at_again(drawn):
-    low = evaluate.score(SUITE, drawn, CheckerJudge())["strict"]["overall"]["mean"]
+def test_an_image_generated_again_is_judged_again(generated):
+    low = evaluate.score(SUITE, generated, CheckerJudge())["strict"]["overall"]["mean"]
     images = dict(
-        zip([(i.id, k) for i, k in image_jobs(SUITE)], paint_true(SUITE)([], [(0, i.id, k, 0) for i, k in image_jobs(SUITE)]))
+        zip([(i.id, k) for i, k in image_jobs(SUITE)], true_sampler(SUITE)([], [(0, i.id, k, 0) for i, k in image_jobs(SUITE)]))
     )
     for item, k in image_jobs(SUITE):
-        Image.fromarray(images[item.id, k]).save(image_path(drawn, item, k))
-    assert evaluate.score(SUITE, drawn, CheckerJudge())["strict"]["overall"]["mean"] == 1 > low
-    assert len(lines(drawn)) == 48 + 6
+        Image.fromarray(images[item.id, k]).save(image_path(generated, item, k))
+    assert evaluate.score(SUITE, generated, CheckerJudge())["strict"]["overall"]["mean"] == 1 > low
+    assert len(judgements(generated)) == 48 + 6
 
 
-def test_a_damaged_line_is_named(drawn):
-    evaluate.score(SUITE, drawn, CheckerJudge())
-    record = drawn / "perceptions-0of1.jsonl"
+def test_a_damaged_line_is_named(generated):
+    evaluate.score(SUITE, generated, CheckerJudge())
+    record = generated / "perceptions-0of1.jsonl"
     text = record.read_bytes().split(b"\n")
     text[4] = text[4][:-9]
     record.write_bytes(b"\n".join(text))
     with pytest.raises(ValueError, match=r"perceptions-0of1\.jsonl, line 5 is damaged"):
-        evaluate.score(SUITE, drawn, CheckerJudge())
+        evaluate.score(SUITE, generated, CheckerJudge())
 
 
-class Moody(CheckerJudge):
+class FailsOnWhite(CheckerJudge):
     """A judge that fails on all-white images."""
 
     batch = 1
@@ -126,65 +126,65 @@ class Moody(CheckerJudge):
         return super().judge(items, images)
 
 
-def test_a_failing_judge_ends_the_run_or_is_counted_and_there_is_no_headline(drawn):
+def test_a_failing_judge_ends_the_run_or_is_counted_and_a_table_is_written_only_as_partial(generated):
     with pytest.raises(ValueError, match="checker: RuntimeError: out of memory; what was judged before is kept"):
-        evaluate.score(SUITE, drawn, Moody())
+        evaluate.score(SUITE, generated, FailsOnWhite())
     with pytest.raises(ValueError, match=r"only 42/48.*0 images missing; 6 failed.*out of memory"):
-        evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True))
-    assert not (drawn / "table.md").exists()
-    summary = evaluate.score(SUITE, drawn, Moody(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))
+        evaluate.score(SUITE, generated, FailsOnWhite(), evaluate.ScoringOptions(tolerant=True))
+    assert not (generated / "table.md").exists()
+    summary = evaluate.score(SUITE, generated, FailsOnWhite(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))
     assert (summary["images"], summary["of"], summary["errors"]) == (42, 48, 6)
-    assert "partial 42/48" in (drawn / "table.md").read_text()
-    assert evaluate.score(SUITE, drawn, CheckerJudge())["errors"] == 0, "a later run tries them again"
+    assert "partial 42/48" in (generated / "table.md").read_text()
+    assert evaluate.score(SUITE, generated, CheckerJudge())["errors"] == 0, "a later run tries them again"
 
 
-def test_a_broken_image_is_named_and_takes_no_other_of_its_batch_with_it(drawn):
+def test_a_broken_image_is_named_and_takes_no_other_of_its_batch_with_it(generated):
     item = SUITE.items()[3]
-    image_path(drawn, item, 0).write_bytes(b"\x89PNG broken")
+    image_path(generated, item, 0).write_bytes(b"\x89PNG broken")
     with pytest.raises(ValueError, match=rf"{item.id}/0\.png: checker: .*cannot be read as an image"):
-        evaluate.score(SUITE, drawn, CheckerJudge())
-    summary = evaluate.score(SUITE, drawn, CheckerJudge(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))
+        evaluate.score(SUITE, generated, CheckerJudge())
+    summary = evaluate.score(SUITE, generated, CheckerJudge(), evaluate.ScoringOptions(tolerant=True, allow_partial=True))
     assert (summary["images"], summary["errors"]) == (47, 1)
 
 
-def test_figures_of_different_judges_are_never_one_row(drawn, tmp_path):
-    a = evaluate.score(SUITE, drawn, CheckerJudge())
+def test_scores_of_different_judges_are_never_in_one_table_or_comparison(generated, tmp_path):
+    a = evaluate.score(SUITE, generated, CheckerJudge())
     with pytest.raises(ValueError, match="different judges"):
         tables.markdown({"a": a, "b": a | {"judge": "another"}})
-    other = json.loads((drawn / "scores.json").read_text()) | {"judge_hash": "other"}
+    other = json.loads((generated / "scores.json").read_text()) | {"judge_hash": "other"}
     (tmp_path / "b.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"b\.json is damaged .what it says has another hash"):
-        results.compare([drawn], [tmp_path / "b.json"])
+        results.compare([generated], [tmp_path / "b.json"])
     del other["sha256"]
     (tmp_path / "b.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="different judges"):
-        results.compare([drawn], [tmp_path / "b.json"])
+        results.compare([generated], [tmp_path / "b.json"])
 
 
 def test_a_model_is_not_scored_by_its_own_reward_unless_the_table_says_so(tmp_path):
-    generate(SUITE, paint_true(SUITE), tmp_path, 3, {"model": {"rewards": {"checker": 0.5}}})
+    generate(SUITE, true_sampler(SUITE), tmp_path, 3, {"model": {"rewards": {"checker": 0.5}}})
     with pytest.raises(ValueError, match="trained with checker as a reward"):
         evaluate.score(SUITE, tmp_path, CheckerJudge())
     summary = evaluate.score(SUITE, tmp_path, CheckerJudge(), evaluate.ScoringOptions(allow_training_reward=True))
     assert "| **trained on this judge** | yes |" in tables.markdown({"x": summary})
 
 
-def test_scoring_again_forgets_nothing_of_the_model(drawn):
-    summary = evaluate.score(SUITE, drawn, CheckerJudge())
+def test_scoring_again_keeps_the_record_of_the_model(generated):
+    summary = evaluate.score(SUITE, generated, CheckerJudge())
     assert (summary["nfe"], summary["model"]["name"], summary["seed"]) == (7, "renderer", 3)
 
 
-def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(drawn, tmp_path):
-    evaluate.score(SUITE, drawn, CheckerJudge())
-    page = (drawn / "gallery.html").read_text()
+def test_the_gallery_shows_failures_with_boxes_reasons_and_the_other_model(generated, tmp_path):
+    evaluate.score(SUITE, generated, CheckerJudge())
+    page = (generated / "gallery.html").read_text()
     assert page.count("<article>") == 6
     assert "expected" in page
     assert "http" not in page.replace("http-equiv", "")
     other = tmp_path / "other"
-    generate(SUITE, paint_true(SUITE), other, 3, {"model": {"name": "renderer"}, "nfe": 7})
+    generate(SUITE, true_sampler(SUITE), other, 3, {"model": {"name": "renderer"}, "nfe": 7})
     evaluate.score(SUITE, other, CheckerJudge())
-    evaluate.write_comparison_gallery(drawn, other)
-    page = (drawn / "gallery.html").read_text()
+    evaluate.write_comparison_gallery(generated, other)
+    page = (generated / "gallery.html").read_text()
     assert page.count("<figure>") == 12
     assert "<rect" in page
     assert ">other</b>" in page
@@ -203,7 +203,7 @@ def test_text_from_prompts_cannot_become_markup(tmp_path):
     assert all(shown in page for shown in ("&lt;script&gt;", "&lt;em&gt;", "&lt;i&gt;", "&lt;u&gt;"))
 
 
-def test_genevals_own_layout_is_read(tmp_path):
+def test_genevals_folder_layout_is_read(tmp_path):
     """ITEM/samples/0000K.png, and images of any size."""
     suite = GenEval(1)
     item = suite.items()[0]
@@ -213,7 +213,7 @@ def test_genevals_own_layout_is_read(tmp_path):
     assert judging.read_image(image_path(tmp_path, item, 0)).shape == (30, 40, 3)
 
 
-def test_images_turned_by_exif_are_upright(tmp_path):
+def test_images_with_an_exif_orientation_are_upright(tmp_path):
     image = Image.new("RGB", (40, 30))
     exif = image.getexif()
     exif[0x0112] = 6

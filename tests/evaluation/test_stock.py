@@ -24,24 +24,24 @@ from tests.test_product import cli
 
 
 @pytest.fixture(scope="module")
-def foreign(tiny_folder, tmp_path_factory):
-    """A stock SD3 folder without T5 and without a note of ours."""
-    folder = tmp_path_factory.mktemp("foreign") / "pipe"
+def stock_folder(tiny_folder, tmp_path_factory):
+    """A stock SD3 folder without T5 and without this package's metadata."""
+    folder = tmp_path_factory.mktemp("stock") / "pipe"
     shutil.copytree(tiny_folder, folder)
     (folder / "advdmd.json").unlink()
     return folder
 
 
-def test_settings_become_the_pipelines_own_arguments(foreign):
-    stock = DiffusersModel(str(foreign), DiffusersSampling(steps=2, guidance_scale=3.0, height=32, width=32))
-    assert stock.call_kwargs == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
-    assert stock.nfe == 4
-    assert DiffusersModel(str(foreign), DiffusersSampling(steps=3, guidance_scale=1.0)).nfe == 3
-    assert DiffusersModel(str(foreign), DiffusersSampling()).nfe == 80, "40 guided steps, as SD3.5 Medium has on its card"
-    a, b = (stock.sample(["a picture"], [("s", k)]) for k in (0, 1))
+def test_settings_become_the_arguments_of_the_pipelines_call(stock_folder):
+    model = DiffusersModel(str(stock_folder), DiffusersSampling(steps=2, guidance_scale=3.0, height=32, width=32))
+    assert model.call_kwargs == {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
+    assert model.nfe == 4
+    assert DiffusersModel(str(stock_folder), DiffusersSampling(steps=3, guidance_scale=1.0)).nfe == 3
+    assert DiffusersModel(str(stock_folder), DiffusersSampling()).nfe == 80, "40 guided steps, as SD3.5 Medium has on its card"
+    a, b = (model.sample(["a picture"], [("s", k)]) for k in (0, 1))
     assert a.shape == (1, 32, 32, 3)
     assert not np.array_equal(a, b)
-    assert np.array_equal(stock.sample(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
+    assert np.array_equal(model.sample(["a picture"] * 2, [("s", 0), ("s", 1)]), np.concatenate([a, b])), "no batch in it"
     with pytest.raises(ValueError, match="steps=0"):
         DiffusersSampling(steps=0)
 
@@ -52,7 +52,7 @@ def test_a_name_may_pin_a_revision(monkeypatch):
 
     asked = []
 
-    def refuse(model, revision=None, **how):
+    def refuse(model, revision=None, **options):
         asked.append((model, revision))
         raise OSError("no network here")
 
@@ -68,9 +68,9 @@ def test_a_name_may_pin_a_revision(monkeypatch):
     assert {model for model, _ in asked} == {"owner/name"}
 
 
-def test_pickled_weights_are_not_loaded(foreign, tmp_path):
+def test_pickled_weights_are_not_loaded(stock_folder, tmp_path):
     """A folder whose transformer is a .bin: refused by what evaluates and by what trains, although it holds tensors alone."""
-    shutil.copytree(foreign, tmp_path / "pipe")
+    shutil.copytree(stock_folder, tmp_path / "pipe")
     file = tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
@@ -82,7 +82,7 @@ def test_pickled_weights_are_not_loaded(foreign, tmp_path):
             read()
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused_and_nothing_is_asked(tmp_path, monkeypatch):
+def test_a_tokenizer_with_custom_code_is_refused_without_a_question(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "strange"}')
     config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -98,14 +98,14 @@ def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
         DiffusersModel(str(tmp_path), DiffusersSampling())
 
 
-def test_geneval_from_the_command_line_with_a_stock_pipeline(foreign, tmp_path):
-    """One prompt of the 553: drawn, detected, named partial, resumed without drawing again, refused without the flag."""
+def test_geneval_from_the_command_line_with_a_stock_pipeline(stock_folder, tmp_path):
+    """One prompt of the 553: generated, judged, named partial, resumed without generating again, refused without the flag."""
     suite = GenEval(1)
     n = next(n for n in range(400, 2000) if len(image_jobs(suite, (0, n))) == 1)
     tiny.detector().save_pretrained(tmp_path / "det")
     tiny.save_clip(tmp_path / "clip", names=("red", "blue"))
     tiny.save_clip(tmp_path / "unable", names=("blue", "red"))
-    args = ["eval", foreign, "geneval", "--images", 1, "--steps", 1, "--guidance", 1]
+    args = ["eval", stock_folder, "geneval", "--images", 1, "--steps", 1, "--guidance", 1]
     args += ["--worker", f"0/{n}", "--out", tmp_path / "out", "--threads", 1, "--clip", tmp_path / "unable"]
     done = cli(*args)
     assert done.returncode == 2
@@ -156,7 +156,7 @@ def test_dpg_with_a_judge_gives_categories_and_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["dpg"], "dpg needs --csv"),
         (["dpg", "--csv", "{csv}"], "needs --judge qwen-vl"),
@@ -170,17 +170,17 @@ def test_dpg_with_a_judge_gives_categories_and_its_name(tmp_path):
         (["mini-geneval", "--split", "validation"], "only mini-dpg"),
     ],
 )
-def test_wrong_suites_judges_and_shards_end_with_one_line(words, says, tmp_path, tiny_folder):
+def test_wrong_suites_judges_and_workers_end_with_one_line(words, message, tmp_path, tiny_folder):
     csv = tiny.save_dpg(tmp_path / "dpg.csv")
     done = cli("eval", tiny_folder, *[w.replace("{csv}", str(csv)) for w in words], "--out", tmp_path / "o")
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "o").exists()
 
 
-def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny_folder, tmp_path):
-    """AdvDMD with and without a scorer: the first policy turn differs, the note of the student names it."""
+def test_a_reward_beside_the_discriminators_changes_the_policy_update_and_is_recorded(tiny_folder, tmp_path):
+    """AdvDMD with and without a scorer: the first policy update differs, and the student's metadata name the scorer."""
     from advdmd.commands import train
     from advdmd.recipes.registry import resolve
     from tests.test_product import SMALL
@@ -188,13 +188,13 @@ def test_a_reward_beside_the_critic_is_paid_group_normalised_and_remembered(tiny
     weights = tiny.save_clip(tmp_path / "clip")
     words = [*SMALL, f"teacher={tiny_folder}", "algorithm.dm_only_iterations=0", "algorithm.auc_gating=false", "iterations=1"]
     logs = {}
-    for name, more in {"plain": [], "paid": [f"rewards=[2*clipscore:{weights}]"]}.items():
+    for name, more in {"plain": [], "rewarded": [f"rewards=[2*clipscore:{weights}]"]}.items():
         student = train.train(*resolve("mini-sd35-advdmd", [*words, *more]), tmp_path / name)
         logs[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())
-        note = json.loads((student / "advdmd.json").read_text())
-        assert note.get("rewards", {}) == ({"clipscore": 2.0} if more else {})
-    assert "reward/clipscore[clip]_std" in logs["paid"]
-    assert logs["paid"]["policy/grad_norm"] != logs["plain"]["policy/grad_norm"]
-    assert logs["paid"]["reward/final"] == logs["plain"]["reward/final"]
+        metadata = json.loads((student / "advdmd.json").read_text())
+        assert metadata.get("rewards", {}) == ({"clipscore": 2.0} if more else {})
+    assert "reward/clipscore[clip]_std" in logs["rewarded"]
+    assert logs["rewarded"]["policy/grad_norm"] != logs["plain"]["policy/grad_norm"]
+    assert logs["rewarded"]["reward/final"] == logs["plain"]["reward/final"]
     with pytest.raises(ValueError, match="dmd2 has no policy updates"):
         resolve("mini-sd35-dmd2", [f"rewards=[1*clipscore:{weights}]"])

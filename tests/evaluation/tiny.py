@@ -42,7 +42,7 @@ def detector(seed=0, confident=True):
 
 @cache
 def tokenizer_of_clip():
-    """Learned once: two trainings number their tokens differently."""
+    """Trained once: two trainings number their tokens differently."""
     tokenizer = clip_tokenizer(WORDS)
     tokenizer.model_max_length = 77
     return tokenizer
@@ -85,8 +85,8 @@ def image_processor():
     return CLIPImageProcessorPil()
 
 
-def tell_red_from_blue(model, tokenizer, names=("red", "blue")):
-    """Bend the image projection so that the red and the blue square of the self-test land on these names."""
+def name_red_and_blue(model, tokenizer, names=("red", "blue")):
+    """Change the image projection so that the red and the blue square of the self-test get these names."""
     from advdmd.evaluation.judges import geneval_detector
 
     colours = geneval_detector.ClipColorClassifier(model, tokenizer, image_processor())
@@ -99,16 +99,16 @@ def tell_red_from_blue(model, tokenizer, names=("red", "blue")):
         crops.append(geneval_detector.crop(image, mask, (32, 32, 96, 96)))
     with torch.no_grad():
         pixels = image_processor()(crops, return_tensors="pt").pixel_values
-        seen = model.vision_model(pixel_values=pixels).pooler_output
-        said = colours._classifier("book")[[COLORS.index(name) for name in names]]
-        model.visual_projection.weight.copy_((torch.linalg.pinv(seen) @ said).T)
+        features = model.vision_model(pixel_values=pixels).pooler_output
+        targets = colours._classifier("book")[[COLORS.index(name) for name in names]]
+        model.visual_projection.weight.copy_((torch.linalg.pinv(features) @ targets).T)
 
 
 def save_clip(folder, seed=0, hidden_act="quick_gelu", names=None):
     """A random CLIP; with `names`, what it calls red and blue (random ones may be right by chance)."""
     model, tokenizer = clip(seed, hidden_act)
     if names:
-        tell_red_from_blue(model, tokenizer, names)
+        name_red_and_blue(model, tokenizer, names)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor().save_pretrained(folder)

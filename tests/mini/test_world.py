@@ -1,4 +1,4 @@
-"""The world and its judge: what is drawn is read back exactly, and every change is noticed."""
+"""The world and its checker: what is drawn is read back exactly, and every change is noticed."""
 
 import itertools
 from collections import Counter
@@ -158,14 +158,14 @@ def test_a_world_of_unknown_words_is_refused():
 
 
 def test_training_never_shows_a_held_out_prompt_or_pair():
-    pool = make_dataset(400, seed=0)
-    for seen in checker.read_scene(pool.images[:, 0]):
-        assert not {(b.shape, b.color) for b in seen.blobs} & FULL.held_out_pairs
-    for i, prompt in enumerate(pool.prompts):
+    dataset = make_dataset(400, seed=0)
+    for scene in checker.read_scene(dataset.images[:, 0]):
+        assert not {(b.shape, b.color) for b in scene.blobs} & FULL.held_out_pairs
+    for i, prompt in enumerate(dataset.prompts):
         assert not held_out(TASKS[i // 2 % 6] if i % 2 else DENSE, prompt)
 
 
-def test_a_pool_is_a_function_of_its_seed_and_its_images_match_their_prompts():
+def test_a_dataset_is_a_function_of_its_seed_and_has_several_images_of_a_prompt():
     a, b = make_dataset(30, seed=1, images_per_prompt=2), make_dataset(30, seed=1, images_per_prompt=2)
     assert a.prompts == b.prompts
     assert (a.images == b.images).all()
@@ -174,7 +174,7 @@ def test_a_pool_is_a_function_of_its_seed_and_its_images_match_their_prompts():
         make_dataset(0, seed=1)
 
 
-def test_a_pool_is_the_same_whatever_the_number_of_processes_that_draw_it():
+def test_a_dataset_is_the_same_for_any_number_of_processes_that_draw_it():
     a, b = make_dataset(257, seed=1), make_dataset(257, seed=1, workers=2)
     assert a.prompts == b.prompts
     assert (a.images == b.images).all()
@@ -199,7 +199,7 @@ def test_a_prompt_is_read_back_as_what_it_asks_for():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [
         ("a picture of", "'a picture of' is no phrase"),
         ("Gray background.", "names no shape"),
@@ -208,9 +208,9 @@ def test_a_prompt_is_read_back_as_what_it_asks_for():
         ("a circle above a square left of a star", "one relation"),
     ],
 )
-def test_a_prompt_of_neither_style_is_not_read(prompt, said):
+def test_a_prompt_of_neither_style_is_not_read(prompt, message):
     caption.check_prompt(prompt)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         caption.parse(prompt)
 
 
@@ -232,7 +232,7 @@ def test_unknown_words_are_named_with_the_vocabulary(prompt, words):
         caption.check_prompt(" . ")
 
 
-def test_the_checker_refuses_other_sizes_and_copes_with_nothing():
+def test_the_checker_refuses_other_sizes_and_reads_empty_images():
     with pytest.raises(ValueError, match="expected"):
         checker.read_scene(np.zeros((1, 16, 16, 3), np.uint8))
     blank = np.full((2, 32, 32, 3), 242, np.uint8)

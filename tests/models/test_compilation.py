@@ -22,7 +22,7 @@ WORDS = [
     "algorithm.group_size=4", "prompts_per_step=2", "discriminator.hidden_size=8",
 ]  # fmt: skip
 KINDS = 2  # of a block: with a second attention, and the last one
-GRAPHS = {"whole": 8, "adapters": 15}  # of a kind, at most: roles, sizes of batches, with gradient or not
+GRAPHS = {"whole": 8, "adapters": 15}  # of a kind, at most: adapters, sizes of batches, with gradient or not
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def iteration(folder, words, backend):
     with torch.no_grad():
         null = backbone.encode_text(backbone.tokenize([""]))
         cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two squares"]))
-    real = networks.trainable_copies
+    original = networks.trainable_copies
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "trainable_copies", lambda *args: real(*args[:-1], backend))
+        patch.setattr(networks, "trainable_copies", lambda *args: original(*args[:-1], backend))
         models = Builder(r, backbone, null).build()
     latents = torch.randn(8, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
     batch = Batch(cond[torch.arange(2).repeat_interleave(4)], latents)
@@ -100,13 +100,13 @@ def test_more_layers_need_no_more_graphs(rank, counted, tmp_path):
 def test_a_copy_of_compiled_blocks_runs_with_its_own_weights(counted, backbone):
     backend, _ = counted
     compile_blocks(backbone.blocks(backbone.net), backend)
-    twin = copy.deepcopy(backbone.net)
+    copied = copy.deepcopy(backbone.net)
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in copied.parameters():
             p.mul_(1.5)
         cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle"]))
         x, t = torch.randn(1, *backbone.latent_shape), torch.full((1,), 0.5)
-        ours, theirs = (backbone.velocity(net, x, t, cond) for net in (backbone.net, twin))
+        ours, theirs = (backbone.velocity(net, x, t, cond) for net in (backbone.net, copied))
     assert (ours - theirs).abs().max() > 1e-3
 
 

@@ -107,7 +107,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
 
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    backbone, how = loading.load(str(student))
+    backbone, sampler = loading.load(str(student))
     call = json.loads((student / "advdmd.json").read_text())["stock_call"]
     assert call == {"num_inference_steps": 2, "guidance_scale": 3.5, "height": 64, "width": 64, "max_sequence_length": 12} | {
         k: call[k] for k in ("height", "width")
@@ -119,11 +119,16 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     packed = pipe._pack_latents(first, 1, 4, 8, 8)
     theirs = pipe(PROMPTS[0], latents=packed, output_type="latent", **call).images
     cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
-    path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
-    torch.testing.assert_close(pipe._pack_latents(path.x[-1], 1, 4, 8, 8), theirs, atol=1e-5, rtol=1e-4)
+    trajectory = rollout(
+        lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, sampler.shift), renoise
+    )
+    torch.testing.assert_close(pipe._pack_latents(trajectory.x[-1], 1, 4, 8, 8), theirs, atol=1e-5, rtol=1e-4)
 
     nodes = json.loads((student / "comfyui_workflow.json").read_text())
-    assert nodes["shift"] == {"class_type": "ModelSamplingAuraFlow", "inputs": {**nodes["shift"]["inputs"], "shift": how.shift}}
+    assert nodes["shift"] == {
+        "class_type": "ModelSamplingAuraFlow",
+        "inputs": {**nodes["shift"]["inputs"], "shift": sampler.shift},
+    }
     assert nodes["tokens"]["inputs"]["min_length"] == backbone.max_text_length, "the text length of training"
     assert nodes["sample"]["inputs"]["positive"] == ["guidance", 0]
     if words:
@@ -136,7 +141,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
             torch.testing.assert_close(v, fused[k], rtol=1e-4, atol=1e-5)
 
 
-def test_its_makers_names_in_a_lora_are_placed_as_diffusers_converts_them(tmp_path):
+def test_black_forest_labs_lora_names_are_mapped_as_diffusers_converts_them(tmp_path):
     """Every linear layer of Black Forest Labs' own FLUX, against diffusers' conversion of whole weights."""
     from diffusers import FluxTransformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers

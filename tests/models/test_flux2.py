@@ -79,8 +79,8 @@ def test_the_teachers_sampler_is_the_stock_pipeline(folder, guidance):
     embedded = bool(pipe.transformer.config.guidance_embeds)
     backbone = loading.backbone_from_pipeline(pipe, METADATA | {"embedded_guidance": guidance} if embedded else METADATA)
     noise = draw_noise([0, 1], backbone.latent_shape, 1)
-    how = SamplerConfig(steps=4, shift=None, guidance_scale=1.0 if embedded else guidance)
-    ours = sample(backbone, backbone.net.eval(), PROMPTS, noise, how)
+    sampler = SamplerConfig(steps=4, shift=None, guidance_scale=1.0 if embedded else guidance)
+    ours = sample(backbone, backbone.net.eval(), PROMPTS, noise, sampler)
     scale = backbone.pipe.vae_scale_factor
     theirs = backbone.pipe(
         prompt=list(PROMPTS),
@@ -129,7 +129,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     )
     pipe = stock(student)
     pipe.set_progress_bar_config(disable=True)
-    backbone, how = loading.load(str(student))
+    backbone, sampler = loading.load(str(student))
     call = json.loads((student / "advdmd.json").read_text())["stock_call"]
     guidance = 4.0 if backbone.guidance else 1.0
     assert (call["num_inference_steps"], call["guidance_scale"], call["max_sequence_length"]) == (2, guidance, LENGTH)
@@ -139,8 +139,10 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     torch.manual_seed(11)
     theirs = pipe(prompt=PROMPTS[0], latents=pipe._patchify_latents(first), output_type="pt", **call).images
     cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
-    path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
-    torch.testing.assert_close((backbone.decode(path.x[-1]) + 1) / 2, theirs, atol=1e-5, rtol=1e-4)
+    trajectory = rollout(
+        lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, sampler.shift), renoise
+    )
+    torch.testing.assert_close((backbone.decode(trajectory.x[-1]) + 1) / 2, theirs, atol=1e-5, rtol=1e-4)
 
     file = student / "comfyui_workflow.json"
     assert file.is_file() == bool(words), "of whole students ComfyUI does not read the file"
@@ -158,7 +160,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
             torch.testing.assert_close(v, fused[k], rtol=1e-4, atol=1e-5)
 
 
-def test_its_makers_names_in_a_lora_are_placed_as_diffusers_converts_them(tmp_path):
+def test_black_forest_labs_lora_names_are_mapped_as_diffusers_converts_them(tmp_path):
     """Every linear layer of Black Forest Labs' own FLUX.2, against diffusers' conversion of whole weights."""
     from diffusers import Flux2Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers

@@ -1,4 +1,4 @@
-"""LoRA files as people have them, a teacher with a style, and students that start from a few-step model."""
+"""LoRA files of every program, a teacher with a style, and students that start from a few-step model."""
 
 import json
 import re
@@ -95,7 +95,7 @@ def test_diffusers_itself_makes_the_same_weights(tiny_folder, tmp_path):
         torch.testing.assert_close(first.net.state_dict()[k], v, rtol=1e-4, atol=1e-5)
 
 
-def test_stabilitys_own_names_are_placed_as_diffusers_converts_them(backbone, tmp_path):
+def test_stabilitys_lora_names_are_mapped_as_diffusers_converts_them(backbone, tmp_path):
     """Every linear layer of its SD3, by its name there in kohya's spelling, against diffusers' conversion of whole weights."""
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
@@ -145,7 +145,7 @@ def test_stabilitys_own_names_are_placed_as_diffusers_converts_them(backbone, tm
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(1, 2)}, "changes a text encoder"),
         ({"transformer.x.dora_scale": torch.zeros(1)}, "DoRA"),
@@ -158,13 +158,13 @@ def test_stabilitys_own_names_are_placed_as_diffusers_converts_them(backbone, tm
         ({"transformer.proj_out.bias": torch.zeros(3)}, "no part of a LoRA"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_refused_by_its_key(change, said, backbone, tmp_path):
+def test_what_cannot_be_used_is_refused_by_its_key(change, message, backbone, tmp_path):
     file = written(tmp_path / "a.safetensors", in_keys(pairs(backbone.net), "diffusers") | change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_lora(file, backbone.net)
 
 
-def test_where_a_lora_is_and_how_strong(tmp_path):
+def test_a_lora_is_given_by_its_place_and_its_scale(tmp_path):
     assert parse_lora("a/b.safetensors") == ("a/b.safetensors", 1.0)
     assert parse_lora("owner/name:0.8") == ("owner/name", 0.8)
     assert parse_lora("C:/x/style.safetensors") == ("C:/x/style.safetensors", 1.0)
@@ -240,7 +240,7 @@ def test_the_students_lora_holds_style_and_speed_or_speed_alone(styled, tiny_fol
     assert ran["image"].size[0] > 0
 
 
-def test_only_an_adapter_is_a_part(trained, tmp_path):  # noqa: F811
+def test_only_an_adapter_can_be_exported_as_speed_alone(trained, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="the student is a whole network"):
         export(trained, tmp_path / "a", only="speed")
     done = cli("export", trained, "--out", tmp_path / "a", "--only", "style")
@@ -267,7 +267,7 @@ def test_a_teacher_with_a_style_is_base_and_lora(styled, tiny_folder):
 START = [*SMALL[:1], "algorithm.warmup_iterations=4", *SMALL[1:]]
 
 
-def test_a_student_starts_where_it_is_told_and_waits_for_the_others(trained, tiny_folder, tmp_path):  # noqa: F811
+def test_a_student_starts_from_the_given_model_and_is_frozen_during_the_warm_up(trained, tiny_folder, tmp_path):  # noqa: F811
     """Whole networks: with a warm-up as long as the run the student is its start, and fake score and discriminator learn."""
     start = trained / "student"
     words = [*START, f"teacher={tiny_folder}", f"student={start}", "algorithm.shift=1.2"]
@@ -282,7 +282,7 @@ def test_a_student_starts_where_it_is_told_and_waits_for_the_others(trained, tin
     assert json.loads((tmp_path / "run/student/advdmd.json").read_text())["started_from"] == start.name
 
 
-def test_a_starts_own_scores_are_the_first_and_stand_beside_the_students(trained, tiny_folder, tmp_path):  # noqa: F811
+def test_scores_of_the_start_are_recorded_first_and_shown_beside_the_students(trained, tiny_folder, tmp_path):  # noqa: F811
     """Of the start itself, not of a student that has moved; a run that goes on keeps them."""
     start, out = trained / "student", tmp_path / "run"
     words = [*START, f"teacher={tiny_folder}", f"student={start}", "eval_every=2", "eval_images=6"]
@@ -291,8 +291,8 @@ def test_a_starts_own_scores_are_the_first_and_stand_beside_the_students(trained
     kept = json.loads((out / "start.json").read_text())
     assert set(kept) >= {"score", "diversity"}
     backbone, sampler = loading.load(str(start))
-    own = r.data.open(r.teacher).validation(6)(image_sampler(backbone, backbone.net, sampler))
-    assert kept == pytest.approx(own, abs=0.05)
+    expected = r.data.open(r.teacher).validation(6)(image_sampler(backbone, backbone.net, sampler))
+    assert kept == pytest.approx(expected, abs=0.05)
     train.train(name, replace(r, iterations=4), out)
     assert json.loads((out / "start.json").read_text()) == kept
     head, *rows = start_table(out, read_metrics(out))
@@ -337,16 +337,16 @@ def test_an_adapter_starts_from_a_lora_of_no_more_rank(styled, tiny_folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["algorithm.steps=2"], r"set algorithm\.steps=4"),
         (["algorithm.shift=3"], r"set algorithm\.shift=1\.2"),
         (["lora_rank=4"], "adapters .* start from a LoRA"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(words, said, trained, tiny_folder, tmp_path):  # noqa: F811
+def test_a_start_that_does_not_fit_is_refused(words, message, trained, tiny_folder, tmp_path):  # noqa: F811
     right = [*SMALL, f"teacher={tiny_folder}", f"student={trained / 'student'}"]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         train.train(*resolve("mini-sd35-advdmd", [*right, *words]), tmp_path / "r")
     train.train(*resolve("mini-sd35-advdmd", [*right, "iterations=1"]), tmp_path / "r")  # nothing was begun there
 

@@ -1,4 +1,4 @@
-"""Model folders in every published layout; what is no pipeline is named, with the way to one."""
+"""Model folders in every published layout; what is no pipeline is refused with what to do."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def weights(path, **tensors):
     save_file({"x": torch.zeros(1), **tensors}, path)
 
 
-def test_what_is_no_pipeline_is_named_with_the_way_to_one(pipeline, tmp_path):
+def test_what_is_no_pipeline_is_refused_with_what_to_do(pipeline, tmp_path):
     weights(tmp_path / "sd3.5_medium.safetensors")
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF\3\0\0\0")
     weights(tmp_path / "lora/pytorch_lora_weights.safetensors")
@@ -31,7 +31,7 @@ def test_what_is_no_pipeline_is_named_with_the_way_to_one(pipeline, tmp_path):
     (tmp_path / "run/recipe.yaml").write_text("recipe: mini-sd35-advdmd\n")
     (tmp_path / "part").mkdir()
     shutil.copytree(pipeline / "transformer", tmp_path / "part/transformer")
-    says = {
+    messages = {
         "sd3.5_medium.safetensors": r"is a single file.*from_single_file\('sd3.5_medium.safetensors'\)",
         "model-Q4_K_M.gguf": "is a GGUF file, whose rounded weights cannot be trained",
         "lora": "holds a LoRA.*fuse_lora, unload_lora_weights",
@@ -41,20 +41,20 @@ def test_what_is_no_pipeline_is_named_with_the_way_to_one(pipeline, tmp_path):
         "part/transformer": "holds a part of a pipeline",
         "nothing": "is neither a shipped model",
     }
-    for name, said in says.items():
-        with pytest.raises(ValueError, match=said):
+    for name, message in messages.items():
+        with pytest.raises(ValueError, match=message):
             loading.pipeline_folder(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("way", ["deleted", "null", "encoder only", "tokenizer only"])
-def test_t5_may_be_absent_in_any_way(pipeline, tmp_path, way):
-    """Deleted to save 9 GB with the index as it was, said in the index, or one half of it."""
+@pytest.mark.parametrize("kind", ["deleted", "null", "encoder only", "tokenizer only"])
+def test_t5_may_be_absent_in_any_way(pipeline, tmp_path, kind):
+    """Deleted to save 9 GB with the index as it was, null in the index, or one half of it."""
     folder = shutil.copytree(pipeline, tmp_path / "p")
     index = json.loads((folder / "model_index.json").read_text())
-    gone = {"encoder only": ["text_encoder_3"], "tokenizer only": ["tokenizer_3"]}.get(way, ["text_encoder_3", "tokenizer_3"])
+    gone = {"encoder only": ["text_encoder_3"], "tokenizer only": ["tokenizer_3"]}.get(kind, ["text_encoder_3", "tokenizer_3"])
     for part in gone:
         shutil.rmtree(folder / part)
-        index[part] = index[part] if way == "deleted" else [None, None]
+        index[part] = index[part] if kind == "deleted" else [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
     backbone = loading.load(str(folder))[0]
     assert len(backbone.encoders) == 2
@@ -86,7 +86,7 @@ def test_half_precision_files_are_read(pipeline, tmp_path):
     assert loading.load(str(folder))[0].dtype == torch.float32
 
 
-def test_what_the_hub_refuses_is_said_with_the_way(monkeypatch):
+def test_refusals_of_the_hub_are_reported_with_what_to_do(monkeypatch):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -107,13 +107,13 @@ def test_what_the_hub_refuses_is_said_with_the_way(monkeypatch):
         (errors.RevisionNotFoundError, "404", "no such revision"),
         (OSError, "no network", "no network"),
     ]
-    for kind, text, says in cases:
+    for kind, text, message in cases:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refusing(kind, text))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             hub.download("someone/model")
 
 
-def test_the_id_of_a_snapshot(tmp_path):
+def test_a_snapshots_folder_gives_its_hub_id(tmp_path):
     path = tmp_path / "models--a--b-c/snapshots/01"
     assert hub.id_of_snapshot(path) == "a/b-c"
     assert hub.id_of_snapshot(tmp_path) is None

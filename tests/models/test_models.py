@@ -1,4 +1,4 @@
-"""The backbone against the stock pipeline, and the models's rules."""
+"""The backbone against the stock pipeline, and the rules of the models."""
 
 import copy
 
@@ -92,11 +92,11 @@ def test_latents_round_trip_through_the_configured_scale(backbone):
 
 
 def test_an_images_noise_does_not_depend_on_its_batch(backbone):
-    how, keys = SamplerConfig(steps=2, eta=1.0), ["a", "b", "c"]
+    sampler, keys = SamplerConfig(steps=2, eta=1.0), ["a", "b", "c"]
     noise = draw_noise(keys, backbone.latent_shape, 2)
     assert torch.equal(noise[:, 1:2], draw_noise(["b"], backbone.latent_shape, 2))
     prompts = [PROMPTS[0]] * 3
-    whole, parts = (sample(backbone, backbone.net, prompts, noise, how, batch=b) for b in (3, 1))
+    whole, parts = (sample(backbone, backbone.net, prompts, noise, sampler, batch=b) for b in (3, 1))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
 
 
@@ -128,7 +128,7 @@ def test_both_generations_of_sd3_are_built_with_their_own_parts(sd35):
     assert any("norm_q" in n for n in names) == sd35
 
 
-def test_a_deeper_text_encoder_says_the_same_until_it_is_trained(backbone, tmp_path):
+def test_a_deeper_text_encoder_gives_the_same_embeddings_until_it_is_trained(backbone, tmp_path):
     ids = backbone.tokenize(["a picture of a red circle", ""])
     before = backbone.encode_text(ids)
     pipelines.add_text_layer(backbone.pipe)
@@ -174,19 +174,19 @@ def test_what_is_not_a_pipeline_is_refused(tmp_path):
         loading.load(str(tmp_path))
 
 
-def test_shipped_teachers_load_and_say_how_to_sample():
+def test_shipped_teachers_load_with_their_sampler():
     assert set(loading.shipped()) == {"mini-sd3", "mini-sd35", "mini-qwen"}
     for name in loading.shipped():
-        backbone, how = loading.load(name)
+        backbone, sampler = loading.load(name)
         assert backbone.latent_shape == (4, 8, 8)
-        assert how.steps == 40
-        assert how.guidance_scale > 1
+        assert sampler.steps == 40
+        assert sampler.guidance_scale > 1
         assert pipelines.is_mini_pipeline(backbone)
         total = sum(f.stat().st_size for f in loading.pipeline_folder(name).rglob("*") if f.is_file())
         assert total < 10e6
 
 
-def test_taps_are_fractions_of_depth():
+def test_feature_depths_are_fractions_of_the_depth():
     assert DiscriminatorConfig(feature_depths=(0.25, 0.5)).feature_indices(4) == [0, 1]
     assert DiscriminatorConfig(feature_depths=(0.5, 1.0)).feature_indices(24) == [11, 23]
     for bad in (
@@ -201,7 +201,7 @@ def test_taps_are_fractions_of_depth():
             DiscriminatorConfig(**bad)
 
 
-def test_heads_do_not_care_about_the_order_of_tokens():
+def test_discriminator_heads_do_not_depend_on_the_order_of_tokens():
     torch.manual_seed(0)
     heads, f = DiscriminatorHeads(8, [0, 1], 16), [torch.randn(3, 16, 8), torch.randn(3, 16, 8)]
     order = torch.randperm(16)
@@ -209,7 +209,7 @@ def test_heads_do_not_care_about_the_order_of_tokens():
     assert heads(f).shape == (3,)
 
 
-def test_scaled_gradients_scale_and_frozen_parameters_thaw():
+def test_gradients_are_scaled_and_requires_grad_is_restored_after_no_param_grad():
     x = torch.ones(3, requires_grad=True)
     scale_gradient(x, 0.25).sum().backward()
     assert (x.grad == 0.25).all()
@@ -229,8 +229,8 @@ def test_columns_index_and_join():
     assert c.to(torch.float64).embeds.dtype == torch.float64
 
 
-def test_a_students_path_is_a_rollout(backbone):
-    noise, how = draw_noise([0], backbone.latent_shape, 4), SamplerConfig(steps=4, eta=1.0)
+def test_sampling_a_student_is_a_rollout(backbone):
+    noise, sampler = draw_noise([0], backbone.latent_shape, 4), SamplerConfig(steps=4, eta=1.0)
     cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
-    path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(4, 3.0), cps(1.0))
-    torch.testing.assert_close(sample(backbone, backbone.net, PROMPTS[:1], noise, how), backbone.decode(path.x[-1]))
+    trajectory = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(4, 3.0), cps(1.0))
+    torch.testing.assert_close(sample(backbone, backbone.net, PROMPTS[:1], noise, sampler), backbone.decode(trajectory.x[-1]))

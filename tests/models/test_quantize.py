@@ -1,4 +1,4 @@
-"""Bases and moments of few bits: close to the whole numbers, and exactly themselves through gradients, stops and exports."""
+"""Quantized bases and moments: close to the original ones, and the same after gradients, stops and exports."""
 
 import copy
 import json
@@ -26,57 +26,57 @@ WORDS = [
 
 
 @pytest.fixture(params=[(8, 0.03), (4, 0.3)], ids=["8", "4"])
-def scene(request, backbone):
-    bits, far = request.param
+def quantized(request, backbone):
+    bits, tolerance = request.param
     torch.manual_seed(2)
     with torch.no_grad():
         cond = backbone.encode_text(backbone.tokenize(["a picture of a red circle", "a picture of two stars"]))
-    at = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8]), cond
-    whole = copy.deepcopy(backbone.net)
+    inputs = torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.8]), cond
+    original = copy.deepcopy(backbone.net)
     quantization.quantize(backbone.blocks(backbone.net), bits, torch.float32, "cpu")
-    return backbone, whole, far, at
+    return backbone, original, tolerance, inputs
 
 
-def test_a_base_of_few_bits_is_close_to_the_whole_one(scene):
-    backbone, whole, far, at = scene
+def test_a_quantized_base_is_close_to_the_original(quantized):
+    backbone, original, tolerance, inputs = quantized
     with torch.no_grad():
-        exact, close = backbone.velocity(whole, *at), backbone.velocity(backbone.net, *at)
-    assert 0 < (close - exact).norm() / exact.norm() < far
+        exact, close = backbone.velocity(original, *inputs), backbone.velocity(backbone.net, *inputs)
+    assert 0 < (close - exact).norm() / exact.norm() < tolerance
     weights = [quantization.dequantize(m) for m in backbone.net.modules()]
     assert sum(w is not None for w in weights) > 20
-    assert all(quantization.dequantize(m) is None for m in whole.modules())
+    assert all(quantization.dequantize(m) is None for m in original.modules())
 
 
-def test_adapters_on_it_learn_and_fuse_as_on_the_numbers_it_stands_for(scene):
-    """The reference is a plain network of those numbers. 8-bit products round activations too, hence its tolerance."""
-    backbone, whole, far, at = scene
+def test_adapters_on_a_quantized_base_learn_and_fuse_as_on_its_dequantized_weights(quantized):
+    """The reference is a network of the dequantized weights. 8-bit products round activations too, hence the tolerance."""
+    backbone, dequantized, tolerance, inputs = quantized
     student = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
     torch.manual_seed(1)
     for p in student.parameters():
         p.data.normal_(0, 0.1)
     fused = student.fused_state_dict()
-    assert set(fused) == set(whole.state_dict())
-    whole.load_state_dict(fused)
-    whole.requires_grad_(True)
-    exact, close = backbone.velocity(whole, *at), backbone.velocity(student, *at)
-    assert (close - exact).norm() / exact.norm() < far / 10
+    assert set(fused) == set(dequantized.state_dict())
+    dequantized.load_state_dict(fused)
+    dequantized.requires_grad_(True)
+    exact, close = backbone.velocity(dequantized, *inputs), backbone.velocity(student, *inputs)
+    assert (close - exact).norm() / exact.norm() < tolerance / 10
 
     exact.square().mean().backward()
     close.square().mean().backward()
-    mine = dict(student.named_parameters())
-    for key, b in mine.items():
+    adapters = dict(student.named_parameters())
+    for key, b in adapters.items():
         if key.endswith("lora_B"):  # of W + BA, the gradient of B is that of W through A
             place = key.removesuffix("/lora_B").replace("/", ".")
-            wanted = whole.get_parameter(f"{place}.weight").grad @ mine[key.replace("lora_B", "lora_A")].detach().T
-            torch.testing.assert_close(b.grad, wanted, atol=far / 2 * float(wanted.abs().max()), rtol=0.1)
+            wanted = dequantized.get_parameter(f"{place}.weight").grad @ adapters[key.replace("lora_B", "lora_A")].detach().T
+            torch.testing.assert_close(b.grad, wanted, atol=tolerance / 2 * float(wanted.abs().max()), rtol=0.1)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_was_bfloat16_is_bfloat16_again(tiny_folder, bits):
+def test_fused_weights_of_a_quantized_bfloat16_base_are_bfloat16(tiny_folder, bits):
     backbone = loading.load(str(tiny_folder), dtype=torch.bfloat16)[0]
     quantization.quantize(backbone.blocks(backbone.net), bits, torch.bfloat16, "cpu")
-    role = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
-    assert {v.dtype for v in role.fused_state_dict().values()} == {torch.bfloat16}
+    student = LoraModel(SharedBase(backbone.net, ["student"], 4, backbone.lora_targets), "student")
+    assert {v.dtype for v in student.fused_state_dict().values()} == {torch.bfloat16}
 
 
 def learner(bits):
@@ -91,14 +91,16 @@ def update(one, steps, gen):
         one.update([(one(x) - x[:, :4]).square().mean(1)])
 
 
-def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
+def test_8_bit_moments_train_like_32_bit_moments_and_survive_a_stop(gen):
     exact, close, g, h = learner(32), learner(8), gen(1), gen(1)
     began = copy.deepcopy(exact.net.state_dict())
     update(exact, 8, g)
     update(close, 8, h)
-    there, here = exact.net.state_dict(), close.net.state_dict()
-    way, off = (torch.cat([(a[k] - b[k]).flatten() for k in began]) for a, b in ((there, began), (here, there)))
-    assert 0 < off.norm() < 0.2 * way.norm()
+    exact_state, close_state = exact.net.state_dict(), close.net.state_dict()
+    change, difference = (
+        torch.cat([(a[k] - b[k]).flatten() for k in began]) for a, b in ((exact_state, began), (close_state, exact_state))
+    )
+    assert 0 < difference.norm() < 0.2 * change.norm()
     tensors, counters = close.state_dict()
     assert sum(v.dtype == torch.uint8 for v in tensors.values()) == 2
     other = learner(8)
@@ -111,7 +113,7 @@ def test_moments_of_8_bits_go_the_way_of_32_and_survive_a_stop(gen):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp_path, bits):
+def test_a_quantized_run_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp_path, bits):
     name, r = resolve("mini-sd35-advdmd", [*WORDS, f"base_bits={bits}", f"teacher={tiny_folder}", "iterations=4"])
     run = tmp_path / "run"
     student = train(name, r, run)
@@ -124,7 +126,7 @@ def test_a_run_in_few_bits_goes_on_and_exports_a_stock_pipeline(tiny_folder, tmp
     assert f"the base in {bits} bits" in (student / "README.md").read_text()
 
 
-def test_what_cannot_be_of_few_bits_is_refused(monkeypatch, tmp_path):
+def test_what_cannot_be_quantized_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"base_bits=4: only a frozen base .* set lora_rank"):
         resolve("mini-sd35-advdmd", ["base_bits=4"])
     with pytest.raises(ValueError, match=r"8-bit optimizers .* cannot be sharded"):

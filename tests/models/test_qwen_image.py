@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     """A real QwenImagePipeline folder with random weights."""
     folder = tmp_path_factory.mktemp("teacher") / "tiny-qwen"
     pipelines.qwen_image(VOCABULARY, TINY).save_pretrained(folder)
-    note = {"name": "tiny-qwen", "sampling": {"steps": 4, "guidance": 2.0}, "side": 8}
-    (folder / "advdmd.json").write_text(json.dumps(note))
+    metadata = {"name": "tiny-qwen", "sampling": {"steps": 4, "guidance": 2.0}, "side": 8}
+    (folder / "advdmd.json").write_text(json.dumps(metadata))
     return folder
 
 
@@ -47,11 +47,11 @@ def test_embeddings_and_masks_are_the_stock_pipelines(qwen):
     assert cond.pooled is None
 
 
-def test_every_word_is_one_token_and_the_dropped_head_is_34(qwen):
+def test_every_word_is_one_token_and_the_dropped_part_of_the_template_has_34(qwen):
     tokenizer = qwen.pipe.tokenizer
     for word in VOCABULARY:
-        for said in (f" {word}", word.capitalize(), f" {word.capitalize()}"):
-            assert len(tokenizer(said).input_ids) == 1, said
+        for text in (f" {word}", word.capitalize(), f" {word.capitalize()}"):
+            assert len(tokenizer(text).input_ids) == 1, text
     assert qwen.pipe.prompt_template_encode == pipelines.QWEN_TEMPLATE
     assert (
         len(tokenizer(pipelines.QWEN_TEMPLATE.partition("{}")[0]).input_ids)
@@ -72,7 +72,7 @@ def test_packing_is_the_stock_pipelines_and_inverts(qwen):
     assert torch.equal(unpack(pack(x), 8, 6), x)
 
 
-def test_padding_is_not_seen(qwen):
+def test_padding_does_not_change_the_velocity(qwen):
     cond = qwen.encode_text(qwen.tokenize(PROMPTS[:1]))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.6])
     both = Cond.cat([cond, cond.padded(40)])
@@ -83,16 +83,16 @@ def test_padding_is_not_seen(qwen):
 
 
 def test_times_are_cast_as_the_pipeline_casts_them(qwen):
-    seen = []
-    hook = qwen.net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["timestep"]), with_kwargs=True)
+    timesteps = []
+    hook = qwen.net.register_forward_pre_hook(lambda m, a, kw: timesteps.append(kw["timestep"]), with_kwargs=True)
     cond = qwen.encode_text(qwen.tokenize(PROMPTS[:1]))
-    t = torch.tensor([0.75])  # where rounding t and rounding 1000 t part
+    t = torch.tensor([0.75])  # where rounding t and rounding 1000 t differ
     qwen.net.bfloat16()
     half = QwenImage(qwen.pipe, 8)
     assert half.velocity(half.net, torch.randn(1, 4, 8, 8), t, cond).dtype == torch.float32
     hook.remove()
-    assert torch.equal(seen[0], (t * 1000).bfloat16() / 1000)
-    assert not torch.equal(seen[0], t.bfloat16())
+    assert torch.equal(timesteps[0], (t * 1000).bfloat16() / 1000)
+    assert not torch.equal(timesteps[0], t.bfloat16())
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -179,12 +179,14 @@ def test_a_two_step_student_runs_in_the_stock_pipeline_with_its_steps_alone(reci
 
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    backbone, how = loading.load(str(student))
+    backbone, sampler = loading.load(str(student))
     cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
     first = torch.randn(1, 4, 8, 8)
     torch.manual_seed(11)
     noise = torch.stack([first, unpack(torch.randn(1, 16, 16), 8, 8)])
     torch.manual_seed(11)
     theirs = pipe(PROMPTS[0], num_inference_steps=2, latents=pack(first), height=32, width=32, output_type="latent").images
-    path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
-    assert torch.equal(pack(path.x[-1]), theirs)
+    trajectory = rollout(
+        lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, sampler.shift), renoise
+    )
+    assert torch.equal(pack(trajectory.x[-1]), theirs)

@@ -68,8 +68,8 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def save(folder, **how):
-    pipe = tiny_pipelines.qwen_image_edit(VOCABULARY, TINY, **how)
+def save(folder, **options):
+    pipe = tiny_pipelines.qwen_image_edit(VOCABULARY, TINY, **options)
     processor, _ = pipe.processor, pipe.register_modules(processor=None)
     pipe.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder / "processor")
@@ -77,8 +77,8 @@ def save(folder, **how):
     index = json.loads((folder / "model_index.json").read_text())
     index["processor"] = ["transformers", "Qwen2VLProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    note = {"name": folder.name, "sampling": {"steps": 4, "guidance": 2.0}, "side": SIDE // 4, "source_side": SIDE}
-    (folder / "advdmd.json").write_text(json.dumps(note))
+    metadata = {"name": folder.name, "sampling": {"steps": 4, "guidance": 2.0}, "side": SIDE // 4, "source_side": SIDE}
+    (folder / "advdmd.json").write_text(json.dumps(metadata))
     return folder
 
 
@@ -226,7 +226,7 @@ def test_one_source_image_of_an_early_cache_is_read(cache, model, edits, tmp_pat
     assert torch.equal(Cond.from_tensors(flat).source, wanted.source)
 
 
-def test_conditions_are_kept_as_tensors_and_come_back(model, edits):
+def test_conditions_round_trip_through_tensors(model, edits):
     cond = encode_prompts(model, edits, "cpu")
     found = cond.tensors()
     assert set(found) == {"embeds", "mask", "source", "null_embeds", "null_mask"}
@@ -261,18 +261,18 @@ def test_one_prompt_edits_many_images_and_only_what_is_new_is_encoded(pictures, 
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert encode(pairs, str(folder), tmp_path / "cache")
     assert EmbeddingCache(tmp_path / "cache/32x32").prompts == [PROMPTS[0]] * 2
-    seen = []
+    encoded = []
     stock = QwenImageEdit.encode_edits
-    monkeypatch.setattr(QwenImageEdit, "encode_edits", lambda self, e, *size: seen.append(e) or stock(self, e, *size))
+    monkeypatch.setattr(QwenImageEdit, "encode_edits", lambda self, e, *size: encoded.append(e) or stock(self, e, *size))
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[0] | {"source_image": "a2.png"}]))
     assert encode(pairs, str(folder), tmp_path / "cache")
-    assert [e.sources[0].path.name for (e,) in seen] == ["a2.png"]
+    assert [e.sources[0].path.name for (e,) in encoded] == ["a2.png"]
     found = EmbeddingCache(tmp_path / "cache/32x32")
     assert len(found.prompts) == len(set(found.prompt_hashes())) == 3
-    seen.clear()
+    encoded.clear()
     moved = pairs.rename(tmp_path / "moved")
     assert encode(moved, str(folder), tmp_path / "cache")
-    assert not seen, "a prompt is known by its words and its source's bytes"
+    assert not encoded, "a prompt is known by its words and its source's bytes"
 
 
 @pytest.mark.parametrize("more", [["lora_rank=0"], ["lora_rank=2"]], ids=["whole", "adapter"])
@@ -288,12 +288,12 @@ def test_a_student_from_pairs_to_the_stock_pipeline(folder, cache, edits, pictur
     pipe.set_progress_bar_config(disable=True)
     kwargs = json.loads((student / "advdmd.json").read_text())["stock_call"]
     torch.manual_seed(3)
-    drawn = torch.randn(1, 16, 16)
+    second_noise = torch.randn(1, 16, 16)
     torch.manual_seed(3)
     theirs = pipe(
         Image.open(edits[0].sources[0].path), PROMPTS[0], latents=pack(noise[0][:1]), output_type="latent", **kwargs
     ).images
-    again = sample(backbone, backbone.net, edits[:1], torch.stack([noise[0][:1], unpack(drawn, 8, 8)]), sampler)
+    again = sample(backbone, backbone.net, edits[:1], torch.stack([noise[0][:1], unpack(second_noise, 8, 8)]), sampler)
     torch.testing.assert_close(again, backbone.decode(unpack(theirs, 8, 8)), atol=1e-5, rtol=1e-4)
     card = (student / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card
@@ -324,7 +324,7 @@ def test_twinflow_trains_edits(kind, pictures, tmp_path):
     assert loading.load(str(student))[0].edits
 
 
-def test_sizes_of_several_ratios_have_sources_of_their_ratio(pictures, tmp_path):
+def test_buckets_of_several_aspect_ratios_have_source_images_of_their_ratio(pictures, tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     rows = []
@@ -334,8 +334,8 @@ def test_sizes_of_several_ratios_have_sources_of_their_ratio(pictures, tmp_path)
         rows.append({"file_name": f"after-{n}.png", "source_image": f"before-{n}.png", "text": PROMPTS[0]})
     (pairs / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     teacher = save(tmp_path / "teacher")
-    note = json.loads((teacher / "advdmd.json").read_text()) | {"source_side": 64}
-    (teacher / "advdmd.json").write_text(json.dumps(note))
+    metadata = json.loads((teacher / "advdmd.json").read_text()) | {"source_side": 64}
+    (teacher / "advdmd.json").write_text(json.dumps(metadata))
     assert encode(pairs, str(teacher), tmp_path / "cache", by_aspect=True)
     data = BucketedCache(tmp_path / "cache")
     assert len(data.parts) == 3
@@ -347,7 +347,7 @@ def test_sizes_of_several_ratios_have_sources_of_their_ratio(pictures, tmp_path)
     assert shown.source.shape[-2:] == (16, 16), "of the square, as sample grids are"
 
 
-def test_validation_draws_edits(folder, cache, pictures, tmp_path):
+def test_validation_prompts_are_encoded_with_their_source_images(folder, cache, pictures, tmp_path):
     prompts = read_prompts(pictures, edits=True)
     assert [str(p) for p in prompts] == PROMPTS
     _, r = resolve("qwen-image-edit-dmd2-2step-80gb", [f"teacher={folder}"])
@@ -382,7 +382,7 @@ def test_what_has_no_source_image_is_refused(folder, pictures, tmp_path):
         edits_of(PROMPTS, [pictures / "none.png"])
 
 
-def test_models_of_texts_refuse_source_images(pictures, tmp_path):
+def test_text_to_image_models_refuse_source_images(pictures, tmp_path):
     edits = edits_of(["a red circle"], [pictures / "before-0.png"])
     with pytest.raises(ValueError, match="edits no images: give prompts without source images"):
         sample_command("mini-sd35", edits, tmp_path / "a", device="cpu")
@@ -429,7 +429,7 @@ def test_the_command_samples_an_edit(folder, pictures, tmp_path):
         assert image.size == (SIDE, SIDE)
 
 
-def test_source_columns_of_tables(tmp_path, pictures):
+def test_source_columns_of_tables_are_read(tmp_path, pictures):
     datasets = pytest.importorskip("datasets")
     kinds = {"input_image": datasets.Image(), "edit_prompt": datasets.Value("string"), "edited_image": datasets.Image()}
     row = [str(pictures / "before-0.png")], ["make it red"], [str(pictures / "after-0.png")]

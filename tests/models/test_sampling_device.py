@@ -72,7 +72,7 @@ def test_a_sharded_transformer_has_a_hash(tmp_path):
     assert loading.weights_hash(tmp_path / "many") != loading.weights_hash(tmp_path / "one")
 
 
-def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path):
+def test_an_unknown_type_or_a_missing_gpu_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="dtype='int8': one of auto, float32, bfloat16, float16"):
         loading.load_for_sampling("mini-sd35", "cpu", "int8")
     if not torch.cuda.is_available():

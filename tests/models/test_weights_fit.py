@@ -50,7 +50,7 @@ def test_a_lora_that_was_not_unloaded_is_named_as_such(pipeline):
         loading.load(str(pipeline))
 
 
-def test_other_names_and_leftovers_are_refused(pipeline):
+def test_unexpected_weights_are_refused(pipeline):
     change(pipeline / "transformer" / FILES["transformer"], lambda t: t | {"more": next(iter(t.values())).clone()})
     with pytest.raises(ValueError, match="1 unexpected keys, such as more"):
         loading.load(str(pipeline))

@@ -41,9 +41,9 @@ def test_embeddings_are_the_stock_pipelines_at_each_captions_own_length(z):
     lengths = cond.mask.sum(1).tolist()
     assert [len(e) for e in theirs] == lengths
     assert lengths[0] != lengths[1]
-    for mine, n, stock in zip(cond.embeds, lengths, theirs, strict=True):
-        torch.testing.assert_close(mine[:n], stock, atol=1e-5, rtol=1e-4)
-        assert not mine[n:].any()
+    for ours, n, stock in zip(cond.embeds, lengths, theirs, strict=True):
+        torch.testing.assert_close(ours[:n], stock, atol=1e-5, rtol=1e-4)
+        assert not ours[n:].any()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -62,18 +62,18 @@ def test_the_teachers_sampler_is_the_stock_pipeline(z, guidance):
 def test_velocity_points_from_data_to_noise(z):
     """A network that answers with data minus noise, as Z-Image's does, comes out as noise minus data."""
     x0, e, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
-    seen = []
+    times = []
 
     def net(images, time, captions, return_dict):
-        seen.append(time)
+        times.append(time)
         return ([a.unsqueeze(1) for a in (x0 - e)],)
 
     v = z.velocity(net, flow.interpolate(x0, e, t), t, z.encode_text(z.tokenize(PROMPTS)))
     torch.testing.assert_close(v, e - x0)
-    torch.testing.assert_close(seen[0], 1 - t)
+    torch.testing.assert_close(times[0], 1 - t)
 
 
-def test_padding_is_not_seen(z):
+def test_padding_does_not_change_the_velocity(z):
     """Neither by a caption that is padded with masked zeros, nor by one beside a longer one."""
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.6, 0.3])
     long = " ".join([PROMPTS[1]] * 3)  # another multiple of 32 tokens
@@ -118,7 +118,7 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
 
     pipe = DiffusionPipeline.from_pretrained(student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    backbone, how = loading.load(str(student))
+    backbone, sampler = loading.load(str(student))
     call = json.loads((student / "advdmd.json").read_text())["stock_call"]
     assert call["num_inference_steps"] == 2
     first = torch.randn(1, 4, 8, 8)
@@ -127,8 +127,10 @@ def test_a_two_step_student_runs_in_the_stock_pipeline(words, folder, tmp_path):
     torch.manual_seed(11)
     theirs = pipe(PROMPTS[0], latents=first, output_type="latent", **call).images
     cond = backbone.encode_text(backbone.tokenize(PROMPTS[:1]))
-    path = rollout(lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, how.shift), renoise)
-    torch.testing.assert_close(path.x[-1], theirs, atol=1e-5, rtol=1e-4)
+    trajectory = rollout(
+        lambda x, t, c: backbone.velocity(backbone.net, x, t, c), cond, noise, flow.grid(2, sampler.shift), renoise
+    )
+    torch.testing.assert_close(trajectory.x[-1], theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_an_odd_side_is_refused(z):

@@ -1,4 +1,4 @@
-"""Full disks and numbers that are none: the run stops, says where, and keeps what it had."""
+"""Full disks and numbers that are not finite: the run stops, names the place, and keeps what it had."""
 
 import os
 import resource
@@ -32,26 +32,26 @@ def weights(folder):
     return load_file(max((folder / "checkpoints").glob("*.safetensors")))
 
 
-def poison(monkeypatch, where, bad, calls):
-    """Make one number of what a function gives `bad`, in its `calls`-th call; "name:1" of the second thing it gives."""
+def corrupt(monkeypatch, where, bad, calls):
+    """Set one number of what a function returns to `bad`, in its `calls`-th call; "name:1": of the second value it returns."""
     module, (name, _, which) = where[0], where[1].partition(":")
-    true, seen, which = getattr(module, name), [], int(which or 0)
+    true, calls_made, which = getattr(module, name), [], int(which or 0)
 
     def changed(*args, **kw):
-        seen.append(1)
+        calls_made.append(1)
         out = true(*args, **kw)
-        if len(seen) != calls:
+        if len(calls_made) != calls:
             return out
-        spoiled = (out[which] if isinstance(out, tuple) else out).clone()
-        spoiled.view(-1)[0] = bad
-        return (*out[:which], spoiled, *out[which + 1 :]) if isinstance(out, tuple) else spoiled
+        corrupted = (out[which] if isinstance(out, tuple) else out).clone()
+        corrupted.view(-1)[0] = bad
+        return (*out[:which], corrupted, *out[which + 1 :]) if isinstance(out, tuple) else corrupted
 
     monkeypatch.setattr(module, name, changed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("name", "calls", "said"),
+    ("name", "calls", "message"),
     [
         ("fake_score_loss", 11, r"iteration \d, fake_score/main: loss"),
         ("student_loss", 3, r"iteration \d, student/dm: loss"),
@@ -59,37 +59,39 @@ def poison(monkeypatch, where, bad, calls):
         ("discriminator_rewards:1", 2, r"iteration \d, policy: a reward is not finite"),  # the final image's
     ],
 )
-def test_a_number_that_is_none_stops_the_run_before_it_is_learned(tiny_folder, tmp_path, monkeypatch, name, calls, said, bad):
-    """Whether a loss or a reward: step and player are named, and no player has moved since its last good step."""
+def test_a_number_that_is_not_finite_stops_the_run_before_the_update(
+    tiny_folder, tmp_path, monkeypatch, name, calls, message, bad
+):
+    """A loss or a reward: iteration and network are named, and no network has changed since its last good update."""
     from advdmd.algorithms import policy, updates
 
-    poison(monkeypatch, (updates if name in ("fake_score_loss", "student_loss") else policy, name), bad, calls)
-    moved = []
+    corrupt(monkeypatch, (updates if name in ("fake_score_loss", "student_loss") else policy, name), bad, calls)
+    stepped = []
     true = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: moved.append(self) or true(self, *a, **k))
-    with pytest.raises(FloatingPointError, match=said):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a, **k: stepped.append(self) or true(self, *a, **k))
+    with pytest.raises(FloatingPointError, match=message):
         train(tiny_folder, tmp_path / "r", "save_every=1")
-    for player in moved:
-        for group in player.param_groups:
+    for optimizer in stepped:
+        for group in optimizer.param_groups:
             assert all(torch.isfinite(p).all() for p in group["params"])
     assert checkpoint.latest(tmp_path / "r/checkpoints") is not None
 
 
-def test_a_gradient_that_is_none_stops_the_run_too(tiny_folder, tmp_path, monkeypatch):
-    true, seen = torch.nn.utils.get_total_norm, []
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tiny_folder, tmp_path, monkeypatch):
+    true, calls_made = torch.nn.utils.get_total_norm, []
 
-    def spoiled(grads, *a, **k):
-        seen.append(1)
-        if len(seen) == 9:
+    def corrupted(grads, *a, **k):
+        calls_made.append(1)
+        if len(calls_made) == 9:
             grads[0].view(-1)[0] = float("inf")
         return true(grads, *a, **k)
 
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", spoiled)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", corrupted)
     with pytest.raises(FloatingPointError, match=r"iteration \d, .*gradient norm (inf|nan)"):
         train(tiny_folder, tmp_path / "r")
 
 
-def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_path):
+def test_cached_tensors_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_path):
     good = Cond(torch.ones(2, 3, 4), pooled=torch.ones(2, 4))
     content, z = embedding_cache.ShardContent(["a circle", "a square"], ""), torch.ones(1, 4, 8, 8)
     rows = [embedding_cache.Encoded("ab"[n], good[torch.tensor([n])], z, [""]) for n in (0, 1)]
@@ -115,10 +117,10 @@ def test_what_is_kept_of_a_prompt_must_be_finite_when_written_and_when_read(tmp_
         _ = embedding_cache.EmbeddingCache(tmp_path).null
 
 
-def test_what_clipping_would_hide_of_twinflows_target_stops_the_run(tiny_folder, tmp_path, monkeypatch):
+def test_a_twinflow_target_that_is_not_finite_stops_the_run_before_clipping_hides_it(tiny_folder, tmp_path, monkeypatch):
     from advdmd.algorithms import twinflow
 
-    poison(monkeypatch, (twinflow.TwinFlow, "integrate"), float("inf"), 3)
+    corrupt(monkeypatch, (twinflow.TwinFlow, "integrate"), float("inf"), 3)
     words = [w for w in WORDS if "dm_only" not in w and "ramp" not in w and "gating" not in w]
     with pytest.raises(FloatingPointError, match=r"iteration 2, student: a target is not finite"):
         train_command.train(*resolve("mini-sd35-twinflow", [*words, f"teacher={tiny_folder}"]), tmp_path / "r")
@@ -184,8 +186,8 @@ def test_no_secret_of_the_environment_reaches_what_a_run_writes(tiny_folder, tmp
         monkeypatch.setenv(name, "hunter2-sentinel")
     train(tiny_folder, tmp_path / "r", "iterations=2", "sample_every=2")
     html_report.write_report([tmp_path / "r"], [], tmp_path / "report.html")
-    said = "".join(capfd.readouterr())
-    assert "hunter2" not in said
+    printed = "".join(capfd.readouterr())
+    assert "hunter2" not in printed
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
     assert len(files) > 15
     assert not [f for f in files if b"hunter2" in f.read_bytes()]

@@ -39,7 +39,7 @@ def test_a_tried_iteration_leaves_no_trace(recipe, words, tiny_folder, tmp_path,
     assert all(torch.equal(ours[k], v) for k, v in theirs.items())
 
 
-def test_samples_are_halved_until_an_iteration_fits_and_that_is_said(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_samples_are_halved_until_an_iteration_fits_and_the_number_is_reported(tiny_folder, tmp_path, monkeypatch, capsys):
     """A GPU that holds three samples: the run is that of two a pass, to rounding, and nothing else."""
     step, tried = AdvDMD.train_step, []
 
@@ -91,7 +91,7 @@ def test_without_a_gpu_all_samples_go_in_one_pass_and_a_number_is_kept():
         resolve("mini-sd35-dmd2", ["algorithm.micro_batch_size=many"])
 
 
-def test_a_run_may_go_on_with_other_samples_a_pass(tiny_folder, tmp_path, capsys):
+def test_a_run_may_go_on_with_another_micro_batch_size(tiny_folder, tmp_path, capsys):
     asked = [*SMALL, f"teacher={tiny_folder}"]
     name, r = resolve("mini-sd35-advdmd", [*asked, "algorithm.micro_batch_size=2"])
     train.train(name, replace(r, iterations=2), tmp_path / "run")

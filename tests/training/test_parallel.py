@@ -1,4 +1,4 @@
-"""Two processes are one: the same run, whoever starts it and whoever goes on with it."""
+"""Two processes are one: the same run, however many processes start it and go on with it."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ COMMON = [
     "save_every=2", "sample_every=0",
     "threads=1", "discriminator.hidden_size=8", "seed=3",
 ]  # fmt: skip
-# Policy updates from the second iteration on, whatever the discriminator can tell by then.
+# Policy updates from the second iteration on, whatever the discriminator has learned by then.
 WORDS = [*COMMON, "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=1", "algorithm.auc_gating=false"]
 # Two rollouts' gradients are gathered for a step: the last checkpoint holds the second step's first rollout.
 GATHERED = [
@@ -36,15 +36,15 @@ GATHERED = [
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "advdmd"]
 
 
-def ran(folder, teacher, n=2, words=WORDS, recipe="mini-sd35-advdmd"):
-    """A run by n processes that find each other as torchrun's do; forked, for to import all again takes longer than to run."""
+def train_in_processes(folder, teacher, n=2, words=WORDS, recipe="mini-sd35-advdmd"):
+    """A run by n processes that find each other as torchrun's do; forked, since importing again takes longer than the run."""
     if n == 1:
-        return ran_alone(folder, teacher, words, recipe)
-    together(n, lambda rank: ran_alone(folder, teacher, words, recipe))
+        return train_in_this_process(folder, teacher, words, recipe)
+    in_forked_processes(n, lambda rank: train_in_this_process(folder, teacher, words, recipe))
     return folder
 
 
-def together(n, do, **more):
+def in_forked_processes(n, do, **more):
     """do(rank) in n forked processes that find each other; all must end well. more: further variables of torchrun's."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -63,7 +63,7 @@ def together(n, do, **more):
     assert [job.exitcode for job in jobs] == [0] * n
 
 
-def ran_alone(folder, teacher, words, recipe="mini-sd35-advdmd"):
+def train_in_this_process(folder, teacher, words, recipe="mini-sd35-advdmd"):
     train.train(*resolve(recipe, [f"teacher={teacher}", *words]), folder)
     return folder
 
@@ -77,7 +77,7 @@ def test_a_process_that_ends_before_it_begins_is_an_error_at_once():
 
 
 def test_processes_that_a_command_starts_end_with_it(tmp_path):
-    """The other process says that it begins, and then waits for ever."""
+    """The other process reports that it begins, and then waits for ever."""
     write = f"import os, pathlib, time; pathlib.Path('{tmp_path}/pid').write_text(str(os.getpid()))"
     begin = f"os.write(int(os.environ['{distributed.READY}']), b'1'); time.sleep(600)"
     command = [sys.executable, "-c", f"{write}; {begin}"]
@@ -93,12 +93,12 @@ def metrics_agree(a, b, absolute=1e-3):
     for ours, theirs in zip(*rows, strict=True):
         assert set(ours) == set(theirs)
         for k in set(ours) - {"cost/efficiency", "cost/mfu", "cost/seconds"}:
-            # Scores are counts of answers: a last digit may turn one question of 120.
+            # Scores are counts of answers: a last digit may change one answer of 120.
             near = 0.02 if k.startswith("eval/") else absolute
             assert ours[k] == pytest.approx(theirs[k], rel=5e-3, abs=near), k
 
 
-def forget_the_end(folder):
+def as_if_stopped_after_two_iterations(folder):
     """As if the run had been stopped after its second iteration."""
     for f in folder.glob("checkpoints/step-0000004*"):
         shutil.rmtree(f) if f.is_dir() else f.unlink()
@@ -111,7 +111,7 @@ def last(folder):
     return path.stem, load_file(path)
 
 
-def agree(a, b, rtol=1e-3):
+def checkpoints_agree(a, b, rtol=1e-3):
     """Weights of two checkpoints, up to what summing in another order does."""
     (step_a, a), (step_b, b) = last(a), last(b)
     assert step_a == step_b
@@ -122,19 +122,19 @@ def agree(a, b, rtol=1e-3):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_folder, tmp_path_factory):
-    return ran_alone(tmp_path_factory.mktemp("alone") / "run", tiny_folder, WORDS)
+def one_process(tiny_folder, tmp_path_factory):
+    return train_in_this_process(tmp_path_factory.mktemp("alone") / "run", tiny_folder, WORDS)
 
 
 @pytest.fixture(scope="module")
-def both(tiny_folder, tmp_path_factory):
-    return ran(tmp_path_factory.mktemp("both") / "run", tiny_folder)
+def two_processes(tiny_folder, tmp_path_factory):
+    return train_in_processes(tmp_path_factory.mktemp("both") / "run", tiny_folder)
 
 
-def test_two_processes_run_as_one_does(alone, both):
-    agree(alone, both)
-    metrics_agree(alone, both)
-    assert (both / "student/model_index.json").is_file()
+def test_two_processes_run_as_one_does(one_process, two_processes):
+    checkpoints_agree(one_process, two_processes)
+    metrics_agree(one_process, two_processes)
+    assert (two_processes / "student/model_index.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,18 @@ def test_two_processes_run_as_one_does(alone, both):
     ],
 )
 def test_replicas_of_adapters_run_as_one_process_does(recipe, words, tiny_folder, tmp_path):
-    one, two = (ran(tmp_path / str(n), tiny_folder, n, words, recipe) for n in (1, 2))
+    one, two = (train_in_processes(tmp_path / str(n), tiny_folder, n, words, recipe) for n in (1, 2))
     metrics_agree(one, two)
-    agree(one, two)
+    checkpoints_agree(one, two)
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_with_a_run(alone, both, tiny_folder, tmp_path, first, then):
-    folder = forget_the_end(shutil.copytree(alone if first == 1 else both, tmp_path / "run"))
-    agree(ran(folder, tiny_folder, n=then), alone)
+def test_another_number_of_processes_goes_on_with_a_run(one_process, two_processes, tiny_folder, tmp_path, first, then):
+    folder = as_if_stopped_after_two_iterations(shutil.copytree(one_process if first == 1 else two_processes, tmp_path / "run"))
+    checkpoints_agree(train_in_processes(folder, tiny_folder, n=then), one_process)
 
 
-def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
+def test_prompts_that_do_not_divide_over_the_processes_are_refused(tiny_folder, tmp_path):
     command = [
         *TORCHRUN,
         "train",
@@ -178,19 +178,19 @@ def test_prompts_that_cannot_be_shared_are_refused(tiny_folder, tmp_path):
         small.check_world_size(2)
 
 
-def test_minibatches_are_the_steps_however_it_is_shared():
+def test_minibatches_are_the_same_for_any_number_of_ranks():
     whole = Rng(1, 2, range(8)).minibatches("order", 3, 2)
     parts = [Rng(1, 2, range(4 * r, 4 * r + 4), Ranks(rank=r, world_size=2)).minibatches("order", 3, 2) for r in (0, 1)]
-    for (m, passes), (a, mine), (b, theirs) in zip(whole, *parts, strict=True):
+    for (m, passes), (a, ours), (b, theirs) in zip(whole, *parts, strict=True):
         assert passes == -(-len(m) // 2)
-        assert mine == theirs == -(-max(len(a), len(b)) // 2), "all make as many"
+        assert ours == theirs == -(-max(len(a), len(b)) // 2), "all make as many"
         assert sorted(m.tolist()) == sorted([*a.tolist(), *(b + 4).tolist()])
     assert sorted(torch.cat([m for m, _ in whole]).tolist()) == list(range(8))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_told_to_end_leaves_a_checkpoint_behind_its_last_step(processes, tiny_folder, tmp_path):
-    """SIGTERM, as a cluster sends it: all processes stop behind the same step, and nothing is lost or done twice."""
+def test_a_run_that_is_stopped_by_sigterm_leaves_a_checkpoint_of_its_last_iteration(processes, tiny_folder, tmp_path):
+    """As a cluster sends it: all processes stop after the same iteration, and nothing is lost or done twice."""
     import signal
     import time
 
@@ -203,9 +203,9 @@ def test_a_run_that_is_told_to_end_leaves_a_checkpoint_behind_its_last_step(proc
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < until:
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    _, said = job.communicate(timeout=120)
+    _, stderr = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "stopped by SIGTERM after iteration" in said
+    assert "stopped by SIGTERM after iteration" in stderr
     rows = metrics.read_text().splitlines()
     assert last(tmp_path / "r")[0] == f"step-{len(rows):07d}"
     assert not (tmp_path / "r/student").exists()
@@ -225,9 +225,9 @@ def test_a_killed_process_ends_the_job_with_a_message_and_the_run_goes_on_later(
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[1]), signal.SIGKILL)
-    _, said = job.communicate(timeout=120)
+    _, stderr = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "another process is gone" in said
+    assert "another process is gone" in stderr
     assert last(tmp_path / "r")[0] >= "step-0000003"
 
 
@@ -250,56 +250,60 @@ def students_agree(a, b):
 
 
 @pytest.fixture(scope="module")
-def alone_to_share(tiny_folder, tmp_path_factory):
-    return ran_alone(tmp_path_factory.mktemp("alone") / "run", tiny_folder, SHARDED)
+def one_process_sharded(tiny_folder, tmp_path_factory):
+    return train_in_this_process(tmp_path_factory.mktemp("alone") / "run", tiny_folder, SHARDED)
 
 
 @pytest.fixture(scope="module")
-def spread(tiny_folder, tmp_path_factory):
-    return ran(tmp_path_factory.mktemp("spread") / "run", tiny_folder, words=SHARDED)
+def sharded(tiny_folder, tmp_path_factory):
+    return train_in_processes(tmp_path_factory.mktemp("sharded") / "run", tiny_folder, words=SHARDED)
 
 
-def test_networks_spread_over_two_processes_run_as_one_process_does(alone_to_share, spread):
+def test_networks_sharded_over_two_processes_run_as_one_process_does(one_process_sharded, sharded):
     """FSDP2: the same student, metrics and validations."""
-    assert len(list(spread.glob("checkpoints/step-0000004.safetensors/*.safetensors"))) == 2, "each wrote its shares"
-    students_agree(spread, alone_to_share)
-    metrics_agree(spread, alone_to_share, 2e-3)
+    assert len(list(sharded.glob("checkpoints/step-0000004.safetensors/*.safetensors"))) == 2, "each wrote its shards"
+    students_agree(sharded, one_process_sharded)
+    metrics_agree(sharded, one_process_sharded, 2e-3)
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2)])
-def test_a_spread_run_goes_on_with_another_number_of_processes(alone_to_share, spread, tiny_folder, tmp_path, first, then):
-    folder = forget_the_end(shutil.copytree(alone_to_share if first == 1 else spread, tmp_path / "run"))
-    students_agree(ran(folder, tiny_folder, n=then, words=SHARDED), alone_to_share)
+def test_another_number_of_processes_goes_on_with_a_sharded_run(
+    one_process_sharded, sharded, tiny_folder, tmp_path, first, then
+):
+    folder = as_if_stopped_after_two_iterations(
+        shutil.copytree(one_process_sharded if first == 1 else sharded, tmp_path / "run")
+    )
+    students_agree(train_in_processes(folder, tiny_folder, n=then, words=SHARDED), one_process_sharded)
 
 
 HYBRID = [*WORDS, "fsdp=true", "fsdp_sharding=hybrid", "discriminator.trunk=own"]
 
 
 @pytest.fixture(scope="module")
-def on_no_node(tiny_folder, tmp_path_factory):
-    return ran_alone(tmp_path_factory.mktemp("alone") / "run", tiny_folder, HYBRID)
+def one_process_hybrid(tiny_folder, tmp_path_factory):
+    return train_in_this_process(tmp_path_factory.mktemp("alone") / "run", tiny_folder, HYBRID)
 
 
 @pytest.fixture(scope="module")
-def on_two_nodes(tiny_folder, tmp_path_factory):
+def two_nodes(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes") / "run"
-    together(4, lambda rank: ran_alone(folder, tiny_folder, HYBRID), LOCAL_WORLD_SIZE=2)
+    in_forked_processes(4, lambda rank: train_in_this_process(folder, tiny_folder, HYBRID), LOCAL_WORLD_SIZE=2)
     return folder
 
 
-def test_two_nodes_of_two_processes_with_replicas_run_as_one_process_does(on_no_node, on_two_nodes):
+def test_two_nodes_of_two_processes_with_replicas_run_as_one_process_does(one_process_hybrid, two_nodes):
     """A two-dimensional mesh: shards inside a node, replicas across. A norm over shards that counted replicas would differ."""
-    students_agree(on_two_nodes, on_no_node)
-    metrics_agree(on_two_nodes, on_no_node, 2e-3)
+    students_agree(two_nodes, one_process_hybrid)
+    metrics_agree(two_nodes, one_process_hybrid, 2e-3)
 
 
-def test_what_two_nodes_have_begun_one_process_ends(on_no_node, on_two_nodes, tiny_folder, tmp_path):
-    folder = forget_the_end(shutil.copytree(on_two_nodes, tmp_path / "run"))
-    students_agree(ran_alone(folder, tiny_folder, HYBRID), on_no_node)
+def test_one_process_finishes_a_run_that_two_nodes_began(one_process_hybrid, two_nodes, tiny_folder, tmp_path):
+    folder = as_if_stopped_after_two_iterations(shutil.copytree(two_nodes, tmp_path / "run"))
+    students_agree(train_in_this_process(folder, tiny_folder, HYBRID), one_process_hybrid)
 
 
-def test_a_mesh_is_what_the_nodes_hold():
-    def look(rank):
+def test_a_hybrid_mesh_has_one_row_of_processes_for_each_node():
+    def check(rank):
         with distributed.init_distributed():
             mesh = distributed._mesh("cpu", hybrid=True)
             assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
@@ -308,12 +312,12 @@ def test_a_mesh_is_what_the_nodes_hold():
             with pytest.raises(ValueError, match="4 processes are not the same number on every node"):
                 distributed._mesh("cpu", hybrid=True)
 
-    together(4, look, LOCAL_WORLD_SIZE=2)
+    in_forked_processes(4, check, LOCAL_WORLD_SIZE=2)
 
 
 @pytest.mark.parametrize("bucket", [1, 7, 2**23])
-def test_gradients_are_summed_whatever_is_exchanged_at_once(bucket):
-    def look(rank):
+def test_gradients_are_summed_for_any_size_of_a_bucket(bucket):
+    def check(rank):
         with distributed.init_distributed():
             distributed.BUCKET = bucket
             params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 9, 2, 5)]
@@ -329,52 +333,54 @@ def test_gradients_are_summed_whatever_is_exchanged_at_once(bucket):
                 assert held[i] is None or p.grad is held[i], "in place"
             assert params[4].grad is None
 
-    together(2, look)
+    in_forked_processes(2, check)
 
 
-def test_a_damaged_share_is_passed_over(spread, tmp_path, capsys):
-    folder = shutil.copytree(spread, tmp_path / "run") / "checkpoints"
-    share = max(folder.glob("step-0000004.safetensors/*.safetensors"))
-    share.write_bytes(share.read_bytes()[:-1] + b"?")
+def test_a_checkpoint_with_a_damaged_shard_is_passed_over(sharded, tmp_path, capsys):
+    folder = shutil.copytree(sharded, tmp_path / "run") / "checkpoints"
+    shard = max(folder.glob("step-0000004.safetensors/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     assert checkpoint.latest(folder)[1]["step"] == 2
     assert "damaged" in capsys.readouterr().out
 
 
-def test_processes_that_see_different_checkpoints_are_told_so(spread, tmp_path):
-    folders = [shutil.copytree(spread / "checkpoints", tmp_path / str(rank)) for rank in (0, 1)]
+def test_processes_with_different_checkpoints_are_refused(sharded, tmp_path):
+    folders = [shutil.copytree(sharded / "checkpoints", tmp_path / str(rank)) for rank in (0, 1)]
 
-    def look(rank):
+    def check(rank):
         with distributed.init_distributed():
             assert checkpoint.latest(folders[0])[1]["step"] == 4
             with pytest.raises(ValueError, match="all processes must use one shared folder"):
                 checkpoint.latest(folders[rank])
 
     max(folders[1].glob("step-*.json")).unlink()
-    together(2, look)
+    in_forked_processes(2, check)
 
 
-def test_leftovers_of_the_other_kind_do_not_stop_a_run(alone_to_share, spread, tiny_folder, tmp_path):
-    """Shares, or a file, that were being written at a step when a run was killed, and another number of processes goes on."""
-    for name, source, n in (("file", alone_to_share, 2), ("shares", spread, 1)):
+def test_leftovers_of_a_killed_write_do_not_stop_a_run_with_another_number_of_processes(
+    one_process_sharded, sharded, tiny_folder, tmp_path
+):
+    """Shards, or a file, of a checkpoint that was being written when the run was killed."""
+    for name, source, n in (("file", one_process_sharded, 2), ("shards", sharded, 1)):
         folder = shutil.copytree(source, tmp_path / name)
         (folder / "checkpoints/step-0000004.json").unlink()
         shutil.rmtree(folder / "student")
-        students_agree(ran(folder, tiny_folder, n=n, words=SHARDED), alone_to_share)
+        students_agree(train_in_processes(folder, tiny_folder, n=n, words=SHARDED), one_process_sharded)
 
 
-def test_passes_in_bfloat16_leave_what_learns_in_float32(tiny_folder, tmp_path):
-    """Of networks that are spread, checkpointed, with a GAN; alone the same recipe is all float32, and both come close."""
+def test_passes_in_bfloat16_keep_trained_weights_in_float32(tiny_folder, tmp_path):
+    """Of networks that are sharded and checkpointed, with a GAN; in one process the same recipe is all float32, and close."""
     words = [*SHARDED, "dtype=bfloat16", "gradient_checkpointing=true", "algorithm.gan_loss_weight=0.1"]
-    ran(tmp_path / "both", tiny_folder, words=words)
-    _, alone = last(ran_alone(tmp_path / "alone", tiny_folder, words))
-    assert {v.dtype for k, v in alone.items() if "/net/" in k or "/ema/" in k} == {torch.float32}
-    shares = [load_file(f) for f in (tmp_path / "both/checkpoints/step-0000004.safetensors").glob("*.safetensors")]
-    assert {v.dtype for part in shares for k, v in part.items() if "/net/" in k or "/ema/" in k} == {torch.float32}
+    train_in_processes(tmp_path / "both", tiny_folder, words=words)
+    _, one_process = last(train_in_this_process(tmp_path / "alone", tiny_folder, words))
+    assert {v.dtype for k, v in one_process.items() if "/net/" in k or "/ema/" in k} == {torch.float32}
+    shards = [load_file(f) for f in (tmp_path / "both/checkpoints/step-0000004.safetensors").glob("*.safetensors")]
+    assert {v.dtype for part in shards for k, v in part.items() if "/net/" in k or "/ema/" in k} == {torch.float32}
     ours, theirs = (
         load_file(tmp_path / f / "student/transformer/diffusion_pytorch_model.safetensors") for f in ("both", "alone")
     )
     before = load_file(tiny_folder / "transformer/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in ours.values()} == {torch.bfloat16}
-    moved = torch.cat([(theirs[k] - before[k]).flatten() for k in theirs])
-    apart = torch.cat([(ours[k].float() - theirs[k]).flatten() for k in theirs])
-    assert apart.norm() < 0.5 * moved.norm()
+    change = torch.cat([(theirs[k] - before[k]).flatten() for k in theirs])
+    difference = torch.cat([(ours[k].float() - theirs[k]).flatten() for k in theirs])
+    assert difference.norm() < 0.5 * change.norm()

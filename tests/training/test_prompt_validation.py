@@ -1,4 +1,4 @@
-"""Validation on prompts of one's own: the same pictures every time, whoever draws them, and scorers of one's choice."""
+"""Validation on a user's prompts: the same images every time, for any number of processes, and any scorers."""
 
 import json
 
@@ -15,7 +15,7 @@ from advdmd.types import Ranks
 from tests.data.test_cache import photos, save_teacher, teacher  # noqa: F401
 from tests.evaluation import tiny
 from tests.test_product import SMALL
-from tests.training.test_parallel import metrics_agree, ran
+from tests.training.test_parallel import metrics_agree, train_in_processes
 
 PROMPTS = ("a picture of a red circle", "a picture of two squares", "a picture of a blue star")
 
@@ -31,7 +31,7 @@ def logged(folder):
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_prompts_are_of_any_source_that_encode_reads(tmp_path):
+def test_prompts_are_read_from_every_source_that_encode_reads(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone lamp \r\n\n two lamps\none lamp\n".encode())
     assert read_prompts(tmp_path / "a.txt") == ["one lamp", "two lamps"], "each once"
     (tmp_path / "a.jsonl").write_text('{"prompt": "one lamp", "more": 1}\n{"text": "two"}\n')
@@ -52,24 +52,24 @@ class Brightness:
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
-def test_shares_of_the_pictures_have_the_mean_of_all(processes):
-    """Also where a share is shorter than others, or empty."""
+def test_processes_that_share_the_images_get_the_mean_of_all(processes):
+    """Also where a process has fewer images than others, or none."""
 
     def generate(texts, keys):
         return torch.stack([torch.full((2, 2, 3), 10 * key[1] + key[2]) for key in keys]).float().numpy()
 
     whole = prompt_validation(PROMPTS, {"brightness": Brightness()}, 2, Ranks(), "cpu")(generate)
     found, rows = [], {}
-    for turn in range(2):  # the first time what each process has is kept, the second time all of it is given to each
+    for complete in range(2):  # first every process's values are recorded, then each gets the values of all
         for rank in range(processes):
 
-            def gather(x, rank=rank, turn=turn):
+            def gather(x, rank=rank, complete=complete):
                 rows[rank] = x
-                return torch.cat([rows[k] for k in range(processes)], -1) if turn else torch.cat([x] * processes, -1)
+                return torch.cat([rows[k] for k in range(processes)], -1) if complete else torch.cat([x] * processes, -1)
 
             ranks = Ranks(rank, processes, gather)
             scores = prompt_validation(PROMPTS, {"brightness": Brightness()}, 2, ranks, "cpu")(generate)
-            if turn:
+            if complete:
                 found.append(scores)
     for scores in found:
         assert scores == pytest.approx(whole)
@@ -77,7 +77,7 @@ def test_shares_of_the_pictures_have_the_mean_of_all(processes):
 
 
 def test_the_best_student_by_a_scorer_is_kept_in_a_run_without_text_encoders(teacher, photos, prompts, tmp_path):  # noqa: F811
-    """A published recipe's path: a cache, adapters, a scorer with weights; prompts are encoded once."""
+    """A published recipe as users run it: a cache, adapters, a scorer with weights; prompts are encoded once."""
     encode(photos, str(teacher), tmp_path / "cache")
     clip = tiny.save_clip(tmp_path / "tiny-clip")
     words = [
@@ -96,27 +96,27 @@ def test_the_best_student_by_a_scorer_is_kept_in_a_run_without_text_encoders(tea
     assert json.loads((student / "advdmd.json").read_text())["iterations"] == best["step"] == scores.index(max(scores)) + 1
     assert (tmp_path / "run/validation.safetensors").is_file()
 
-    real, loads = loading.load, []
+    original, loads = loading.load, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load", lambda *a, **k: loads.append(k.get("encoders", True)) or real(*a, **k))
+        patch.setattr(loading, "load", lambda *a, **k: loads.append(k.get("encoders", True)) or original(*a, **k))
         train.train(name, resolve(name, [*words, "iterations=4"])[1], tmp_path / "run")
     assert loads == [False], "the text encoders stay on disk when the run goes on"
     assert logged(tmp_path / "run")[3]["eval/score"] > 0
 
 
-def test_the_checker_is_a_scorer_and_processes_share_the_pictures(tiny_folder, prompts, tmp_path):
+def test_the_checker_is_a_scorer_and_processes_share_the_images(tiny_folder, prompts, tmp_path):
     words = [
         "iterations=4", "algorithm.group_size=2", "prompts_per_step=4", "data.num_prompts=8", "data.images_per_prompt=2",
         "save_every=2", "sample_every=0", "threads=1", "discriminator.hidden_size=8", "algorithm.dm_only_iterations=99",
         "seed=3", "eval_every=2", f"validation.prompts={prompts}", "validation.scorers=[checker]",
     ]  # fmt: skip
-    one, two = (ran(tmp_path / str(n), tiny_folder, n, words) for n in (1, 2))
+    one, two = (train_in_processes(tmp_path / str(n), tiny_folder, n, words) for n in (1, 2))
     metrics_agree(one, two)
     assert {"eval/checker", "eval/score"} <= set(logged(one)[1])
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["validation.prompts=a.txt", "eval_every=1"], "need each other"),
         (["validation.scorers=[checker]", "eval_every=1"], "need each other"),
@@ -125,8 +125,8 @@ def test_the_checker_is_a_scorer_and_processes_share_the_pictures(tiny_folder, p
         (["validation.prompts=a.txt", "validation.scorers=[checker]"], "set eval_every"),
     ],
 )
-def test_what_does_not_go_together_is_refused(words, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_do_not_go_together_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
         resolve("mini-sd35-advdmd", words)
 
 

@@ -1,4 +1,4 @@
-"""Learner, checkpoints, loop and book: what is learned, what is kept, and what stops a run."""
+"""Learner, checkpoints, trainer and logger: what is learned, what is kept, and what stops a run."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def learner(ema_decay=0.9, **config):
     )
 
 
-def test_losses_that_arrive_in_parts_move_as_one(gen):
+def test_losses_that_arrive_in_parts_give_the_update_of_one(gen):
     x, out = torch.randn(12, 3, generator=gen()), []
     for parts in (12, 5, 1):
         one = learner()
@@ -48,7 +48,7 @@ def test_losses_that_arrive_in_parts_move_as_one(gen):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_moves_nothing_and_names_the_player(bad):
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_network(bad):
     one = learner()
     before = flat(one.net)
     with pytest.raises(FloatingPointError, match="net/main"):
@@ -63,12 +63,12 @@ def test_a_gradient_that_is_not_finite_stops_too():
         one.update([(one(torch.zeros(2, 3))[:, 0] - one.net.bias).sqrt()])
 
 
-@pytest.mark.parametrize("clip", [0.1, 1e9])
-def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch, clip):
+@pytest.mark.parametrize("max_grad_norm", [0.1, 1e9])
+def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch, max_grad_norm):
     torch.manual_seed(0)
     net, x = nn.Linear(3, 1), torch.randn(8, 3)
     one = Learner(
-        "net", net, net, {"main": (OptimizerConfig(lr=0.1, max_grad_norm=clip), [ParamGroup(list(net.parameters()))])}
+        "net", net, net, {"main": (OptimizerConfig(lr=0.1, max_grad_norm=max_grad_norm), [ParamGroup(list(net.parameters()))])}
     )
     given = []
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: given.extend(p.grad.clone() for p in net.parameters()))
@@ -76,10 +76,10 @@ def test_the_mean_gradient_is_what_adam_is_given_clipped_as_a_whole(monkeypatch,
     norm = torch.cat([g.flatten() for g in wanted]).norm()
     log = one.update(net(part)[:, 0].square() for part in (x[:6], x[6:]))
     torch.testing.assert_close(log["net/grad_norm"], norm.item())
-    torch.testing.assert_close(given, [g * min(1, clip / norm) for g in wanted])
+    torch.testing.assert_close(given, [g * min(1, max_grad_norm / norm) for g in wanted])
 
 
-def test_rates_follow_the_schedule():
+def test_learning_rates_follow_the_schedule():
     assert OptimizerConfig(lr=1.0, warmup_steps=4).learning_rate(0) == 0.25
     assert OptimizerConfig(lr=1.0, warmup_steps=4).learning_rate(10) == 1.0
     assert OptimizerConfig(lr=1.0, decay_steps=10).learning_rate(0) == 1.0
@@ -93,15 +93,15 @@ def test_bad_optimizer_settings_are_named(bad):
         OptimizerConfig(**({"lr": 0.1} | bad))
 
 
-def test_the_average_follows_with_a_warm_start():
+def test_the_ema_follows_with_a_warm_start():
     one = learner(ema_decay=0.9)
     start = flat(one.net)
     one.update([one(torch.ones(2, 3))[:, 0]])
-    average = torch.cat([v.flatten() for v in one.ema_state_dict().values()])
-    torch.testing.assert_close(average, start.lerp(flat(one.net), 0.9))  # decay min(.9, 1 / 10) after one update
+    ema = torch.cat([v.flatten() for v in one.ema_state_dict().values()])
+    torch.testing.assert_close(ema, start.lerp(flat(one.net), 0.9))  # decay min(.9, 1 / 10) after one update
 
 
-def test_two_turns_of_a_player_say_whether_they_agree():
+def test_two_optimizers_of_a_network_log_the_cosine_and_ratio_of_their_gradients():
     torch.manual_seed(0)
     net = nn.Linear(3, 1, bias=False)
     optim = OptimizerConfig(lr=0.01, max_grad_norm=1e9)
@@ -110,14 +110,14 @@ def test_two_turns_of_a_player_say_whether_they_agree():
     assert "net/policy_dm_cosine" not in one.update([one(x[:1])[:, 0]], optimizer="dm")  # the other has not moved yet
     log = one.update([3 * one(x[1:2])[:, 0]], optimizer="policy")
     assert (log["net/policy_dm_cosine"], log["net/policy_dm_ratio"]) == pytest.approx((0, 3), abs=1e-6)
-    for _ in range(200):  # both follow the same direction, one twice as strongly the other way
+    for _ in range(200):  # along one line, the second twice as long and the other way
         one.update([one(x[:1])[:, 0]], optimizer="dm")
         log = one.update([-2 * one(x[:1])[:, 0]], optimizer="policy")
     assert (log["net/policy_dm_cosine"], log["net/policy_dm_ratio"]) == pytest.approx((-1, 2), abs=1e-4)
 
 
-def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
-    clock = [0.0]  # this machine's own is too restless to be tested
+def test_efficiency_is_what_an_iteration_must_cost_over_what_it_does_cost(monkeypatch):
+    clock = [0.0]  # the machine's clock is too irregular for a test
 
     def take(seconds):
         clock[0] += seconds
@@ -130,14 +130,14 @@ def test_eta_is_what_an_iteration_must_cost_over_what_it_does(monkeypatch):
         take(seconds)
         wanted = {"cost/forwards_per_sample": 3 + step, "cost/seconds": seconds, "cost/efficiency": 0.8}
         assert meter.stop(step) == pytest.approx(wanted)
-    meter.forward = lambda: take(0.03)  # the machine becomes slower: seen at step 50, not before
-    for step, eta in ((49, 0.02 / 0.03), (50, 1.0)):
+    meter.forward = lambda: take(0.03)  # the machine becomes slower: measured at step 50, not before
+    for step, efficiency in ((49, 0.02 / 0.03), (50, 1.0)):
         meter.start(step)
         take((3 + step) * 2 * 0.03)
-        assert meter.stop(step)["cost/efficiency"] == pytest.approx(eta)
+        assert meter.stop(step)["cost/efficiency"] == pytest.approx(efficiency)
 
 
-def test_state_round_trips_and_strangers_are_refused():
+def test_state_round_trips_and_state_of_another_kind_is_refused():
     a, b = learner(), learner()
     for _ in range(3):
         a.update([a(torch.ones(2, 3))[:, 0]])
@@ -179,18 +179,18 @@ def test_a_run_that_prepares_its_iterations_ahead_is_the_same_run(tmp_path, monk
     """What the second last iteration drew is there, and a policy update's draws are made where they are asked for."""
     made, make = [], Rng._made
 
-    def watched(rng, draw):
+    def recorded(rng, draw):
         made.append((rng.step, threading.current_thread() is threading.main_thread()))
         return make(rng, draw)
 
     whole = run(tmp_path / "a", 7)
-    monkeypatch.setattr(Rng, "_made", watched)
+    monkeypatch.setattr(Rng, "_made", recorded)
     ahead = run(tmp_path / "b", 7, prefetch=True)
     assert torch.equal(flat(whole.student.net), flat(ahead.student.net))
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
-    late = [sum(step == n and main for step, main in made) for n in range(7)]
-    assert late[0] > 0
-    assert late[5:] == [0, 0], "the schedule no longer changes"
+    on_main_thread = [sum(step == n and main for step, main in made) for n in range(7)]
+    assert on_main_thread[0] > 0
+    assert on_main_thread[5:] == [0, 0], "the schedule no longer changes"
 
 
 def test_a_fault_of_the_data_stops_a_run_that_prepares_them_ahead(tmp_path):
@@ -219,13 +219,13 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_written_once(tmp_pat
     assert steps == list(range(8))
 
 
-def test_the_verdict_is_said_every_tenth_behind_the_first_quarter(tmp_path, capsys):
+def test_the_health_summary_is_printed_every_tenth_after_the_first_quarter(tmp_path, capsys):
     def lines():
         return len((tmp_path / "metrics.jsonl").read_text().splitlines())
 
     run(tmp_path, 40, health=lambda: f"{lines()} are written")
-    said = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
-    assert said == [f"train after {n}: {n} are written" for n in (20, 30)]
+    printed = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
+    assert printed == [f"train after {n}: {n} are written" for n in (20, 30)]
 
 
 def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_long_runs_metrics_are_bounded_and_end_with_the_last_step(tmp_path, mo
     assert steps == [0, 4, 8, 9, 11], "one in three, those with a validation, and the last"
 
 
-def test_a_non_finite_number_stops_the_run_naming_step_and_player(tmp_path):
+def test_a_non_finite_number_stops_the_run_naming_iteration_and_network(tmp_path):
     models = make_models(Mixture(), seeded_net(), 4)
     teacher = lambda x, t, c: torch.full_like(x, float("nan"))  # noqa: E731
     with pytest.raises(FloatingPointError, match=r"iteration 0, student/dm"):
@@ -249,19 +249,19 @@ def test_damaged_checkpoints_are_passed_over(tmp_path):
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    said = []
-    path, record = checkpoint.latest(folder, said.append)
+    messages = []
+    path, record = checkpoint.latest(folder, messages.append)
     assert record["step"] == 2
-    assert "step-0000004" in said[0]
+    assert "step-0000004" in messages[0]
     path.unlink()
-    assert checkpoint.latest(folder, said.append) is None
+    assert checkpoint.latest(folder, messages.append) is None
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         checkpoint.resume(folder, {}, {})
-    assert "cannot be read" in said[-1]
+    assert "cannot be read" in messages[-1]
 
 
 def test_a_run_killed_within_its_first_checkpoint_begins_again(tmp_path):
-    """Tensors come before their record; without one they are no checkpoint, and the next one sweeps them up."""
+    """Tensors come before their record; without one they are no checkpoint, and the next one deletes them."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/step-0000001.safetensors").write_bytes(b"half")
     run(tmp_path, 2)
@@ -287,7 +287,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_checkpoint_of_other_players_is_refused(tmp_path):
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, {"net": learner()}, {})
     with pytest.raises(ValueError, match="holds"):
         checkpoint.resume(tmp_path, {"student": learner()}, {})
@@ -308,36 +308,36 @@ def test_tensorboard_has_the_runs_numbers_once_after_a_stop(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, stop in ((0, 4), (2, 5)):  # stopped after step 3, but the last checkpoint was at 2
-        book = MetricsLogger(tmp_path, "run", 5, start, trackers=("tensorboard",))
+        metrics_logger = MetricsLogger(tmp_path, "run", 5, start, trackers=("tensorboard",))
         for step in range(start, stop):
-            book.write(step, {"fake_score/loss": 10.0 * start + step})
-        book.close()
+            metrics_logger.write(step, {"fake_score/loss": 10.0 * start + step})
+        metrics_logger.close()
     found = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("fake_score/loss")] == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 24)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"pip install 'advdmd\[wandb\]'")]
+    ("kind", "message"), [("tensorbord", "one of tensorboard, wandb, trackio"), ("wandb", r"pip install 'advdmd\[wandb\]'")]
 )
-def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path, kind, said):
+def test_a_tracker_that_is_not_there_is_refused_at_once(tmp_path, kind, message):
     if kind == "wandb" and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed here")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         train(*resolve("mini-sd35-advdmd", []), tmp_path / "run", trackers=(kind,))
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_of_a_trackers_is_imported_unless_asked():
+def test_trackers_are_imported_only_when_asked_for():
     code = "import advdmd.commands.train, sys; assert not {'tensorboard', 'wandb', 'trackio', 'gradio'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_torn_last_line_of_the_metrics_is_forgotten(tmp_path):
+def test_a_torn_last_line_of_the_metrics_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "a": 1}\n{"step": 1, "a')
-    book = MetricsLogger(tmp_path, "x", 3, start=1)
-    book.write(1, {"a": 2.0})
-    book.close()
+    metrics_logger = MetricsLogger(tmp_path, "x", 3, start=1)
+    metrics_logger.write(1, {"a": 2.0})
+    metrics_logger.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 0, "a": 1},
         {"step": 1, "a": 2.0},

@@ -45,12 +45,12 @@ def test_an_iteration_needs_no_float64(recipe, words, tiny_folder, tmp_path, mon
     step = type(r.algorithm).train_step
     ran = []
 
-    def watched(self, *args):
+    def recorded(self, *args):
         ran.append(1)
         with NoFloat64():
             return step(self, *args)
 
-    monkeypatch.setattr(type(r.algorithm), "train_step", watched)
+    monkeypatch.setattr(type(r.algorithm), "train_step", recorded)
     train.train(name, r, tmp_path / "run")
     assert len(ran) == 3
 
@@ -75,11 +75,11 @@ def test_a_type_that_a_device_lacks_is_refused_before_anything_is_loaded(monkeyp
 def test_a_runs_products_in_float32_are_exact_where_the_run_is(dtype, products, tiny_folder, tmp_path, monkeypatch):
     step, found = DMD2.train_step, []
 
-    def watched(self, *args):
+    def recorded(self, *args):
         found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         return step(self, *args)
 
-    monkeypatch.setattr(DMD2, "train_step", watched)
+    monkeypatch.setattr(DMD2, "train_step", recorded)
     small = [
         "data.num_prompts=6",
         "data.images_per_prompt=1",
