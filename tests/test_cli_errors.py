@@ -1,5 +1,7 @@
 """An error ends a command with one line: the cause and what to change."""
 
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -77,3 +79,15 @@ def test_of_several_processes_only_the_first_prints_and_errors_name_the_others(r
         assert (printed.out, printed.err) == ("student: here\n", "progress\nerror: no such recipe\n")
     else:
         assert (printed.out, printed.err) == ("", "process 1: error: no such recipe\n")
+
+
+def test_ctrl_c_ends_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "advdmd", "train", "mini-sd35-dmd2", "threads=1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "drawing scenes" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "interrupted: what is written is kept, the same command goes on from there"
+    assert "Traceback" not in rest

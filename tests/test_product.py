@@ -20,7 +20,7 @@ from PIL import Image
 
 from advdmd.cli.main import main
 from advdmd.commands import mini, pretrain, train
-from advdmd.commands.evaluate import evaluate, score
+from advdmd.commands.evaluate import evaluate, make_suite, score
 from advdmd.commands.export import export
 from advdmd.commands.sample import sample as sample_prompts
 from advdmd.distillation import validation
@@ -31,6 +31,7 @@ from advdmd.monitoring import health
 from advdmd.monitoring.reward_hacking import reward_hacking_step
 from advdmd.recipes.overrides import diff, dump, override, parse_overrides
 from advdmd.recipes.registry import known_recipes, resolve
+from advdmd.training import checkpoint
 
 SMALL = [
     "iterations=4", "algorithm.dm_only_iterations=1", "algorithm.policy_ramp_iterations=2", "algorithm.group_size=4",
@@ -207,8 +208,8 @@ def test_bad_overrides_name_key_value_and_what_to_do(word, message):
         resolve("mini-sd35-advdmd", [word])
 
 
-def test_unknown_recipes_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"mini-sd36.*Did you mean mini-sd3.*mini-sd3-dmd2"):
+def test_unknown_recipes_name_the_nearest_and_the_table():
+    with pytest.raises(ValueError, match=r"mini-sd36.*Did you mean mini-sd3.*advdmd show prints a table of all"):
         resolve("mini-sd36-advdmd")
 
 
@@ -337,6 +338,35 @@ def test_export_never_replaces_what_it_did_not_write(trained, tmp_path):
             export(trained, out, overwrite=True)
     assert (tmp_path / "x").read_text() == "precious"
     assert (trained / "checkpoints").is_dir()
+
+
+def test_a_run_that_is_asked_for_less_than_it_has_done_stays_as_it_is(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    before, done = (copy / "recipe.yaml").read_text(), checkpoint.latest(copy / "checkpoints")[1]["step"]
+    with pytest.raises(ValueError, match=f"has already run {done} iterations, 1 are asked for: choose another --out"):
+        train.train(*resolve(str(copy / "recipe.yaml"), ["iterations=1"]), copy)
+    assert (copy / "recipe.yaml").read_text() == before
+
+
+def test_an_export_of_an_unfinished_run_has_the_iterations_that_were_made(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    done = checkpoint.latest(copy / "checkpoints")[1]["step"]
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(f"iterations: {done}", "iterations: 50", 1))
+    found = json.loads((export(copy, tmp_path / "student") / "advdmd.json").read_text())
+    assert found["iterations"] == done
+
+
+def test_reinforcement_needs_a_student(tmp_path):
+    with pytest.raises(ValueError, match="mini-sd35-advdmd-reinforce goes on from a few-step student: set student="):
+        train.train(*resolve("mini-sd35-advdmd-reinforce"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_text_is_no_list_of_prompts_and_no_images_are_none(tmp_path):
+    with pytest.raises(ValueError, match="'a star' is one text: give a list of prompts"):
+        sample_prompts("mini-sd35", "a star", tmp_path / "out")
+    with pytest.raises(ValueError, match="0"):
+        make_suite("mini-geneval", images=0)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(trained, tmp_path):
@@ -532,7 +562,7 @@ def test_show_says_before_anything_is_loaded_whether_a_published_model_fits_the_
     done = cli("show", "sd35-large-advdmd-4step-24gb", "--resolution", "1024")
     assert "transformer: 8.06 B parameters, 53 M in each of 3 adapters" in done.stdout
     assert "frozen base 16.1" in done.stdout
-    assert "too much for a 24 GB GPU: base_bits=4" in done.stdout
+    assert "22.6 GB of a 24 GB GPU can be used: base_bits=4" in done.stdout
     assert "fits a 24 GB GPU" in cli("show", "sd35-large-advdmd-4step-24gb").stdout, "of 512 pixels"
     assert "cannot be shared by 3 processes" in cli("show", "sd35-medium-advdmd-4step-80gb", "--gpus", "3").stderr
     many = cli("show", "qwen-image-advdmd-4step-32x80gb").stdout

@@ -21,6 +21,9 @@ app = typer.Typer(
 app.add_typer(evaluate.app)
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that the folder holds.")]
 Changes = Annotated[list[str] | None, typer.Argument(help="Overrides such as algorithm.steps=2 or dm_optimizer.lr=3e-5.")]
+RunChanges = Annotated[
+    list[str] | None, typer.Argument(help="What may change in a run: data.folder=... where its cache has moved, device=...")
+]
 
 
 def _version(asked: bool) -> None:
@@ -166,7 +169,7 @@ def doctor(
 @app.command()
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of an AdvDMD run.")],
-    changes: Changes = None,
+    changes: RunChanges = None,
     prompts: Annotated[int, typer.Option(help="Prompts that the reward is judged on.")] = 48,
     images: Annotated[int, typer.Option(help="Images of each prompt.")] = 8,
     batches: Annotated[int, typer.Option(help="Iterations' samples in each half of a gradient.")] = 8,
@@ -241,7 +244,7 @@ def sample(
 def export(
     run: Path,
     out: Out,
-    changes: Changes = None,
+    changes: RunChanges = None,
     overwrite: Overwrite = False,
     only: Annotated[str | None, typer.Option(help="speed: the student's adapter alone, without its teacher's LoRA.")] = None,
     push: Annotated[str | None, typer.Option(help="OWNER/NAME: upload the folder to this repository on the hub.")] = None,
@@ -338,6 +341,9 @@ def main() -> None:
         except FloatingPointError as e:
             print(f"{who}stopped: {e}", file=errors)
             sys.exit(3)
+        except Interrupted:
+            print(f"{who}interrupted: what is written is kept, the same command goes on from there", file=errors)
+            sys.exit(130)
         except (RuntimeError, TypeError) as e:
             if "MPS" in str(e):  # what torch says of an operation or a type that Apple's GPUs lack
                 print(f"{who}error: device=mps: {str(e).split('. ')[0]}. {WITHOUT_MPS}", file=errors)

@@ -103,6 +103,8 @@ def _judged_by_checker(ready: Setup, prompts: int, config: AuditConfig) -> tuple
     from advdmd.mini.pipelines import is_mini_pipeline
     from advdmd.mini.suites import TASKS, MiniSuite
 
+    if backbone.encoders[0] is None:
+        raise ValueError("this run's data are encoded, so its text encoders are not loaded: name --scorer NAME:FOLDER")
     if not is_mini_pipeline(backbone):
         raise ValueError("this teacher is not of the miniature, whose images the checker reads: name --scorer NAME:FOLDER")
     each = -(-prompts // len(TASKS))

@@ -69,12 +69,12 @@ def make_suite(
     if name == "dpg":
         if csv is None:
             raise ValueError("dpg needs --csv: DPG-Bench's prompts are not shipped, name its dpg_bench.csv")
-        return DPG(str(_csv_file(csv)), images or 4, mode)
+        return DPG(str(_csv_file(csv)), 4 if images is None else images, mode)
     if name == "geneval":
-        return GenEval(images or 4)
+        return GenEval(4 if images is None else images)
     from advdmd.mini.suites import MiniSuite
 
-    return MiniSuite(name, images or 96, prompts, split, world)
+    return MiniSuite(name, 96 if images is None else images, prompts, split, world)
 
 
 def _csv_file(name: Path) -> Path:
@@ -196,7 +196,7 @@ def evaluate(
     sampler: SamplerConfig | None = None,
     seed: int = 0,
     judge: Judge | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "auto",
 ) -> Json:
     """Sample a suite with a model into the folder `out` and score it from disk; returns the summary.

@@ -47,8 +47,8 @@ def export(
     if (eta := r.algorithm.sampler().eta) != 1:
         raise ValueError(f"eta={eta}: stock schedulers only know 1; train with algorithm.eta=1")
     # Whether there is a GPU or not: what was trained on one can be exported without it.
-    (backbone, _, models), _ = restore(run, replace(r, device="cpu"))
-    return export_ema_student(r, name, backbone, models.student, run, out, only=only)
+    (backbone, _, models), done = restore(run, replace(r, device="cpu"))
+    return export_ema_student(r, name, backbone, models.student, run, out, done, only=only)
 
 
 def export_ema_student(
@@ -58,15 +58,19 @@ def export_ema_student(
     student: Learner,
     run: Path,
     out: Path,
+    iterations: int,
     ranks: Ranks = ONE_RANK,
     only: str | None = None,
 ) -> Path:
-    """Write the EMA student as it is now or, where there were validations, as it was at its best. All ranks must call this."""
+    """Write the EMA student as it is now or, where there were validations, as it was at its best. All ranks must call this.
+
+    iterations: that it has had by now.
+    """
     net = student.ema_model()
     if ranks.rank:
         return out
     iteration = load_best(run, net) if r.eval_every else 0
-    metadata: Json = {"recipe": name, "seed": r.seed, "iterations": iteration or r.iterations}
+    metadata: Json = {"recipe": name, "seed": r.seed, "iterations": iteration or iterations}
     metadata["forwards"] = r.forwards_until(metadata["iterations"]) * r.batch
     if not loading.shipped_or_path(r.teacher).exists():  # on the hub, whose copy here is named after a revision
         metadata["base_model"] = r.teacher.partition("@")[0]

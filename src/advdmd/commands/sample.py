@@ -31,6 +31,8 @@ def sample(
 
     Raises ValueError if the model cannot be loaded, or does not know a word of a prompt.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts={prompts[:60]!r} is one text: give a list of prompts")
     out = Path(out)
     backbone, default = loading.load_for_sampling(str(model), device, dtype)
     check_prompts(backbone, prompts)

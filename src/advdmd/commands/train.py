@@ -61,6 +61,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     prompts = read_prompts(Path(r.validation.prompts), edits) if r.validation.prompts else []
     check_source_images(loading.pipeline_class(loading.pipeline_folder(r.teacher)), prompts)
     scorers = load_scorers(r)
+    if "-advdmd-reinforce" in name and not r.student:
+        raise ValueError(f"{name} goes on from a few-step student: set student=FOLDER, a LoRA file or a hub id")
     if main:
         create_or_resume(folder, name, r, overwrite)
     distributed.barrier()
@@ -125,7 +127,8 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
         trackers=trackers,
         label=name,
     ).run()
-    export_ema_student(r, name, backbone, models.student, folder, student_folder, ranks)
+    done = checkpoint.newest_step(folder / "checkpoints")
+    export_ema_student(r, name, backbone, models.student, folder, student_folder, done, ranks)
     distributed.barrier()
     return student_folder
 

@@ -202,4 +202,5 @@ def fit_advice(r: Recipe, found: MemoryEstimate, gpu_memory: float) -> str:
         least = min(least, found.base * quantization.BYTES_PER_WEIGHT[4] / GB)
     if least > gpu_memory * USABLE:
         ways = [f"the frozen base alone takes {least:.0f} GB: only a larger GPU or a smaller model will do"]
-    return f"needs {found.total / GB:.0f} GB, too much for a {gpu_memory:g} GB GPU: " + ", ".join(ways or ["a larger GPU"])
+    usable = f"{gpu_memory * USABLE:.1f} GB of a {gpu_memory:g} GB GPU can be used"
+    return f"needs {found.total / GB:.1f} GB, and {usable}: " + ", ".join(ways or ["a larger GPU"])

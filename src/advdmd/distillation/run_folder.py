@@ -13,6 +13,7 @@ from advdmd.files import write_text
 from advdmd.recipes import registry
 from advdmd.recipes.overrides import diff, dump, flatten
 from advdmd.recipes.recipe import Recipe
+from advdmd.training import checkpoint
 
 # What a run writes, and --overwrite may remove.
 RUN_FILES = (
@@ -63,6 +64,9 @@ def create_or_resume(folder: Path, name: str, r: Recipe, overwrite: bool) -> Non
         if there != name or any(not _may_change(k, changed) for k in changed):
             difference = "; ".join(diff(old, r)) or f"recipe: {there} -> {name}"
             raise ValueError(f"{folder} holds another run ({difference}): choose another --out, or --overwrite to lose it")
+        done = checkpoint.newest_step(folder / "checkpoints")
+        if done > r.iterations:
+            raise ValueError(f"{folder} has already run {done} iterations, {r.iterations} are asked for: choose another --out")
         if not changed:
             return  # an older version may have written other keys
         print(f"{folder} goes on with changes: {'; '.join(diff(old, r))}", file=sys.stderr)

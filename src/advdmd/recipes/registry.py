@@ -43,7 +43,7 @@ def recipe_by_name(name: str, iterations: object = None) -> Recipe:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"recipe {name!r} is unknown.{hint} There are: {', '.join(known)}")
+        raise ValueError(f"recipe {name!r} is unknown.{hint} advdmd show prints a table of all {len(known)}")
     fits = isinstance(iterations, int) and not isinstance(iterations, bool) and 1 <= iterations <= MAX_ITERATIONS
     return known[name](iterations=iterations) if fits else known[name]()  # what does not fit, `override` refuses
 

@@ -96,6 +96,11 @@ def latest(folder: Path, warn: Callable[[str], object] = print) -> tuple[Path, J
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """After how many iterations the newest checkpoint was written, by the names of files alone; 0 if there is none."""
+    return max((int(f.stem[5:]) for f in folder.glob("step-*.json") if f.stem[5:].isdecimal()), default=0)
+
+
 def check_data(path: Path, then: Json | None, now: Json | None) -> None:
     """Say if a run's data have changed since a checkpoint, as by an image more.
 
@@ -141,7 +146,9 @@ def resume(
         return 0
     path, record = found
     if fingerprint is not None and record["run"] != fingerprint:
-        raise ValueError(f"{path} is a checkpoint of another recipe, or of a cache of other encoders: choose another --out")
+        raise ValueError(
+            f"{path} is a checkpoint of another recipe, or of a cache of other encoders: keep that, or use another folder"
+        )
     check_data(path, record.get("data"), data)
     if set(record["counters"]) != set(learners):
         raise ValueError(
