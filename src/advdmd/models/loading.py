@@ -40,7 +40,7 @@ PIPELINE_FILES = (
     *(f"{part}/{kind}" for part in ("transformer", "scheduler", *ENCODERS) for kind in hub.SAFE_FILES),
 )
 DESCRIPTION_FILES = ("model_index.json", "transformer/config.json", METADATA_FILE)
-EDIT_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # whose prompts are about a source image
+EDIT_PIPELINES = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")  # whose prompts are about source images
 KNOWN_PIPELINES = (
     *("StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline", "FluxPipeline"),
     *("Flux2KleinPipeline", "Flux2Pipeline"),

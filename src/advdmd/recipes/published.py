@@ -33,7 +33,7 @@ class PublishedModel:
     transformer: str  # class of diffusers
     config: Json = field(default_factory=dict)  # where it differs from the class's defaults
     text: int = 333  # tokens the transformer sees of a prompt, at most
-    edits: bool = False  # whether prompts are about a source image
+    edits: bool = False  # whether prompts are about source images
 
 
 SD3 = {
