@@ -12,6 +12,7 @@ import typer
 
 from advdmd.cli import evaluate
 from advdmd.cli.evaluate import Device, Dtype, Guidance, Out, Steps, Threads, sampler_of, worker_of
+from advdmd.cli.renamed_options import check_options
 
 app = typer.Typer(
     add_completion=False,
@@ -291,23 +292,6 @@ OUT_OF_MEMORY = (
     "resolution; advdmd show RECIPE prints the memory by part. Sampling: --dtype bfloat16 or --device cpu"
 )
 WITHOUT_MPS = "Set PYTORCH_ENABLE_MPS_FALLBACK=1 to have the CPU do it, or use device=cpu"
-RENAMED_OPTIONS = {
-    "--track": "--report-to",
-    "--card": "--gpu-memory",
-    "--cards": "--gpus",
-    "--reals": "--real-images",
-    "--by-shape": "--aspect-buckets",
-    "--shard": "--worker",
-    "--trained-on": "--allow-training-reward",
-}
-
-
-def _check_options(words: list[str]) -> None:
-    """Raises ValueError on an option of an earlier version; names the new one."""
-    for word in words:
-        option = word.partition("=")[0]
-        if option in RENAMED_OPTIONS:
-            raise ValueError(f"option {option} is now called {RENAMED_OPTIONS[option]}")
 
 
 @contextmanager
@@ -332,7 +316,7 @@ def main() -> None:
     errors = sys.stderr
     with _one_speaks() as who:
         try:
-            _check_options(sys.argv[1:])
+            check_options(sys.argv[1:])
             app()
         except (ValueError, OSError) as e:
             text = str(e)  # which may hold a prompt of any length

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from advdmd.data.captioned_images import (
     ImagePlace,
     group_by_prompt,
     hash_of,
-    image_size,
     load_image,
-    prompt_hash,
 )
+from advdmd.data.members import Member, by_aspect_ratio, by_source_images, members_of
 from advdmd.data.sources import read_captioned_images
 from advdmd.evaluation.generate import Worker
 from advdmd.files import listed
@@ -110,11 +108,11 @@ def encode(
         plan["reals"] = {"transformer": transformer, "each": per_prompt, "seed": seed, **sampler.to_json()}
     if worker[0] == 0:
         _report_cut_captions(backbone, [str(p) for p in prompts])
-    members = _members(prompts, images)
-    sizes = _by_aspect(members, aspect_buckets.bucket_sizes(side, 2 * scale)) if by_aspect else {(side, side): members}
+    members = members_of(prompts, images)
+    sizes = by_aspect_ratio(members, aspect_buckets.bucket_sizes(side, 2 * scale)) if by_aspect else {(side, side): members}
     for height, width in sizes:
         backbone.check_latent_size(height // scale, width // scale)
-    buckets = {(size, n): own for size, every in sizes.items() for n, own in _by_sources(every).items()}
+    buckets = {(size, n): own for size, every in sizes.items() for n, own in by_source_images(every).items()}
     parts = {out / aspect_buckets.bucket_name(*key): (key[0], own) for key, own in buckets.items()}
     if bucketed := by_aspect or edits:
         embedding_cache.create_or_resume(out, plan | {"sizes": [p.name for p in parts]})
@@ -124,7 +122,7 @@ def encode(
     for module in (*backbone.encoders, *needed):
         module.to(device)
 
-    def latents_of(members: Sequence[_Member], conds: Cond, known: Known, size: aspect_buckets.Size) -> list[Latents]:
+    def latents_of(members: Sequence[Member], conds: Cond, known: Known, size: aspect_buckets.Size) -> list[Latents]:
         if real_images == "source":
             return _image_latents(backbone, members, known, size, device, batch)
         return _teacher_latents(backbone, sampler, members, conds, known, per_prompt, seed, device, batch)
@@ -138,7 +136,7 @@ def encode(
         shards = int(embedding_cache.create_or_resume(part, about, len(own))["shards"])
         if worker[0] == 0 and embedding_cache.verified_record(embedding_cache.null_path(part)) is None:
             embedding_cache.write_null(part, _encode_text(backbone, [backbone.null_prompt], device))
-        sharded: list[list[_Member]] = [[] for _ in range(shards)]
+        sharded: list[list[Member]] = [[] for _ in range(shards)]
         for member in own:
             sharded[embedding_cache.shard_of(member.key, shards)].append(member)
         contents[part] = [_content(shard, real_images == "source") for shard in sharded]
@@ -154,34 +152,6 @@ def encode(
     return all(finished)
 
 
-class _Member(NamedTuple):
-    """A prompt, its hash, and its images, as far as they belong to one size."""
-
-    prompt: Prompt
-    key: str
-    images: tuple[ImagePlace, ...]
-
-
-def _members(prompts: Sequence[Prompt], images: Sequence[Sequence[ImagePlace]]) -> list[_Member]:
-    """Prompts with their images. Source images are read: by their bytes edits are known, wherever they lie now.
-
-    Raises ValueError that lists source images whose bytes cannot be had.
-    """
-    found, broken = list[_Member](), list[str]()
-    progress = Progress("reading source images", len(prompts)) if isinstance(prompts[0], Edit) else None
-    for prompt, own in zip(prompts, images, strict=True):
-        if progress:
-            progress(len(found) + len(broken) + 1)
-        try:
-            found.append(_Member(prompt, prompt_hash(prompt), tuple(own)))
-        except (OSError, ValueError) as e:
-            places = ", ".join(s.place for s in prompt.sources) if isinstance(prompt, Edit) else prompt
-            broken.append(f"image {places} cannot be read: {e}")
-    if broken:
-        raise ValueError(listed(broken))
-    return found
-
-
 Latents = tuple[Tensor, Sequence[str]]  # [n, C, h, w], and a hash of the bytes of each image
 Known = Mapping[str, embedding_cache.Encoded]  # what a shard holds, by the hashes of its prompts
 
@@ -193,10 +163,10 @@ class _BrokenImages(ValueError):
 def _encode_shard(
     part: Path,
     k: int,
-    members: Sequence[_Member],
+    members: Sequence[Member],
     content: embedding_cache.ShardContent,
     encode_prompts: Callable[[Sequence[Prompt]], Cond],
-    latents_of: Callable[[Sequence[_Member], Cond, Known], list[Latents]],
+    latents_of: Callable[[Sequence[Member], Cond, Known], list[Latents]],
 ) -> list[str]:
     """Bring a shard up to date; what it holds already is not encoded again. Returns lines about images that cannot be read."""
     record = embedding_cache.verified_record(embedding_cache.shard_path(part, k))
@@ -236,34 +206,8 @@ def _report_cut_captions(backbone: Backbone, prompts: Sequence[str]) -> None:
         )
 
 
-def _by_aspect(members: Sequence[_Member], choices: Sequence[aspect_buckets.Size]) -> dict[aspect_buckets.Size, list[_Member]]:
-    """For each size the prompts with the images that are nearest to it. Raises ValueError that lists images without a size."""
-    found: dict[aspect_buckets.Size, dict[str, list[ImagePlace]]] = {}
-    broken: list[str] = []
-    for member in members:
-        for image in member.images:
-            try:
-                size = aspect_buckets.nearest_bucket(choices, image_size(image))
-            except ValueError as e:
-                broken.append(str(e))
-                continue
-            found.setdefault(size, {}).setdefault(member.key, []).append(image)
-    if broken:
-        raise ValueError(listed(broken))
-    prompts = {m.key: m.prompt for m in members}
-    return {size: [_Member(prompts[k], k, tuple(own)) for k, own in rows.items()] for size, rows in sorted(found.items())}
-
-
-def _by_sources(members: Sequence[_Member]) -> dict[int, list[_Member]]:
-    """Prompts by their number of source images: conditions of one pass have as many. Texts have none."""
-    found: dict[int, list[_Member]] = {}
-    for m in members:
-        found.setdefault(len(m.prompt.sources) if isinstance(m.prompt, Edit) else 0, []).append(m)
-    return dict(sorted(found.items()))
-
-
-def _content(members: Sequence[_Member], with_images: bool) -> embedding_cache.ShardContent:
-    def state(m: _Member) -> tuple[object, ...]:
+def _content(members: Sequence[Member], with_images: bool) -> embedding_cache.ShardContent:
+    def state(m: Member) -> tuple[object, ...]:
         about = str(m.prompt), [e.state for e in m.images] if with_images else []
         return (*about, *(s.state for s in m.prompt.sources)) if isinstance(m.prompt, Edit) else about
 
@@ -300,7 +244,7 @@ def _encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], size: aspect_
 
 @torch.no_grad()
 def _image_latents(
-    backbone: Backbone, members: Sequence[_Member], known: Known, size: aspect_buckets.Size, device: str, batch: int
+    backbone: Backbone, members: Sequence[Member], known: Known, size: aspect_buckets.Size, device: str, batch: int
 ) -> list[Latents]:
     """Latents of each prompt's images; those that are known by their bytes are not encoded again.
 
@@ -340,7 +284,7 @@ def _image_latents(
 def _teacher_latents(
     backbone: Backbone,
     sampler: SamplerConfig,
-    members: Sequence[_Member],
+    members: Sequence[Member],
     conds: Cond,
     known: Known,
     each: int,

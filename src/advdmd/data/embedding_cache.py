@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advdmd.data.captioned_images import hash_of
+from advdmd.data.shard_layout import fits
 from advdmd.files import file_hash, read_object, write_atomically, write_text
 from advdmd.types import Cond, Json, Prompt
 
@@ -272,7 +273,7 @@ class EmbeddingCache:
         n = self._ends[k] - (self._ends[k - 1] if k else 0)
         try:
             file = safe_open(path, "pt")
-            _fits({name: file.get_slice(name) for name in file.keys()}, n)  # noqa: SIM118 - not a dict
+            fits({name: file.get_slice(name) for name in file.keys()}, n)  # noqa: SIM118 - not a dict
             counts = file.get_tensor("counts").tolist()
             if min(counts) < 0 or sum(counts) != file.get_slice("latents").get_shape()[0]:
                 raise ValueError(f"{sum(counts)} images are counted, others are there")
@@ -292,7 +293,7 @@ class EmbeddingCache:
         self._check(path)
         try:
             file = safe_open(path, "pt")
-            _fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
+            fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
             found = _finite(path, load_file(path), "the empty prompt", ENCODE_AGAIN)
             return Cond.from_tensors({k: _wide(v) for k, v in found.items()})
         except (SafetensorError, ValueError) as e:
@@ -334,27 +335,6 @@ class EmbeddingCache:
 def _old_shards(prompts: int) -> list[int]:
     """Prompts in each shard of a cache of the first format."""
     return [min(64, prompts - k) for k in range(0, prompts, 64)]
-
-
-# Of a shard of n prompts: how many dimensions each tensor has (of source images also one less), and what its type begins with.
-LAYOUT = {
-    **{"embeds": (3, "BF"), "pooled": (2, "BF"), "mask": (2, "I64"), "source": (5, "BF")},
-    **{"null_embeds": (3, "BF"), "null_mask": (2, "I64")},
-    **{"counts": (1, "I64"), "latents": (4, "BF")},
-}
-
-
-def _fits(found: Json, n: int, whole: bool = True) -> None:
-    """Raises ValueError unless tensors are what `write_shard` writes of n prompts, or without images `write_null`."""
-    needed = {"embeds", "counts", "latents"} if whole else {"embeds"}
-    if wrong := sorted((needed - found.keys()) | (found.keys() - LAYOUT.keys())):
-        raise ValueError(f"{wrong[0]} is missing or unexpected")
-    for name, v in found.items():
-        dims, kind = LAYOUT[name]
-        if name == "source" and len(v.get_shape()) == dims - 1:
-            dims -= 1
-        if len(v.get_shape()) != dims or not v.get_dtype().startswith(kind) or (name != "latents" and v.get_shape()[0] != n):
-            raise ValueError(f"{name} is {v.get_dtype()} {list(v.get_shape())}")
 
 
 def _wide(v: Tensor) -> Tensor:
