@@ -94,7 +94,7 @@ def test_a_tokenizer_with_custom_code_is_refused_without_a_question(tmp_path, mo
 
 
 def test_what_is_no_pipeline_is_refused_at_once(tmp_path):
-    with pytest.raises(ValueError, match="cannot be loaded as a diffusers pipeline"):
+    with pytest.raises(ValueError, match="nor a diffusers pipeline folder"):
         DiffusersModel(str(tmp_path), DiffusersSampling())
 
 

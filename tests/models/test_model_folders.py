@@ -44,6 +44,9 @@ def test_what_is_no_pipeline_is_refused_with_what_to_do(pipeline, tmp_path):
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
             loading.pipeline_folder(str(tmp_path / name))
+        if (tmp_path / name).is_dir():  # evaluation takes any pipeline of diffusers
+            with pytest.raises(ValueError, match=message):
+                DiffusersModel(str(tmp_path / name), DiffusersSampling())
 
 
 @pytest.mark.parametrize("kind", ["deleted", "null", "encoder only", "tokenizer only"])

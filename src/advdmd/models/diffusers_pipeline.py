@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from advdmd.models.backbone import Pipeline
+from advdmd.models.folder_kinds import no_pipeline
 from advdmd.models.hub import hub_error
 from advdmd.models.loading import (
     KNOWN_PIPELINES,
@@ -19,6 +20,7 @@ from advdmd.models.loading import (
     pipeline_class,
     read_index,
     read_metadata,
+    shipped,
     silence_libraries,
     verify_weights,
 )
@@ -101,6 +103,8 @@ class DiffusersModel:
         from diffusers import DiffusionPipeline
 
         folder = Path(model)
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise ValueError(no_pipeline(model, folder, list(shipped())))
         metadata = read_metadata(folder)
         verify_weights(folder)
         check_text_to_image(pipeline_class(folder))
