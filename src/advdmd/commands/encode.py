@@ -67,7 +67,8 @@ def encode(
     if per_prompt < 1 or batch < 1 or not 0 <= worker[0] < worker[1]:
         raise ValueError(f"per_prompt={per_prompt}, batch={batch}: at least 1; worker={worker}: process I of N, 0 <= I < N")
     out = out.expanduser()
-    edits = loading.edits_images(loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES))
+    pipeline = loading.pipeline_class(loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES))
+    edits = pipeline in loading.EDIT_PIPELINES
     if columns.source and not edits:
         raise ValueError(f"--source-column {columns.source}: {teacher} does not edit images, so there are no source images")
     prompts, images = group_by_prompt(read_captioned_images(source, columns._replace(edits=edits)))
@@ -76,7 +77,7 @@ def encode(
             f"{source}: {teacher} edits images, and {len(bare)} prompts have no source image, the first is {bare[0][:80]!r}; "
             f"name it under {' or '.join(SOURCE_KEYS)} in metadata or a table, or give --source-column"
         )
-    check_source_images(loading.pipeline_class(loading.pipeline_folder(teacher, loading.DESCRIPTION_FILES)), prompts)
+    check_source_images(pipeline, prompts)
     if real_images == "source" and not any(images):
         raise ValueError(
             f"{source} has no images: the discriminator needs real ones; --real-images teacher lets the teacher generate them"
@@ -112,12 +113,14 @@ def encode(
     sizes = by_aspect_ratio(members, aspect_buckets.bucket_sizes(side, 2 * scale)) if by_aspect else {(side, side): members}
     for height, width in sizes:
         backbone.check_latent_size(height // scale, width // scale)
-    buckets = {(size, n): own for size, every in sizes.items() for n, own in by_source_images(every).items()}
-    parts = {out / aspect_buckets.bucket_name(*key): (key[0], own) for key, own in buckets.items()}
-    if bucketed := by_aspect or edits:
+    bucketed = by_aspect or edits
+    parts = {
+        out / aspect_buckets.bucket_name(size, n) if bucketed else out: (size, n, own)
+        for size, every in sizes.items()
+        for n, own in by_source_images(every).items()
+    }
+    if bucketed:
         embedding_cache.create_or_resume(out, plan | {"sizes": [p.name for p in parts]})
-    else:
-        parts = {out: ((side, side), members)}
     needed = (backbone.vae,) * (real_images == "source" or edits) + (backbone.net,) * (real_images == "teacher")
     for module in (*backbone.encoders, *needed):
         module.to(device)
@@ -127,12 +130,10 @@ def encode(
             return _image_latents(backbone, members, known, size, device, batch)
         return _teacher_latents(backbone, sampler, members, conds, known, per_prompt, seed, device, batch)
 
-    progress, done, broken = Progress("encoding prompts", sum(len(own) for _, own in parts.values())), 0, list[str]()
+    progress, done, broken = Progress("encoding prompts", sum(len(own) for *_, own in parts.values())), 0, list[str]()
     contents: dict[Path, list[embedding_cache.ShardContent]] = {}
-    for part, (size, own) in parts.items():
-        about = plan | ({"size": size} if bucketed else {})
-        if edits:
-            about["source_images"] = len(own[0].prompt.sources) if isinstance(own[0].prompt, Edit) else 0
+    for part, (size, n, own) in parts.items():
+        about = plan | ({"size": size} if bucketed else {}) | ({"source_images": n} if edits else {})
         shards = int(embedding_cache.create_or_resume(part, about, len(own))["shards"])
         if worker[0] == 0 and embedding_cache.verified_record(embedding_cache.null_path(part)) is None:
             embedding_cache.write_null(part, _encode_text(backbone, [backbone.null_prompt], device))

@@ -29,7 +29,7 @@ from advdmd.training import checkpoint, distributed
 from advdmd.training.efficiency import EfficiencyMeter, matrix_rate
 from advdmd.training.trackers import check_trackers
 from advdmd.training.trainer import Trainer
-from advdmd.types import ONE_RANK, Metrics, Ranks
+from advdmd.types import ONE_RANK, Metrics, Prompt, Ranks
 
 CONSOLE_KEYS = ("student/dm_loss", "fake_score/loss", "discriminator/logit_gap", "reward/final")
 
@@ -55,11 +55,13 @@ def _train(name: str, r: Recipe, folder: Path, overwrite: bool, ranks: Ranks, tr
     torch.set_num_threads(r.threads)
     main, student_folder = not ranks.rank, folder / "student"
     source = r.data.open(r.teacher)  # quick to fail, and a teacher may have to be fetched
-    edits = loading.edits_images(loading.pipeline_folder(r.teacher))
+    pipeline = loading.pipeline_class(loading.pipeline_folder(r.teacher))
     if r.teacher_lora:
         lora_file(r.teacher_lora)
-    prompts = read_prompts(Path(r.validation.prompts), edits) if r.validation.prompts else []
-    check_source_images(loading.pipeline_class(loading.pipeline_folder(r.teacher)), prompts)
+    prompts: list[Prompt] = []
+    if r.validation.prompts:
+        prompts = read_prompts(Path(r.validation.prompts), pipeline in loading.EDIT_PIPELINES)
+    check_source_images(pipeline, prompts)
     scorers = load_scorers(r)
     if "-advdmd-reinforce" in name and not r.student:
         raise ValueError(f"{name} goes on from a few-step student: set student=FOLDER, a LoRA file or a hub id")

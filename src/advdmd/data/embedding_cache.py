@@ -288,19 +288,19 @@ class EmbeddingCache:
 
     @property
     def null(self) -> Cond:
-        """The empty prompt [1]. Raises ValueError if its file is damaged."""
+        """The empty prompt [1], in bfloat16. Raises ValueError if its file is damaged."""
         path = null_path(self.folder)
         self._check(path)
         try:
             file = safe_open(path, "pt")
             fits({name: file.get_slice(name) for name in file.keys()}, 1, whole=False)  # noqa: SIM118 - not a dict
             found = _finite(path, load_file(path), "the empty prompt", ENCODE_AGAIN)
-            return Cond.from_tensors({k: _wide(v) for k, v in found.items()})
+            return Cond.from_tensors(found)
         except (SafetensorError, ValueError) as e:
             raise ValueError(f"{path} is no condition ({e}): {ENCODE_AGAIN}") from None
 
     def cond(self, i: Sequence[int]) -> Cond:
-        """Conditions [n] of prompts i, cut to the longest where masks tell tokens from padding.
+        """Conditions [n] of prompts i, in bfloat16, cut to the longest where masks tell tokens from padding.
 
         Raises ValueError on a damaged shard.
         """
@@ -309,7 +309,7 @@ class EmbeddingCache:
             shard, at = self._place(n)
             file, _ = self._shard(shard)
             keys = [k for k in file.keys() if k not in IMAGE_TENSORS]  # noqa: SIM118 - not a dict
-            rows.append(Cond.from_tensors({k: self._finite(_wide(file.get_slice(k)[at : at + 1]), n) for k in keys}))
+            rows.append(Cond.from_tensors({k: self._finite(file.get_slice(k)[at : at + 1], n) for k in keys}))
         return Cond.cat(rows).trimmed()
 
     def num_images(self, n: int) -> int:
@@ -335,7 +335,3 @@ class EmbeddingCache:
 def _old_shards(prompts: int) -> list[int]:
     """Prompts in each shard of a cache of the first format."""
     return [min(64, prompts - k) for k in range(0, prompts, 64)]
-
-
-def _wide(v: Tensor) -> Tensor:
-    return v.float() if v.is_floating_point() else v

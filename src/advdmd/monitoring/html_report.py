@@ -159,8 +159,8 @@ def _overview(runs: Sequence[RunRecord]) -> str:
 
 def _card(runs: Sequence[RunRecord], key: str, text: str, band: health.Range | None = None) -> str:
     """A metric of all runs by iteration; all cards have one x-axis."""
-    iterations = [m["step"] for r in runs for m in r.metrics]
-    drawn = charts.line_chart([r.curve(key) for r in runs], band, html.escape(key), (min(iterations), max(iterations)))
+    iterations = min(r.metrics[0]["step"] for r in runs), max(r.metrics[-1]["step"] for r in runs)
+    drawn = charts.line_chart([r.curve(key) for r in runs], band, html.escape(key), iterations)
     return f'<div class="card"><h3>{html.escape(key)}</h3><p>{html.escape(text)}</p>{drawn}</div>' if drawn else ""
 
 

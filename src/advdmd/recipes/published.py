@@ -60,9 +60,7 @@ MODELS = {
     # The guidance of both dev models is a number that the transformer takes, so classifier-free guidance is off.
     "flux-dev": PublishedModel("black-forest-labs/FLUX.1-dev", 1.0, "FluxTransformer2DModel", {"guidance_embeds": True}, 512),
     "flux2-klein-4b": PublishedModel("black-forest-labs/FLUX.2-klein-base-4B", 4.0, "Flux2Transformer2DModel", KLEIN, 512),
-    "flux2-dev": PublishedModel(
-        "black-forest-labs/FLUX.2-dev", 1.0, "Flux2Transformer2DModel", text=512
-    ),  # guidance as flux-dev
+    "flux2-dev": PublishedModel("black-forest-labs/FLUX.2-dev", 1.0, "Flux2Transformer2DModel", text=512),
     "z-image": PublishedModel("Tongyi-MAI/Z-Image", 5.0, "ZImageTransformer2DModel", text=512),
 }
 
